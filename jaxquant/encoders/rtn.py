@@ -1,0 +1,70 @@
+"""Round to nearest: each value takes the nearest code, whatever the others do."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax import Array
+
+from jaxquant.encoders.base import Info, measure
+from jaxquant.qtensor import QTensor, quantize
+from jaxquant.spec import QSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundToNearest:
+    """The encoder that `rtn` makes: `q = round(w / S) + Z`, scales from the range alone.
+
+    Attributes:
+      stochastic: round to one of the two neighbours at random, without bias; needs a `key`.
+    """
+
+    stochastic: bool = False
+
+    def __call__(
+        self,
+        w: Array,
+        spec: QSpec,
+        *,
+        key: Array | None = None,
+        minor: tuple[int, ...] = (),
+        batch_axes: int = 0,
+        stats: Any = None,
+    ) -> tuple[QTensor, Info]:
+        """Encodes `w`; see `Encoder`. `stats` are not looked at.
+
+        Raises:
+          ValueError: `stochastic` without a `key`.
+        """
+        del stats
+        if self.stochastic and key is None:
+            raise ValueError(
+                "rtn(stochastic=True) draws random numbers: pass key=jax.random.key(0)"
+            )
+        return _round(w, key if self.stochastic else None, spec, minor, batch_axes)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _round(
+    w: Array, key: Array | None, spec: QSpec, minor: tuple[int, ...], batch_axes: int
+) -> tuple[QTensor, Info]:
+    q = quantize(w, spec, key=key, minor=minor, batch_axes=batch_axes)
+    return q, measure(w, q)
+
+
+def rtn(stochastic: bool = False) -> RoundToNearest:
+    """Round to nearest, the encoder that a rule uses if it names none.
+
+    With `stochastic=True` a value between two codes takes the upper one with probability equal to
+    its distance from the lower, so that the expected value is the value itself.
+
+    >>> import jax, jaxquant as jq
+    >>> w = jax.random.normal(jax.random.key(0), (64, 8))
+    >>> q, info = jq.rtn()(w, jq.QSpec("int8", jq.PerChannel(1)))
+    >>> q.codes.dtype.name, 40 < info.sqnr_db < 46
+    ('int8', True)
+    """
+    return RoundToNearest(stochastic)

@@ -1,0 +1,87 @@
+"""The one file that knows how jaxprs differ between JAX versions (0.10 to 0.12)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax._src import source_info_util
+from jax.extend import core
+
+Literal = core.Literal
+
+
+def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """`(jaxpr, consts)` of a closed jaxpr (0.10), an open one, or the merged kind (0.12)."""
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """The jaxprs among an equation's parameters, opened."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(getattr(item, "jaxpr", item), "eqns"):
+                found.append(opened(item)[0])
+    return found
+
+
+def scan_split(params: dict[str, Any]) -> tuple[int, int]:
+    """Number of constants and of carries of a `scan`."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(list(consts)), len(list(carry))
+
+
+def bind(eqn: Any, values: list[Any]) -> list[Any]:
+    """Evaluates an equation as it stands; a list of results in any case."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def context(eqn: Any) -> Iterator[None]:
+    """The equation's own context: mesh, compute type, name stack and source line."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with (
+        source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+def name_parts(eqn: Any) -> tuple[str, ...]:
+    """The equation's name scopes, outermost first, transform wrappers taken off."""
+    parts = []
+    for entry in eqn.source_info.name_stack.stack:
+        name = getattr(entry, "name", "")
+        if type(entry).__name__ == "Scope" and name:
+            parts += str(name).split("/")
+    return tuple(parts)
+
+
+def jit_options(params: dict[str, Any]) -> dict[str, Any]:
+    """What an inner `jit` must keep when it is emitted again."""
+    kept: dict[str, Any] = {"inline": params["inline"]} if "inline" in params else {}
+    compiler = dict(params.get("compiler_options_kvs", ()))
+    return kept | ({"compiler_options": compiler} if compiler else {})
+
+
+def given_sharding(sharding: Any) -> Any | None:
+    """A sharding of an inner `jit`'s argument or result; `None` if it was left open."""
+    return sharding if isinstance(sharding, jax.sharding.Sharding) else None
+
+
+def explicit_sharding(array: Any) -> Any | None:
+    """The array's sharding where its mesh has explicit axes, else `None`."""
+    try:
+        sharding = jax.typeof(array).sharding
+    except (AttributeError, TypeError):
+        return None
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or not mesh.explicit_axes:
+        return None
+    return sharding

@@ -1,0 +1,266 @@
+"""The interpreter: evaluates a jaxpr in which parameters may be quantized.
+
+Contractions go to a `Policy`; layout primitives move quantized values; control flow is entered
+and emitted again as the same primitive; anything else that meets a `QTensor` dequantizes it and
+is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.interpret import _compat, layout
+from jaxquant.interpret.control_flow import RULES
+from jaxquant.interpret.scopes import site_scope
+from jaxquant.interpret.values import Facts, Value, known_nonneg, merge, nonneg
+from jaxquant.qtensor import dequantize, is_qtensor
+from jaxquant.report import Event
+
+CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """One contraction as the interpreter meets it.
+
+    Attributes:
+      eqn: the equation.
+      key: the site's key.
+      lhs: left operand.
+      rhs: right operand.
+      rest: further operands (group sizes of a ragged dot).
+      scope: the name scopes around it.
+    """
+
+    eqn: Any
+    key: str
+    lhs: Value
+    rhs: Value
+    rest: tuple[Value, ...]
+    scope: str
+
+
+class Policy(Protocol):
+    """What to do at a site. Data for data: the interpreter keeps the facts."""
+
+    inline_rules: bool
+
+    def contract(self, site: Contraction) -> Any:
+        """The contraction's result."""
+
+    def lookup(self, eqn: Any, key: str, operand: Value) -> None:
+        """Told of each `gather` of rows of a parameter."""
+
+    def meets(self, eqn: Any, operand: Value) -> None:
+        """Told of each parameter that an equation computes with other than by contraction."""
+
+    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple:
+        """What else two calls of one jitted helper must share to be transformed once."""
+
+    def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
+        """Whether a `custom_jvp` or `custom_vjp` body must be entered."""
+
+
+class Interpreter:
+    """One evaluation of one traced function: holds what lasts for that evaluation only."""
+
+    def __init__(self, policy: Policy, paths: Sequence[str]) -> None:
+        self.policy = policy
+        self.paths = paths
+        self.events: dict[Event, None] = {}
+        self.jits: dict[Any, Any] = {}
+        self._keys: dict[tuple[int, ...], str] = {}
+        self._uses: Counter[str] = Counter()
+        self._path: tuple[int, ...] = ()
+        self._alive: list[Any] = []
+        self._contracts: dict[int, bool] = {}
+
+    def run(
+        self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Value], scope: tuple[str, ...]
+    ) -> list[Value]:
+        """Evaluates a jaxpr on values."""
+        env: dict[Any, Value] = {}
+        signs: dict[Any, bool] = {}
+        last = _last_uses(jaxpr)
+
+        def read(var: Any) -> Value:
+            return Value(var.val) if isinstance(var, _compat.Literal) else env[var]
+
+        def write(var: Any, value: Value) -> None:
+            env[var] = value
+            signs[var] = value.facts.nonneg
+
+        for var, const in zip(jaxpr.constvars, consts, strict=True):
+            write(var, const if isinstance(const, Value) else Value(const))
+        for var, arg in zip(jaxpr.invars, args, strict=True):
+            write(var, arg)
+        for n, eqn in enumerate(jaxpr.eqns):
+            operands = [read(v) for v in eqn.invars]
+            positive = [known_nonneg(signs, v) for v in eqn.invars]
+            with _compat.context(eqn):
+                results = self.equation(eqn, operands, positive, scope + _compat.name_parts(eqn))
+            for var, value in zip(eqn.outvars, results, strict=True):
+                write(var, value)
+            for var in last.get(n, ()):
+                env.pop(var, None)
+        return [read(v) for v in jaxpr.outvars]
+
+    def equation(
+        self, eqn: Any, operands: list[Value], positive: list[bool], scope: tuple[str, ...]
+    ) -> list[Value]:
+        """Evaluates one equation."""
+        name = eqn.primitive.name
+        outer, self._path = self._path, (*self._path, id(eqn))
+        self._alive.append(eqn)  # ids stay unique while the equation lives
+        try:
+            if name in CONTRACTIONS:
+                return [self._contract(eqn, operands, positive, scope)]
+            enter = RULES.get(name)
+            if enter is not None and self._worth_entering(eqn, operands):
+                return enter(self, eqn, operands, positive, scope)
+            return self._plain(eqn, operands, positive, scope)
+        finally:
+            self._path = outer
+
+    def _worth_entering(self, eqn: Any, operands: list[Value]) -> bool:
+        return any(v.is_param for v in operands) or any(
+            self.contracts(inner) for inner in _compat.inner_jaxprs(eqn)
+        )
+
+    @property
+    def call_path(self) -> tuple[int, ...]:
+        """Identities of the equations entered to get here."""
+        return self._path
+
+    def contracts(self, jaxpr: Any) -> bool:
+        """Whether a jaxpr holds a contraction, at any depth."""
+        known = self._contracts.get(id(jaxpr))
+        if known is None:
+            self._alive.append(jaxpr)
+            known = any(
+                eqn.primitive.name in CONTRACTIONS
+                or any(self.contracts(inner) for inner in _compat.inner_jaxprs(eqn))
+                for eqn in jaxpr.eqns
+            )
+            self._contracts[id(jaxpr)] = known
+        return known
+
+    def _plain(
+        self, eqn: Any, operands: list[Value], positive: list[bool], scope: tuple[str, ...]
+    ) -> list[Value]:
+        name = eqn.primitive.name
+        facts = merge([v.facts for v in operands])
+        signs = nonneg(eqn, positive)
+        origin = layout.origin_of(eqn, operands)
+        if name == "gather" and operands[0].is_param:
+            self._lookup(eqn, operands[0], scope)
+        elif origin is None and name != "optimization_barrier":
+            for v in operands:
+                if v.facts.origin is not None:
+                    self.policy.meets(eqn, v)
+        results = None
+        if any(is_qtensor(v.data) for v in operands):
+            results = layout.quantized_results(eqn, operands)
+        if results is None:
+            data = [self.dense(v, eqn, scope) for v in operands]
+            results = _compat.bind(eqn, data)
+        if name == "optimization_barrier":
+            return [Value(r, v.facts) for r, v in zip(results, operands, strict=True)]
+        return [
+            Value(r, dataclasses.replace(facts, origin=origin, nonneg=s))
+            for r, s in zip(results, signs, strict=True)
+        ]
+
+    def _contract(
+        self, eqn: Any, operands: list[Value], positive: list[bool], scope: tuple[str, ...]
+    ) -> Value:
+        signed = [
+            Value(v.data, dataclasses.replace(v.facts, nonneg=p))
+            for v, p in zip(operands, positive, strict=True)
+        ]
+        lhs, rhs = signed[0], signed[1]
+        where = site_scope(scope, self.paths)
+        params = [v.facts.origin.path for v in _param_first(lhs, rhs) if v.facts.origin]
+        key = self.key(params[0] if params else where or _common(lhs, rhs) or eqn.primitive.name)
+        site = Contraction(eqn, key, lhs, rhs, tuple(signed[2:]), where)
+        live = lhs.facts.live or rhs.facts.live
+        return Value(self.policy.contract(site), Facts(None, live, False, frozenset([key])))
+
+    def _lookup(self, eqn: Any, operand: Value, scope: tuple[str, ...]) -> None:
+        origin = operand.facts.origin
+        if origin is not None:
+            self.policy.lookup(eqn, self.key(origin.path), operand)
+
+    def key(self, base: str) -> str:
+        """The key of the site at this call path; repeats of `base` get `#k`, in order."""
+        known = self._keys.get(self._path)
+        if known is None:
+            count = self._uses[base]
+            self._uses[base] += 1
+            known = self._keys[self._path] = f"{base}#{count}" if count else base
+        return known
+
+    def dense(self, value: Value, eqn: Any, scope: tuple[str, ...]) -> Any:
+        """The data as an ordinary array; a `QTensor` is dequantized and that is reported."""
+        if not is_qtensor(value.data):
+            return value.data
+        path = value.facts.origin.path if value.facts.origin else "a quantized value"
+        name = eqn.primitive.name
+        self.report("dequantized", path, name, f"by {name} in {self.where(scope)}")
+        return dequantize(value.data)
+
+    def where(self, scope: tuple[str, ...]) -> str:
+        """The scope in words."""
+        return site_scope(scope, self.paths) or "the root"
+
+    def report(self, kind: str, where: str, primitive: str, message: str) -> None:
+        """Adds an event, once."""
+        self.events.setdefault(Event(kind, where, primitive, message))
+
+
+def _param_first(lhs: Value, rhs: Value) -> list[Value]:
+    """The operands that are parameters, the one that holds no input (a looked-up row) first."""
+    return sorted((v for v in (rhs, lhs) if v.is_param), key=lambda v: v.facts.live)
+
+
+def _common(lhs: Value, rhs: Value) -> str:
+    """The longest path above all sites that feed both operands."""
+    keys = [k.split("#")[0].split("/") for v in (lhs, rhs) for k in v.facts.near]
+    if not keys:
+        return ""
+    depth = 0
+    while all(len(k) > depth + 1 and k[depth] == keys[0][depth] for k in keys):
+        depth += 1
+    return "/".join(keys[0][:depth])
+
+
+def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
+    """For each equation, the variables that nothing needs after it."""
+    last: dict[Any, int] = {}
+    for n, eqn in enumerate(jaxpr.eqns):
+        for var in (*eqn.invars, *eqn.outvars):
+            if not isinstance(var, _compat.Literal):
+                last[var] = n
+    for var in jaxpr.outvars:
+        if not isinstance(var, _compat.Literal):
+            last.pop(var, None)
+    gone: dict[int, list[Any]] = {}
+    for var, n in last.items():
+        gone.setdefault(n, []).append(var)
+    return gone
+
+
+def abstract(x: Any) -> jax.ShapeDtypeStruct:
+    """The float stand-in that a function is traced with: shape, dtype and explicit sharding."""
+    if is_qtensor(x):
+        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=layout.sharding_of(x))
+    aval = jax.typeof(x)
+    weak = bool(getattr(aval, "weak_type", False))
+    sharding = _compat.explicit_sharding(x)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding, weak_type=weak)

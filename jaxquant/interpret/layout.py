@@ -1,0 +1,255 @@
+"""Which primitives move values without computing, for origins and for quantized values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxquant.interpret import _compat, moves
+from jaxquant.interpret.values import Origin, Value
+from jaxquant.qtensor import QTensor, is_qtensor
+
+Axes = tuple[tuple[int, ...], ...]
+
+
+def _origin_reshape(axes: Axes, old: Sequence[int], new: Sequence[int]) -> Axes | None:
+    if 0 in old:
+        return None
+    out: list[tuple[int, ...]] = [()] * len(new)
+    for olds, news in moves._factors(old, new):
+        held = tuple(p for a in olds for p in axes[a])
+        for a in news:
+            out[a] = held if new[a] != 1 or len(news) == 1 else ()
+    return tuple(out)
+
+
+def gathered_axis(params: dict[str, Any], shape: Sequence[int]) -> int | None:
+    """The one axis whose whole slices a `gather` takes, result axes in plain order; or `None`."""
+    dims, sizes = params["dimension_numbers"], params["slice_sizes"]
+    if len(dims.start_index_map) != 1 or tuple(dims.collapsed_slice_dims) != dims.start_index_map:
+        return None
+    if dims.operand_batching_dims or dims.start_indices_batching_dims:
+        return None
+    axis = dims.start_index_map[0]
+    whole = all(n == m for a, (n, m) in enumerate(zip(sizes, shape, strict=True)) if a != axis)
+    return axis if whole and sizes[axis] == 1 else None
+
+
+def rows_lead(eqn: Any) -> bool:
+    """Whether the axes of a `gather`'s indices come first in its result, in order."""
+    rank, offset = eqn.outvars[0].aval.ndim, eqn.params["dimension_numbers"].offset_dims
+    return tuple(offset) == tuple(range(rank - len(offset), rank))
+
+
+def origin_of(eqn: Any, operands: list[Value]) -> Origin | None:
+    """The origin of an equation's results, if it only moves a parameter's values."""
+    name, params = eqn.primitive.name, eqn.params
+    sources = [v.facts.origin for v in operands]
+    origin = sources[0] if sources else None
+    if name == "mul" and origin is None and len(sources) == 2:
+        origin, operands = sources[1], operands[::-1]
+    if origin is None:
+        return None
+    shape = tuple(jnp.shape(operands[0].data)) if not is_qtensor(operands[0].data) else (
+        operands[0].data.shape
+    )
+    axes: Axes | None = None
+    if name == "transpose":
+        axes = tuple(origin.axes[p] for p in params["permutation"])
+    elif name == "reshape":
+        if params.get("dimensions") is None:
+            axes = _origin_reshape(origin.axes, shape, params["new_sizes"])
+    elif name == "broadcast_in_dim":
+        placed = dict(zip(params["broadcast_dimensions"], origin.axes, strict=True))
+        axes = tuple(placed.get(a, ()) for a in range(len(params["shape"])))
+    elif name == "squeeze":
+        gone = [d % len(shape) for d in params["dimensions"]]
+        axes = tuple(a for i, a in enumerate(origin.axes) if i not in gone)
+    elif name == "gather":
+        axis = gathered_axis(params, shape)
+        if axis is not None and rows_lead(eqn):
+            lead: Axes = ((),) * (eqn.outvars[0].aval.ndim - len(shape) + 1)
+            axes = lead + tuple(a for i, a in enumerate(origin.axes) if i != axis)
+    elif name in _SAME:
+        axes = origin.axes
+    elif name in ("mul", "div", "neg"):
+        if name == "neg" or (jnp.shape(operands[1].data) == () and not operands[1].is_param):
+            axes = origin.axes
+    elif name == "convert_element_type" and jnp.issubdtype(params["new_dtype"], jnp.floating):
+        axes = origin.axes
+    return None if axes is None else dataclasses.replace(origin, axes=axes)
+
+
+_IDENTITY = {"copy", "copy_p", "stop_gradient", "name", "pvary", "pcast"}
+_SAME = _IDENTITY | {"slice", "dynamic_slice", "split", "rev", "optimization_barrier"}
+_SAME |= {"sharding_constraint", "reshard", "mesh_cast"}
+
+
+def storage_spec(q: QTensor, spec: Sequence[Any], groups: bool) -> PartitionSpec:
+    """A partition of `q`'s own axes as one of its codes (or, if `groups`, of its scales)."""
+    nb = len(q.batch)
+    full = tuple(spec) + (None,) * (q.ndim - len(spec))
+    parts = list(full[:nb])
+    for merged, count in zip(q.axes, q.groups, strict=True):
+        part = full[nb + len(q.core) + merged[0]]
+        parts.append(None if groups and count == 1 else part)
+    return PartitionSpec(*parts)
+
+
+def reshard(q: QTensor, sharding: Any, apply: Callable[[Any, Any], Any]) -> QTensor:
+    """Applies a sharding meant for the array that `q` stands for to codes and scales."""
+    if not isinstance(sharding, NamedSharding):
+        return q
+
+    def place(x: Any, groups: bool) -> Any:
+        if x is None:
+            return None
+        return apply(x, NamedSharding(sharding.mesh, storage_spec(q, sharding.spec, groups)))
+
+    return dataclasses.replace(
+        q,
+        codes=place(q.codes, False),
+        scale=place(q.scale, True),
+        zero_point=place(q.zero_point, True),
+    )
+
+
+def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
+    """Results of a layout primitive on quantized operands; `None` if it is none or cannot be."""
+    name, params = eqn.primitive.name, eqn.params
+    data = [v.data for v in operands]
+    if name == "concatenate":
+        if not all(is_qtensor(d) for d in data):
+            return None
+        return _one(moves.concatenate(data, params["dimension"]))
+    if name == "mul" and len(data) == 2 and not is_qtensor(data[0]):
+        data = data[::-1]
+    q = data[0]
+    if not is_qtensor(q) or (any(is_qtensor(d) for d in data[1:]) and name != "optimization_barrier"):
+        return None
+    if name in _IDENTITY:
+        return [q]
+    if name in ("mul", "div"):
+        return _scaled(name, q, data)
+    rule = _RULES.get(name)
+    return None if rule is None else rule(eqn, q, data)
+
+
+def _one(q: QTensor | None) -> list[Any] | None:
+    return None if q is None else [q]
+
+
+def _scaled(name: str, q: QTensor, data: list[Any]) -> list[Any] | None:
+    if jnp.shape(data[1]) != ():
+        return None
+    factor = jnp.asarray(data[1]).astype(jnp.float32)
+    return [moves.rescale(q, factor if name == "mul" else 1.0 / factor)]
+
+
+def _convert(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
+    dtype = jnp.dtype(eqn.params["new_dtype"])
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    return [dataclasses.replace(q, dtype=dtype.name)]
+
+
+def _reshape(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
+    if eqn.params.get("dimensions") is not None:
+        return None
+    return _one(moves.reshape(q, eqn.params["new_sizes"]))
+
+
+def _squeeze(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
+    gone = [d % q.ndim for d in eqn.params["dimensions"]]
+    squeezed = moves.squeeze(q, gone)
+    kept = [n for a, n in enumerate(q.shape) if a not in gone]
+    return _one(moves.reshape(q, kept) if squeezed is None else squeezed)
+
+
+def _broadcast(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
+    shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    if math.prod(shape) == q.size:
+        return _one(moves.reshape(q, shape))
+    return _one(moves.broadcast(q, shape, dims))
+
+
+def _slice(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * q.ndim
+    sizes = [-(-(e - s) // t) for s, e, t in zip(starts, limits, strides, strict=True)]
+    return _one(moves.cut(q, starts, sizes, strides))
+
+
+def _dynamic_slice(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
+    return _one(moves.cut(q, data[1:], eqn.params["slice_sizes"]))
+
+
+def _split(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
+    axis, out, start = eqn.params["axis"], [], 0
+    for n in eqn.params["sizes"]:
+        starts, sizes = [0] * q.ndim, list(q.shape)
+        starts[axis], sizes[axis] = start, n
+        piece = moves.cut(q, starts, sizes)
+        if piece is None:
+            return None
+        out.append(piece)
+        start += n
+    return out
+
+
+def _gather(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
+    axis = gathered_axis(eqn.params, q.shape)
+    if axis is None or not rows_lead(eqn):
+        return None
+    return _one(moves.rows(q, data[1], axis, eqn.params["mode"], eqn.params.get("fill_value")))
+
+
+def _barrier(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
+    return list(lax.optimization_barrier(tuple(data)))
+
+
+def _constrain(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
+    return [reshard(q, eqn.params.get("sharding"), jax.lax.with_sharding_constraint)]
+
+
+def _reshard(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
+    target = eqn.params.get("dst_sharding", eqn.params.get("sharding"))
+    return [reshard(q, target, jax.sharding.reshard)]
+
+
+_RULES: dict[str, Callable[[Any, QTensor, list[Any]], list[Any] | None]] = {
+    "transpose": lambda e, q, d: _one(moves.transpose(q, e.params["permutation"])),
+    "reshape": _reshape,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast,
+    "convert_element_type": _convert,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "split": _split,
+    "gather": _gather,
+    "rev": lambda e, q, d: _one(moves.reverse(q, e.params["dimensions"])),
+    "neg": lambda e, q, d: [moves.rescale(q, -1.0)],
+    "optimization_barrier": _barrier,
+    "sharding_constraint": _constrain,
+    "reshard": _reshard,
+}
+
+
+def sharding_of(q: QTensor) -> NamedSharding | None:
+    """The sharding of the array that `q` stands for, where its mesh has explicit axes."""
+    sharding = _compat.explicit_sharding(q.codes)
+    if sharding is None:
+        return None
+    nb, spec = len(q.batch), tuple(sharding.spec)
+    spec += (None,) * (q.codes.ndim - len(spec))
+    parts: list[Any] = list(spec[:nb]) + [None] * len(q.core)
+    for merged, part in zip(q.axes, spec[nb:], strict=True):
+        parts[nb + len(q.core) + merged[0]] = part
+    return NamedSharding(sharding.mesh, PartitionSpec(*parts))

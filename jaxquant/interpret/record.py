@@ -1,0 +1,162 @@
+"""`trace`: the sites of a function, found by running it abstractly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.interpret import _compat, layout
+from jaxquant.interpret.calls import Call, trace_call
+from jaxquant.interpret.evaluate import Contraction, Interpreter, abstract
+from jaxquant.interpret.sites import Site, Sites
+from jaxquant.interpret.values import Facts, Origin, Value
+
+
+def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
+    """What contracts with what in `fn(params, *args, **kwargs)`; no FLOPs are spent.
+
+    Args:
+      fn: any traceable function whose first argument is a params pytree.
+      params: its parameters, arrays or `jax.ShapeDtypeStruct`s.
+      *args: its other arguments, likewise; Python scalars and strings stay static.
+      **kwargs: keyword arguments, likewise.
+
+    Raises:
+      ValueError: `fn` does not find in `params` what it looks for.
+
+    >>> import jax, jax.numpy as jnp, jaxquant as jq
+    >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+    >>> shape = jax.ShapeDtypeStruct
+    >>> params = {"up": shape((8, 32), jnp.float32), "down": shape((32, 8), jnp.float32)}
+    >>> print(jq.trace(fn, params, shape((4, 8), jnp.float32)))
+    site  primitive    operands            axes
+    up    dot_general  [4, 8] x [8, 32]    sum 0, keep 1
+    down  dot_general  [4, 32] x [32, 8]   sum 0, keep 1
+    """
+    return sites_of(trace_call(fn, params, args, kwargs))
+
+
+def sites_of(call: Call) -> Sites:
+    """The sites of a traced call."""
+    recorder = Recorder()
+    interpreter = Interpreter(recorder, call.param_paths)
+    avals = [abstract(leaf) for leaf in call.leaves]
+
+    def run(*leaves: Any) -> None:
+        call.run(interpreter, list(leaves))
+
+    jax.eval_shape(run, *avals)
+    leaves = {
+        path: (tuple(aval.shape), str(aval.dtype))
+        for path, aval in zip(call.paths, avals, strict=True)
+        if path is not None
+    }
+    return Sites(tuple(recorder.sites.values()), leaves, recorder.met)
+
+
+class Recorder:
+    """The policy that computes in float and writes down each site."""
+
+    inline_rules = False
+
+    def __init__(self) -> None:
+        self.sites: dict[str, Site] = {}
+        self.met: dict[str, str] = {}
+
+    def contract(self, site: Contraction) -> Any:
+        """Notes the site and contracts as the function did."""
+        lhs, rhs = site.lhs, site.rhs
+        eqn = site.eqn
+        data = [lhs.data, rhs.data, *(v.data for v in site.rest)]
+        held = [v for v in (rhs, lhs) if v.facts.origin is not None]
+        held.sort(key=lambda v: v.facts.live)
+        operands = (tuple(jnp.shape(lhs.data)), tuple(jnp.shape(rhs.data)))
+        name = eqn.primitive.name
+        if held:
+            origin = held[0].facts.origin
+            assert origin is not None
+            summed, batched = dimensions(eqn, "lhs" if held[0] is lhs else "rhs")
+            self.sites[site.key] = Site(
+                key=site.key,
+                primitive=name,
+                param=origin.path,
+                shape=origin.shape,
+                dtype=origin.dtype,
+                contracted=_named(origin, summed),
+                scanned=tuple(sorted(origin.scanned)),
+                batched=tuple(a for a in _named(origin, batched) if a not in _named(origin, summed)),
+                operands=operands,
+                scope=site.scope,
+            )
+        elif name == "dot_general" and both_live(lhs, rhs):
+            dtype = str(eqn.outvars[0].aval.dtype)
+            self.sites[site.key] = Site(
+                site.key, name, None, (), dtype, (), (), (), operands, site.scope
+            )
+        return _compat.bind(eqn, data)[0]
+
+    def lookup(self, eqn: Any, key: str, operand: Value) -> None:
+        """Notes a lookup of rows."""
+        origin = operand.facts.origin
+        assert origin is not None
+        shape = tuple(jnp.shape(operand.data))
+        axis = layout.gathered_axis(eqn.params, shape)
+        if axis is None:
+            self.met.setdefault(origin.path, "gather")
+            return
+        kept = [a for a in range(len(shape)) if a != axis]
+        self.sites[key] = Site(
+            key=key,
+            primitive="gather",
+            param=origin.path,
+            shape=origin.shape,
+            dtype=origin.dtype,
+            contracted=_named(origin, kept),
+            scanned=tuple(sorted(origin.scanned)),
+            batched=(),
+            operands=(shape, tuple(eqn.invars[1].aval.shape)),
+            scope="",
+        )
+
+    def meets(self, eqn: Any, operand: Value) -> None:
+        """Notes the first other primitive that a parameter meets."""
+        if operand.facts.origin is not None:
+            self.met.setdefault(operand.facts.origin.path, eqn.primitive.name)
+
+    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple:
+        """Every call of a helper is a call path of its own."""
+        return (ip.call_path,)
+
+    def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
+        """Sites inside custom rules are found by going in."""
+        return True
+
+
+def both_live(lhs: Value, rhs: Value) -> bool:
+    """Whether a contraction is of two activations, both float."""
+    float_like = all(jnp.issubdtype(jnp.result_type(v.data), jnp.floating) for v in (lhs, rhs))
+    return float_like and all(v.facts.live and not v.is_param for v in (lhs, rhs))
+
+
+def _named(origin: Origin, axes: list[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(p for a in axes for p in origin.axes[a]))
+
+
+def dimensions(eqn: Any, side: str) -> tuple[list[int], list[int]]:
+    """The axes of one operand (`lhs` or `rhs`) that are contracted, and its batch axes."""
+    at = 0 if side == "lhs" else 1
+    p = eqn.params
+    if eqn.primitive.name == "conv_general_dilated":
+        spec = (p["dimension_numbers"].lhs_spec, p["dimension_numbers"].rhs_spec)[at]
+        # a kernel's spec is (out, in, *spatial), an input's (batch, feature, *spatial)
+        return [a for a in range(len(spec)) if a != spec[0]], []
+    if eqn.primitive.name == "ragged_dot_general":
+        dims = p["ragged_dot_dimension_numbers"]
+        contract, batch = dims.dot_dimension_numbers
+        groups = dims.rhs_group_dimensions if at else ()
+        return list(contract[at]), [*batch[at], *groups]
+    contract, batch = p["dimension_numbers"]
+    return list(contract[at]), list(batch[at])

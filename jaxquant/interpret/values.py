@@ -1,0 +1,123 @@
+"""What the interpreter knows of a value besides its data: where it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jax import Array
+
+from jaxquant.interpret import _compat
+from jaxquant.qtensor import QTensor, is_qtensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Origin:
+    """The parameter that a value is, moved by layout operations only.
+
+    Attributes:
+      path: the parameter's key path.
+      shape: the parameter's whole shape.
+      dtype: name of the parameter's dtype.
+      axes: for each axis of the value, the parameter's axes it holds; `()` for a new one.
+      scanned: axes of the parameter that loops have taken away.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[tuple[int, ...], ...]
+    scanned: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a value statically.
+
+    Attributes:
+      origin: set while the value is a parameter, moved at most by layout operations.
+      live: whether it depends on the function's inputs, not on parameters alone.
+      nonneg: whether it cannot be negative (softmax, relu), so that unsigned codes fit it.
+      near: keys of the last sites that fed it; they name contractions that have no parameter.
+    """
+
+    origin: Origin | None = None
+    live: bool = False
+    nonneg: bool = False
+    near: frozenset[str] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Value:
+    """Data, which may be quantized, with its facts."""
+
+    data: Array | QTensor | Any
+    facts: Facts = Facts()
+
+    @property
+    def is_param(self) -> bool:
+        """Whether this is a parameter moved by layout operations only."""
+        return self.facts.origin is not None or is_qtensor(self.data)
+
+
+def merge(facts: list[Facts], nonneg: bool = False) -> Facts:
+    """Facts of a result that all of these went into."""
+    near = frozenset().union(*(f.near for f in facts)) if facts else frozenset()
+    return Facts(None, any(f.live for f in facts), nonneg, near)
+
+
+_KEEP = {
+    *("broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice", "rev"),
+    *("dynamic_slice", "gather", "convert_element_type", "copy", "copy_p", "stop_gradient", "name"),
+    *("optimization_barrier", "sharding_constraint", "reshard", "reduce_sum", "reduce_max"),
+    *("reduce_min", "cumsum", "cummax", "reduce_precision", "sqrt", "reduce_window_sum", "split"),
+    *("reduce_window_max", "sort", "real", "pvary", "reduce_prod", "pcast"),
+}
+_ALL = {"add", "add_any", "mul", "div", "min", "concatenate", "pad", "dynamic_update_slice", "rem"}
+_ALWAYS = {"exp", "exp2", "abs", "logistic", "square", "erfc", "iota", "is_finite", "argmax"}
+
+
+def nonneg(eqn: Any, operands: list[bool]) -> list[bool]:
+    """Whether each result of an equation is certain not to be negative.
+
+    `operands` say the same of its inputs (literals included). Conservative: `False` when unknown.
+    """
+    name = eqn.primitive.name
+    if name in _ALWAYS:
+        known = True
+    elif name in _KEEP:
+        known = bool(operands) and operands[0]
+    elif name in _ALL:
+        known = all(operands)
+    elif name == "max":
+        known = any(operands)
+    elif name == "select_n":
+        known = all(operands[1:])
+    elif name == "integer_pow":
+        known = eqn.params["y"] % 2 == 0 or operands[0]
+    elif name == "pow":
+        known = operands[0]
+    elif name in ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"):
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        return _nonneg_jaxpr(_compat.opened(inner)[0], operands)
+    else:
+        known = False
+    return [known] * len(eqn.outvars)
+
+
+def _nonneg_jaxpr(jaxpr: Any, operands: list[bool]) -> list[bool]:
+    env: dict[Any, bool] = dict(zip(jaxpr.invars, operands, strict=True))
+    for eqn in jaxpr.eqns:
+        results = nonneg(eqn, [known_nonneg(env, v) for v in eqn.invars])
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [known_nonneg(env, v) for v in jaxpr.outvars]
+
+
+def known_nonneg(env: dict[Any, bool], var: Any) -> bool:
+    """The entry of a variable, or the sign of a literal."""
+    if isinstance(var, _compat.Literal):
+        try:
+            return bool((var.val >= 0).all() if hasattr(var.val, "all") else var.val >= 0)
+        except TypeError:
+            return False
+    return env.get(var, False)

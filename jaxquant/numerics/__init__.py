@@ -1,0 +1,32 @@
+"""Numeric formats: their facts, their codes, rounding to them, and packing below a byte."""
+
+from jaxquant.numerics.bitpattern import decode_bits, encode_bits
+from jaxquant.numerics.codec import decode, encode
+from jaxquant.numerics.formats import ALIASES, FORMATS, codebook_format, get, minifloat
+from jaxquant.numerics.packing import pack, packed_bytes, padded_size, tile_size, unpack
+from jaxquant.numerics.policy import compute_dtype
+from jaxquant.numerics.records import BlockFormat, Format
+from jaxquant.numerics.rounding import nearest_even, stochastic, to_codebook
+
+__all__ = [
+    "ALIASES",
+    "FORMATS",
+    "BlockFormat",
+    "Format",
+    "codebook_format",
+    "compute_dtype",
+    "decode",
+    "decode_bits",
+    "encode",
+    "encode_bits",
+    "get",
+    "minifloat",
+    "nearest_even",
+    "pack",
+    "packed_bytes",
+    "padded_size",
+    "stochastic",
+    "tile_size",
+    "to_codebook",
+    "unpack",
+]

@@ -1,0 +1,91 @@
+"""Real arrays to codes of a format and back, one code per element."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxquant.numerics.bitpattern import decode_bits, encode_bits
+from jaxquant.numerics.formats import get
+from jaxquant.numerics.records import Format
+from jaxquant.numerics.rounding import nearest_even, stochastic, to_codebook
+
+
+def encode(x: ArrayLike, format: Any, *, key: Array | None = None) -> Array:
+    """The codes of the values nearest to `x`.
+
+    `code = round(clip(x, min, max))`: halves go to the even code (of a codebook: to the lower
+    value), and whatever lies outside the finite range, infinities included, takes the nearest end.
+    With a `key` one of the two neighbouring values is taken at random, so that `decode(encode(x))`
+    has expectation `x` inside the range. NaN becomes NaN where the format has one, else the code of
+    zero (of a codebook: of the value nearest to zero).
+
+    Args:
+      x: real numbers of any shape, read as float32.
+      format: a `Format` or its name.
+      key: a PRNG key for stochastic rounding.
+
+    Returns:
+      Codes of the same shape, dtype `format.storage`.
+
+    Raises:
+      ValueError: for an unknown format, a block format (its scale belongs to a block), complex `x`.
+
+    >>> encode(jnp.array([0.5, 1.5, -300.0]), "int8").tolist()
+    [0, 2, -128]
+    """
+    f = _element(format)
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise ValueError(f"expected real numbers, got {x.dtype}")
+    storage = jnp.dtype(f.storage)
+    if f.is_float:
+        codes = encode_bits(x, f, key=key)
+        return codes if codes.dtype == storage else lax.bitcast_convert_type(codes, storage)
+    x = x.astype(jnp.float32)
+    if f.codebook is not None:
+        return to_codebook(x, f.codebook, key).astype(storage)
+    x = jnp.clip(jnp.where(jnp.isnan(x), 0.0, x), f.min, f.max)
+    return (nearest_even(x) if key is None else stochastic(x, key)).astype(storage)
+
+
+def decode(codes: ArrayLike, format: Any, dtype: DTypeLike = jnp.float32) -> Array:
+    """The values of unpacked codes, rounded to `dtype`.
+
+    Args:
+      codes: what `encode` gives: any shape, dtype `format.storage`.
+      format: a `Format` or its name.
+      dtype: a floating-point dtype for the result.
+
+    Returns:
+      Values of the same shape, exact in float32.
+
+    Raises:
+      ValueError: for an unknown or a block format, or codes of another dtype than `format.storage`.
+
+    >>> decode(encode(jnp.array([0.1, -0.9]), "nf4"), "nf4").tolist()
+    [0.07958029955625534, -1.0]
+    """
+    f = _element(format)
+    codes = jnp.asarray(codes)
+    if codes.dtype != jnp.dtype(f.storage):
+        raise ValueError(f"codes of {f.name} are {f.storage}, got {codes.dtype}")
+    if f.codebook is not None:
+        return jnp.take(jnp.asarray(f.codebook, dtype), codes, mode="clip")
+    if f.is_float and jnp.issubdtype(codes.dtype, jnp.integer):
+        return decode_bits(codes, f).astype(dtype)
+    # XLA's own conversion: compilers look for it when they choose a kernel. It keeps subnormals.
+    return codes.astype(dtype)
+
+
+def _element(format: Any) -> Format:
+    found = get(format)
+    if isinstance(found, Format):
+        return found
+    raise ValueError(
+        f"{found.name!r} is a block format: its codes are those of {found.element.name!r} "
+        "after division by a scale for each block"
+    )

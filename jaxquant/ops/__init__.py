@@ -1,0 +1,17 @@
+"""Contractions and lookups with the signatures of `jax.lax`, whose operands may be quantized."""
+
+from jaxquant.ops.activations import fake, quantize_activation
+from jaxquant.ops.conv import conv_general_dilated
+from jaxquant.ops.dot_general import dot_general, dot_general_dynamic
+from jaxquant.ops.ragged import ragged_dot_general
+from jaxquant.ops.take import gather
+
+__all__ = [
+    "conv_general_dilated",
+    "dot_general",
+    "dot_general_dynamic",
+    "fake",
+    "gather",
+    "quantize_activation",
+    "ragged_dot_general",
+]

@@ -1,0 +1,83 @@
+"""Dynamic quantization: activations become integers at run time, by the rules of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxquant.ops.operands import int8_codes, integer_range
+from jaxquant.qtensor import dequantize, encode_array, scaled_codes, scales_over
+from jaxquant.spec import PerChannel, PerTensor, QSpec
+
+
+def shared_axes(spec: QSpec, contracted: Sequence[int], ndim: int) -> tuple[int, ...] | None:
+    """Axes of an activation over which one scale is shared; `None` unless all contracted ones are.
+
+    `PerTensor()` shares over all, `PerChannel()` over those contracted: one scale for each row.
+
+    >>> shared_axes(QSpec("int8"), (2,), 3), shared_axes(QSpec("int8", PerTensor()), (2,), 3)
+    ((2,), (0, 1, 2))
+    """
+    gran = spec.granularity
+    if isinstance(gran, PerTensor):
+        return tuple(range(ndim))
+    if not isinstance(gran, PerChannel):
+        return None
+    if gran.axes is None:
+        return tuple(sorted(contracted))
+    named = (gran.axes,) if isinstance(gran.axes, int) else gran.axes
+    kept = {a % ndim for a in named}
+    return None if kept & set(contracted) else tuple(a for a in range(ndim) if a not in kept)
+
+
+def quantize_activation(
+    x: Array, spec: QSpec, shared: Sequence[int]
+) -> tuple[Array, Array, Array | None]:
+    """Codes, scale and zero point of an activation, the scale shared over the axes `shared`.
+
+    `q = clip(round(x / S) + Z)`, computed in float32. Codes of integer formats are int8: unsigned
+    8-bit ones are shifted by 128, `Z = -128`. Float formats keep their own dtype, or are decoded
+    to float32 if they have none. Where `x` is not finite the scale is NaN, so that a product is.
+
+    Args:
+      x: float array.
+      spec: format and range rule; its granularity is not looked at.
+      shared: axes that one scale serves, as `shared_axes` gives them.
+
+    Returns:
+      `(codes, scale, zero)`, the last two of rank `x.ndim`, `zero` int32 or `None`.
+
+    >>> codes, scale, zero = quantize_activation(jnp.array([[1.0, -2.0]]), QSpec("int8"), (1,))
+    >>> codes.tolist(), zero
+    ([[64, -128]], None)
+    """
+    x, inner, fmt = x.astype(jnp.float32), tuple(shared), spec.format
+    scale, zero, total = scales_over(x, inner, spec)
+    scale = scale.astype(jnp.float32)
+    if total is not None:
+        scale = scale * total
+    codes = scaled_codes(x, scale, zero, fmt)
+    finite = jnp.isfinite(jnp.max(jnp.abs(x), axis=inner, keepdims=True, initial=0.0))
+    scale = jnp.where(finite, scale, jnp.nan)
+    if integer_range(fmt) is None or not fmt.is_integer:
+        return codes, scale, None
+    codes, shift = int8_codes(codes, fmt)
+    if zero is not None:
+        return codes, scale, zero.astype(jnp.int32) - shift
+    return codes, scale, jnp.full((1,) * x.ndim, -shift, jnp.int32) if shift else None
+
+
+def fake(x: Array, spec: QSpec, contracted: Sequence[int]) -> Array:
+    """An activation rounded to what `spec` can hold: quantized and dequantized, in its own dtype.
+
+    Args:
+      x: float array.
+      spec: any granularity; axes left open follow from `contracted`.
+      contracted: axes of `x` that will be summed over.
+
+    >>> fake(jnp.array([[1.0, -2.0]]), QSpec("int8"), (1,)).tolist()
+    [[1.003921627998352, -2.0078432559967041]]
+    """
+    return dequantize(encode_array(x, spec.at(tuple(contracted), x.ndim)))

@@ -1,0 +1,91 @@
+"""Straight-through gradients: those of the contraction with the dequantized operand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+
+from jaxquant.qtensor import QTensor, dequantize
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("like",))
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """Facts that ride along with the residuals."""
+
+    like: Any
+
+
+def _values(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.value, tree)
+
+
+def _refuse(q: Any) -> None:
+    if any(leaf.perturbed for leaf in jax.tree.leaves(q)):
+        raise TypeError(
+            "a QTensor is not differentiable: its codes are integers. Differentiate with respect "
+            "to the float leaves only; `jaxquant.partition` splits them from the quantized ones"
+        )
+
+
+@jax.custom_vjp
+def constant(q: Any) -> Any:
+    """A pytree of QTensors as it is, that refuses to be differentiated."""
+    return q
+
+
+def _constant_fwd(q: Any) -> tuple[Any, None]:
+    _refuse(q)
+    return _values(q), None
+
+
+def _constant_bwd(_: None, __: Any) -> tuple[None]:
+    return (None,)
+
+
+constant.defvjp(_constant_fwd, _constant_bwd, symbolic_zeros=True)
+
+
+def straight_through(
+    forward: Callable[[Array, QTensor], Array], reference: Callable[[Array, Array], Array]
+) -> Callable[[Array, QTensor], Array]:
+    """`forward(x, q)` with the gradient in `x` of `reference(x, dequantize(q))`, linear in `x`.
+
+    `dx = reference(., dequantize(q))^T g`. What is kept for the backward pass is the codes.
+    Asking for the gradient of `q` raises `TypeError`.
+    """
+
+    @jax.custom_vjp
+    def op(x: Array, q: QTensor) -> Array:
+        return forward(x, q)
+
+    def fwd(x: Any, q: Any) -> tuple[Array, Any]:
+        _refuse(q)
+        q = _values(q)
+        aval = jax.typeof(x.value)
+        like = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=_explicit(aval))
+        return forward(x.value, q), (q, _Static(like))
+
+    def bwd(kept: Any, g: Any) -> tuple[Any, None]:
+        q, like = kept[0], kept[1].like
+        if isinstance(g, SymbolicZero):
+            return jnp.zeros(like.shape, like.dtype), None
+        w = dequantize(q)
+        (dx,) = jax.linear_transpose(lambda x: reference(x, w), like)(g)
+        return dx, None
+
+    op.defvjp(fwd, bwd, symbolic_zeros=True)
+    return op
+
+
+def _explicit(aval: Any) -> Any:
+    """The sharding of an aval under an explicit mesh, else `None`."""
+    sharding = getattr(aval, "sharding", None)
+    return None if sharding is None or sharding.mesh.empty else sharding

@@ -1,0 +1,132 @@
+"""Looking up rows of a QTensor: only the rows taken are dequantized."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxquant.ops.backward import constant
+from jaxquant.ops.operands import members
+from jaxquant.qtensor import QTensor, dequantize
+
+
+def gather(
+    q: QTensor,
+    indices: Array,
+    *,
+    dimension_numbers: lax.GatherDimensionNumbers,
+    slice_sizes: Sequence[int],
+    mode: Any = None,
+    fill_value: Any = None,
+    **_: Any,
+) -> Array | None:
+    """`lax.gather` of whole slices of a QTensor, as embeddings are looked up.
+
+    `out[i, :] = S[index_i] (q[index_i, :] - Z[index_i])`: codes and scales of the rows are
+    gathered, and nothing else is dequantized.
+
+    Args:
+      q: QTensor `[vocabulary, features]`, or any with leading batch axes and several core axes.
+      indices: integers `[..., n]`, `n` indexed axes.
+      dimension_numbers: as for `lax.gather`.
+      slice_sizes: 1 for each indexed axis, which must be collapsed, and whole for the others.
+      mode: as for `lax.gather`; what is out of bounds is filled with `fill_value` or NaN, or
+        clipped.
+      fill_value: what to fill with.
+
+    Returns:
+      The array, or `None` where the lookup is of another kind (slices of several rows, an indexed
+      axis that shares scales, is merged with another or is packed): then dequantize first.
+
+    Raises:
+      TypeError: `q` is differentiated.
+
+    >>> import jax, jaxquant as jq
+    >>> table = jax.random.normal(jax.random.key(0), (100, 8))
+    >>> q = jq.quantize(table, jq.QSpec("int8", jq.PerChannel(0)))
+    >>> rows = lax.GatherDimensionNumbers((1,), (0,), (0,))
+    >>> gather(q, jnp.array([[7], [3]]), dimension_numbers=rows, slice_sizes=(1, 8)).shape
+    (2, 8)
+    """
+    taken = tuple(dimension_numbers.start_index_map)
+    held = members(q)
+    if not _rows_only(q, dimension_numbers, slice_sizes):
+        return None
+    lead = len(q.batch)
+    where = [held.index((a,)) for a in taken]
+    rows = indices.shape[:-1]
+    limit = jnp.array([q.shape[a] for a in taken], indices.dtype)
+    limit = jnp.broadcast_to(limit, indices.shape)
+    q = constant(q)
+
+    def take(a: Array | None, axes: Sequence[int]) -> Array | None:
+        """Rows of one leaf, `[*rows, *other axes]`; it need not have all of the axes."""
+        if a is None:
+            return None
+        columns = [i for i, s in enumerate(axes) if s < a.ndim and (s < lead or a.ndim > lead + 1)]
+        if a.ndim <= lead + (a is q.codebook):
+            columns = [i for i, s in enumerate(axes) if s < lead]
+        if not columns:
+            return jnp.broadcast_to(a.reshape((1,) * len(rows) + a.shape), rows + a.shape)
+        at = tuple(axes[i] for i in columns)
+        others = a.ndim - len(at)
+        numbers = lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(len(rows), len(rows) + others)),
+            collapsed_slice_dims=tuple(sorted(at)),
+            start_index_map=at,
+        )
+        sizes = tuple(1 if i in at else n for i, n in enumerate(a.shape))
+        picked = jnp.stack([indices[..., i] for i in columns], axis=-1)
+        return lax.gather(a, picked, numbers, sizes, mode="clip")
+
+    rank = len(q.core)
+    gone = [a - lead for a in taken if a >= lead]  # core axes from 0
+    stay = [a for a in range(rank) if a not in gone]
+    renamed = {a - rank: i - len(stay) for i, a in enumerate(stay)}
+    core = [s for s in range(len(q.axes)) if s + lead not in where]
+    part = dataclasses.replace(
+        q,
+        codes=take(q.codes, where),
+        scale=take(q.scale, where),
+        zero_point=take(q.zero_point, where),
+        codebook=take(q.codebook, where),
+        global_scale=take(q.global_scale, where),
+        core=tuple(q.core[a] for a in stay),
+        axes=tuple(tuple(renamed[a] for a in q.axes[s]) for s in core),
+        blocks=tuple(q.blocks[s] for s in core),
+    )
+    out = dequantize(part)
+    if lax.GatherScatterMode.from_any(mode) is lax.GatherScatterMode.FILL_OR_DROP:
+        inside = jnp.all((indices >= 0) & (indices < limit), axis=-1)
+        inside = inside.reshape(rows + (1,) * (out.ndim - len(rows)))
+        out = jnp.where(inside, out, jnp.asarray(jnp.nan if fill_value is None else fill_value, out.dtype))
+    offset = dimension_numbers.offset_dims
+    order = iter(range(len(rows)))
+    slices = iter(range(len(rows), out.ndim))
+    return jnp.transpose(out, [next(slices if i in offset else order) for i in range(out.ndim)])
+
+
+def _rows_only(
+    q: QTensor, numbers: lax.GatherDimensionNumbers, slice_sizes: Sequence[int]
+) -> bool:
+    taken = tuple(numbers.start_index_map)
+    if getattr(numbers, "operand_batching_dims", ()) or not q.axes or 0 in q.shape:
+        return False
+    if set(taken) != set(numbers.collapsed_slice_dims):
+        return False
+    held, lead = members(q), len(q.batch)
+    for a, size in enumerate(slice_sizes):
+        if a not in taken:
+            if size != q.shape[a]:
+                return False
+        elif (a,) not in held or size != 1:
+            return False
+    for a in taken:
+        s = held.index((a,)) - lead
+        if s >= 0 and (q.blocks[s] != 1 or (q.spec.format.packed and s == len(q.axes) - 1)):
+            return False
+    return True

@@ -1,0 +1,187 @@
+"""`quantize_params`: a recipe applied to a params tree, leaf by leaf."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding
+
+from jaxquant.encoders import Encoder, Info, rtn
+from jaxquant.interpret.sites import Sites, path_str
+from jaxquant.params.placement import automatic, derive
+from jaxquant.params.plan import Plan, identity, make_plans
+from jaxquant.qtensor import QTensor, Use, is_qtensor, with_use
+from jaxquant.recipe import Recipe, Rule
+from jaxquant.report import LeafReport, Report
+
+
+def quantize_params(
+    params: Any,
+    recipe: Recipe | Rule,
+    *,
+    sites: Sites | None = None,
+    key: Array | None = None,
+    use: bool = True,
+) -> tuple[Any, Report]:
+    """Quantizes the leaves of a params tree that a recipe's rules match.
+
+    The first rule that matches a leaf's key path decides. Which axes share a scale follows from
+    the contractions that the leaf takes part in, or from the axes that a rule names. The tree
+    keeps its structure and types; leaves become `QTensor`s, laid out over devices as they were.
+
+    Args:
+      params: a tree of arrays, or of `jax.ShapeDtypeStruct`s to learn the structure only.
+      recipe: the rules.
+      sites: what `jaxquant.trace` found.
+      key: PRNG key for encoders that draw; a leaf's own key is folded from it by its path.
+      use: put into each `QTensor` what the recipe says of activations and attention, so that
+        `jaxquant.quantized` contracts accordingly. Without, weights are dequantized values only.
+
+    Returns:
+      `(qparams, report)`; the report tells for every leaf what was done, or why not.
+
+    Raises:
+      ValueError: before any work, naming leaf or rule: a rule that matches nothing; a recipe that
+        quantizes nothing; axes neither named nor known from `sites`; sites of another model;
+        non-finite values.
+
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> params = {"dense": {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}}
+    >>> rule = jq.Rule("**/kernel", weights=jq.QSpec("int8", jq.PerChannel(axes=1)))
+    >>> qparams, report = jq.quantize_params(params, jq.Recipe([rule]))
+    >>> qparams["dense"]["kernel"].codes.dtype.name, report["dense/bias"].action
+    ('int8', 'kept: no rule matches')
+    """
+    recipe = Recipe([recipe]) if isinstance(recipe, Rule) else recipe
+    flat, tree = jax.tree.flatten_with_path(params, is_leaf=is_qtensor)
+    leaves = [(path_str(path), leaf) for path, leaf in flat]
+    plans, notes = make_plans(leaves, recipe, sites)
+    _check_finite([(p.path, x) for p, (_, x) in zip(plans, leaves, strict=True) if p.spec])
+
+    done: dict[Any, tuple[str, QTensor, Info | None]] = {}
+    seen: dict[Any, str] = {}
+    out, infos, reports = [], [], []
+    for plan, (path, leaf) in zip(plans, leaves, strict=True):
+        array = identity(path, leaf)
+        info, shared = None, None
+        if plan.spec is None or plan.rule is None:
+            out.append(leaf)
+            shared = seen.get(array)
+        else:
+            how = (array, plan.spec, plan.minor, plan.batch_axes, plan.rule)
+            if how not in done:
+                encoder = plan.rule.encoder or rtn()
+                q, info = _encode(leaf, plan, encoder, key)
+                if use:
+                    q = with_use(q, Use(plan.rule.activations, recipe.attention))
+                done[how] = (path, q, info)
+            else:
+                shared = done[how][0]
+            _, q, info = done[how]
+            out.append(q)
+        seen.setdefault(array, path)
+        infos.append(info)
+        reports.append((plan, leaf, out[-1], shared))
+    ratios = _sqnr(infos)
+    report = Report(
+        leaves=tuple(_leaf(*r, sqnr) for r, sqnr in zip(reports, ratios, strict=True)),
+        recipe=recipe.name,
+        notes=tuple(notes),
+    )
+    return jax.tree.unflatten(tree, out), report
+
+
+def _check_finite(leaves: list[tuple[str, Any]]) -> None:
+    """One pass over all arrays, then one wait for the answers."""
+    concrete = [
+        (p, x) for p, x in leaves if not isinstance(x, (jax.ShapeDtypeStruct, jax.core.Tracer))
+    ]
+    answers = jax.device_get([_count_bad(x) for _, x in concrete])
+    bad = [(p, x, int(n)) for (p, x), n in zip(concrete, answers, strict=True) if n]
+    if bad:
+        found = ", ".join(f"{p} ({n} of {math.prod(x.shape)} values)" for p, x, n in bad[:5])
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise ValueError(f"expected finite weights, got NaN or infinity in {found}{more}")
+
+
+@jax.jit
+def _count_bad(x: Array) -> Array:
+    return jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32)
+
+
+def _encode(
+    leaf: Any, plan: Plan, encoder: Encoder, key: Array | None
+) -> tuple[QTensor, Info | None]:
+    own = None if key is None else jax.random.fold_in(key, zlib.crc32(plan.path.encode()))
+
+    def run(w: Array, k: Array | None) -> tuple[QTensor, Info]:
+        assert plan.spec is not None
+        return encoder(w, plan.spec, key=k, minor=plan.minor, batch_axes=plan.batch_axes)
+
+    try:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return _abstract(leaf, lambda w: run(w, own)[0]), None
+        if isinstance(leaf, jax.core.Tracer):
+            return run(leaf, own)[0], None
+        if isinstance(leaf, np.ndarray):
+            leaf = jnp.asarray(leaf)
+        with automatic(leaf) as w:
+            q, info = run(w, own)
+        if isinstance(leaf.sharding, NamedSharding):
+            q = jax.device_put(q, derive(leaf.sharding, leaf.shape, q))
+        return q, info
+    except ValueError as error:
+        raise ValueError(f"{plan.path}: {error}") from error
+
+
+def _abstract(leaf: jax.ShapeDtypeStruct, run: Any) -> QTensor:
+    q = jax.eval_shape(run, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    if not isinstance(leaf.sharding, NamedSharding):
+        return q
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        q,
+        derive(leaf.sharding, leaf.shape, q),
+    )
+
+
+def _sqnr(infos: list[Info | None]) -> list[float | None]:
+    """All ratios after one wait for the device."""
+    sums = jax.device_get([None if i is None else (i.error, i.signal) for i in infos])
+    return [None if s is None else Info(*s).sqnr_db for s in sums]
+
+
+def _leaf(
+    plan: Plan, before: Any, after: Any, shared: str | None, sqnr: float | None
+) -> LeafReport:
+    notes = plan.notes + (() if shared is None else (f"tied: stored once, at {shared}",))
+    dtype = before.dtype if hasattr(before, "dtype") else type(before).__name__
+    return LeafReport(
+        path=plan.path,
+        shape=tuple(np.shape(before)),
+        dtype=str(dtype),
+        action=plan.action,
+        quantized=plan.spec is not None,
+        bytes_before=_nbytes(before),
+        bytes_after=_nbytes(after),
+        sqnr_db=sqnr,
+        sites=tuple(site.key for site in plan.sites),
+        notes=notes,
+        shared=shared is not None,
+    )
+
+
+def _nbytes(leaf: Any) -> int:
+    if is_qtensor(leaf):
+        return leaf.nbytes
+    if not hasattr(leaf, "dtype"):
+        return 0  # a Python scalar
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize

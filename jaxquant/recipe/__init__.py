@@ -1,0 +1,28 @@
+"""Recipes: rules on key paths that say what is quantized and how."""
+
+from jaxquant.recipe.patterns import pattern_matches
+from jaxquant.recipe.presets import fp8, mxfp4, nf4, w4a8, w4a16, w8a8, w8a16
+from jaxquant.recipe.rules import Recipe, Rule, attention_spec
+from jaxquant.recipe.specs import int2, int3, int4, int5, int6, int7, int8, uint8
+
+__all__ = [
+    "Recipe",
+    "Rule",
+    "attention_spec",
+    "fp8",
+    "int2",
+    "int3",
+    "int4",
+    "int5",
+    "int6",
+    "int7",
+    "int8",
+    "mxfp4",
+    "nf4",
+    "pattern_matches",
+    "uint8",
+    "w4a8",
+    "w4a16",
+    "w8a8",
+    "w8a16",
+]

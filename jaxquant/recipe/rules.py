@@ -1,0 +1,208 @@
+"""Rules and recipes: what to do with which parameters, as values."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+
+from jaxquant.encoders import Encoder
+from jaxquant.recipe.patterns import compile_glob, pattern_matches
+from jaxquant.spec import PerChannel, PerTensor, QSpec
+
+Pattern = str | re.Pattern[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What to do with the parameters and contractions whose key path matches a pattern.
+
+    Key paths are joined by `/` (`encoder/layer_0/mlp/kernel`); see `pattern_matches` for globs and
+    regular expressions. A contraction without a parameter, as of attention scores, has the path
+    of the scope it runs in, and only rules with `attention=` or `skip=True` apply to it.
+
+    Attributes:
+      pattern: a glob, or a compiled regular expression.
+      weights: how parameters are stored; `None` leaves them in float.
+      activations: how the other operand is quantized at run time, before it is contracted with
+        such a parameter; `None` leaves it in float.
+      attention: how both operands are quantized where neither is a parameter.
+      encoder: how codes are chosen; `None` rounds to nearest.
+      skip: leave what matches in float, whatever later rules say.
+      lookup: takes the place of `weights` for parameters that rows are looked up in (embedding
+        tables), which lose more at few bits.
+
+    Raises:
+      ValueError: nothing to do, or `skip` beside something to do; activations without weights;
+        activations or attention in a format other than integers or 8-bit floats, or with another
+        granularity than `PerTensor()` or `PerChannel()`.
+
+    >>> import jaxquant as jq
+    >>> rule = jq.Rule("**/mlp/**", weights=jq.int8(), activations=jq.int8())
+    >>> rule.matches("params/encoder/mlp/kernel")
+    True
+    """
+
+    pattern: Pattern
+    _: dataclasses.KW_ONLY
+    weights: QSpec | None = None
+    activations: QSpec | None = None
+    attention: QSpec | None = None
+    encoder: Encoder | None = None
+    skip: bool = False
+    lookup: QSpec | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pattern, str):
+            compile_glob(self.pattern)
+        elif not (isinstance(self.pattern, re.Pattern) and isinstance(self.pattern.pattern, str)):
+            raise ValueError(f"Rule: expected a glob or a compiled regex, got {self.pattern!r}")
+        specs = {n: getattr(self, n) for n in ("weights", "activations", "attention", "lookup")}
+        for name, spec in specs.items():
+            if not (spec is None or isinstance(spec, QSpec)):
+                raise ValueError(
+                    f"{self._name}: {name} takes a QSpec such as jq.int8() or "
+                    f"jq.QSpec('nf4', jq.PerGroup(64)), got {spec!r}"
+                )
+        given = [name for name, spec in specs.items() if spec is not None]
+        if self.encoder is not None and not callable(self.encoder):
+            raise ValueError(
+                f"{self._name}: encoder takes a value such as rtn(), got {self.encoder!r}"
+            )
+        if self.skip and (given or self.encoder is not None):
+            raise ValueError(f"{self._name}: skip=True leaves no place for {', '.join(given)}")
+        if not self.skip and not given:
+            raise ValueError(
+                f"{self._name} does nothing: give weights, activations, attention or lookup, "
+                "or skip=True"
+            )
+        if self.activations is not None and self.weights is None and self.lookup is None:
+            raise ValueError(
+                f"{self._name}: activations without weights; both operands must be quantized for "
+                "a contraction to run on integers"
+            )
+        for name in ("weights", "lookup"):
+            spec = specs[name]
+            if spec is not None and spec.symmetric and not spec.format.min < 0:
+                raise ValueError(
+                    f"{self._name}: {name} in {spec.format.name} without a zero point would lose "
+                    "every negative value; use symmetric=False or a signed format"
+                )
+        for name in ("activations", "attention"):
+            _check_dynamic(f"{self._name}: {name}", specs[name])
+
+    @property
+    def _name(self) -> str:
+        return f"Rule({self.key!r})"
+
+    @property
+    def key(self) -> str:
+        """The pattern as text."""
+        return self.pattern if isinstance(self.pattern, str) else self.pattern.pattern
+
+    def matches(self, key: str) -> bool:
+        """Whether the rule's pattern matches a key path."""
+        return pattern_matches(self.pattern, key)
+
+    def __repr__(self) -> str:
+        parts = [repr(self.key) if isinstance(self.pattern, str) else repr(self.pattern)]
+        for f in dataclasses.fields(self)[1:]:
+            value = getattr(self, f.name)
+            if value is not None and value is not False:
+                parts.append(f"{f.name}={value!r}")
+        return f"Rule({', '.join(parts)})"
+
+
+def _check_dynamic(where: str, spec: QSpec | None) -> None:
+    if spec is None:
+        return
+    fmt = spec.format
+    float8 = fmt.is_float and fmt.bits == 8 and fmt.signed
+    if not (fmt.is_integer or float8):
+        raise ValueError(f"{where}: expected an integer or 8-bit float format, got {fmt.name}")
+    if spec.granularity not in (PerTensor(), PerChannel()):
+        raise ValueError(
+            f"{where}: expected PerTensor() or PerChannel() (one scale per row), "
+            f"got {spec.granularity!r}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Rules in order; the first that matches a key path decides.
+
+    Attributes:
+      rules: the rules, given as any iterable.
+      name: shown in reports.
+
+    >>> import jaxquant as jq
+    >>> recipe = jq.Recipe([jq.Rule("**/head/*", skip=True), jq.Rule("**", weights=jq.int8())])
+    >>> recipe.match("head/kernel").skip, recipe.match("body/kernel").skip
+    (True, False)
+    """
+
+    rules: tuple[Rule, ...]
+    name: str = ""
+
+    def __init__(self, rules: Iterable[Rule], name: str = "") -> None:
+        rules = (rules,) if isinstance(rules, Rule) else tuple(rules)
+        if not rules:
+            raise ValueError("Recipe: expected at least one rule, got none")
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise ValueError(f"Recipe: expected rules, got {rule!r}")
+        object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "name", name)
+
+    def match(self, key: str) -> Rule | None:
+        """The first rule that matches a key path, or `None`."""
+        return next((rule for rule in self.rules if rule.matches(key)), None)
+
+    def after(self, *rules: Rule) -> Recipe:
+        """This recipe with rules put in front, which so win over its own.
+
+        >>> import jaxquant as jq
+        >>> jq.w8a8().after(jq.Rule("**/head/*", skip=True)).rules[0].skip
+        True
+        """
+        return Recipe(rules + self.rules, self.name)
+
+    @property
+    def attention(self) -> tuple[tuple[Pattern, QSpec | None], ...]:
+        """The part of the recipe that applies to contractions without a parameter, in order.
+
+        Rules with `attention=`, and rules with `skip=True` as `None`; see `attention_spec`.
+        """
+        return tuple(
+            (rule.pattern, rule.attention)
+            for rule in self.rules
+            if rule.attention is not None or rule.skip
+        )
+
+    def __iter__(self) -> Iterator[Rule]:
+        return iter(self.rules)
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    def __repr__(self) -> str:
+        if self.name:
+            return f"<Recipe {self.name}: {len(self.rules)} rules>"
+        return f"Recipe([{', '.join(map(repr, self.rules))}])"
+
+
+def attention_spec(attention: Iterable[tuple[Pattern, QSpec | None]], key: str) -> QSpec | None:
+    """The spec for a contraction without a parameter: that of the first pattern that matches.
+
+    Args:
+      attention: `Recipe.attention`, as `Use.attention` carries it.
+      key: key of the contraction's site.
+
+    >>> import jaxquant as jq
+    >>> attention_spec(jq.w8a8().attention, "encoder/layer_0/attn").format.name
+    'int8'
+    """
+    for pattern, spec in attention:
+        if pattern_matches(pattern, key):
+            return spec
+    return None

@@ -1,0 +1,242 @@
+"""Reports: what became of every parameter, as a table to read and a dict to keep."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+_WIDTH = 118  # of the printed table
+_PATH = 24  # a path is never shortened below this
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something the interpreter did that costs memory, time or accuracy.
+
+    Attributes:
+      kind: `"dequantized"`, `"policy"`, ...
+      where: key path or scope.
+      primitive: name of the JAX primitive that caused it.
+      message: one sentence for the reader.
+
+    >>> print(Event("dequantized", "encoder/x", "add", "the weight met an elementwise op"))
+    dequantized by add at encoder/x: the weight met an elementwise op
+    """
+
+    kind: str
+    where: str
+    primitive: str = ""
+    message: str = ""
+
+    def __str__(self) -> str:
+        text = self.kind
+        text += f" by {self.primitive}" if self.primitive else ""
+        text += f" at {self.where}" if self.where else ""
+        return text + (f": {self.message}" if self.message else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafReport:
+    """What became of one leaf.
+
+    Attributes:
+      path: key path.
+      shape: shape of the array, before as after.
+      dtype: name of its dtype before.
+      action: in words: `int8 per channel, activations int8`, or `kept: <reason>`.
+      quantized: whether it is a `QTensor` now because of this call.
+      bytes_before: size of the array.
+      bytes_after: bytes stored now, scales included.
+      sqnr_db: signal to quantization noise ratio; `inf` where exact, `None` where not measured.
+      sites: keys of the contractions and lookups that use it.
+      notes: anything else, as that it is tied to another leaf.
+      shared: whether its bytes are counted at another path already.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    action: str
+    quantized: bool
+    bytes_before: int
+    bytes_after: int
+    sqnr_db: float | None = None
+    sites: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    shared: bool = False
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over values, scales included; 0 for an empty array."""
+        size = math.prod(self.shape)
+        return 8.0 * self.bytes_after / size if size else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-serialisable values.
+
+        JSON has no infinity: where the result is exact, `sqnr_db` is `None` and `exact` is true.
+        """
+        fields = dataclasses.asdict(self)
+        exact = self.sqnr_db is not None and math.isinf(self.sqnr_db) and self.sqnr_db > 0
+        finite = self.sqnr_db is not None and math.isfinite(self.sqnr_db)
+        return fields | {
+            "shape": list(self.shape),
+            "sites": list(self.sites),
+            "notes": list(self.notes),
+            "sqnr_db": self.sqnr_db if finite else None,
+            "exact": exact,
+            "bits_per_weight": self.bits_per_weight,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of every leaf of a params tree; `print` shows it as a table.
+
+    Attributes:
+      leaves: one entry per leaf, in the tree's order.
+      recipe: name of the recipe.
+      events: what the interpreter had to do, see `Event`.
+      notes: remarks on the whole.
+
+    >>> leaf = LeafReport("w", (4, 8), "float32", "int8 per channel", True, 128, 64, 45.0)
+    >>> Report((leaf,)).ratio
+    0.5
+    """
+
+    leaves: tuple[LeafReport, ...]
+    recipe: str = ""
+    events: tuple[Event, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> int:
+        """How many leaves were quantized."""
+        return sum(leaf.quantized for leaf in self.leaves)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all leaves before; tied leaves count once."""
+        return sum(leaf.bytes_before for leaf in self.leaves if not leaf.shared)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all leaves now, scales included; tied leaves count once."""
+        return sum(leaf.bytes_after for leaf in self.leaves if not leaf.shared)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes now over bytes before; 1 for an empty tree."""
+        return self.bytes_after / self.bytes_before if self.bytes_before else 1.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over values, over all leaves."""
+        size = sum(math.prod(leaf.shape) for leaf in self.leaves if not leaf.shared)
+        return 8.0 * self.bytes_after / size if size else 0.0
+
+    def __getitem__(self, path: str) -> LeafReport:
+        """The entry of one path; `KeyError` if there is none."""
+        for leaf in self.leaves:
+            if leaf.path == path:
+                return leaf
+        raise KeyError(path)
+
+    def with_events(self, events: Iterable[Event]) -> Report:
+        """This report with more events, each of them listed once."""
+        merged = dict.fromkeys((*self.events, *events))
+        return dataclasses.replace(self, events=tuple(merged))
+
+    def with_notes(self, *notes: str) -> Report:
+        """This report with more notes."""
+        return dataclasses.replace(self, notes=self.notes + notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-serialisable values."""
+        return {
+            "recipe": self.recipe,
+            "quantized": self.quantized,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "ratio": self.ratio,
+            "bits_per_weight": self.bits_per_weight,
+            "leaves": [leaf.to_dict() for leaf in self.leaves],
+            "events": [dataclasses.asdict(event) for event in self.events],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        head = ("path", "array", "action", "before", "after", "bits", "SQNR dB")
+        rows = [_row(leaf) for leaf in self.leaves]
+        total = (
+            "total",
+            f"{len(self.leaves)} leaves",
+            f"{self.quantized} quantized" + (f" by {self.recipe}" if self.recipe else ""),
+            _bytes(self.bytes_before),
+            _bytes(self.bytes_after),
+            f"{self.bits_per_weight:.2f}",
+            f"x {self.ratio:.3f}",
+        )
+        widths = [max(len(row[i]) for row in (head, *rows, total)) for i in range(len(head))]
+        room = max(_PATH, _WIDTH - sum(widths[1:]) - 2 * (len(head) - 1))
+        widths[0] = min(widths[0], room)
+        rows = [(_shorten(row[0], room), *row[1:]) for row in rows]
+        lines = [_line(row, widths) for row in (head, *rows)]
+        rule = "-" * max(map(len, lines))
+        lines = [lines[0], rule, *lines[1:], rule, _line(total, widths)]
+        lines += [f"{leaf.path}: {n}" for leaf in self.leaves for n in leaf.notes]
+        lines += list(self.notes)
+        lines += [str(event) for event in self.events]
+        return "\n".join(lines)
+
+
+def _row(leaf: LeafReport) -> tuple[str, ...]:
+    sqnr = ""
+    if leaf.sqnr_db is not None:
+        sqnr = "exact" if leaf.sqnr_db == math.inf else f"{leaf.sqnr_db:.1f}"
+    return (
+        leaf.path,
+        f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]",
+        leaf.action,
+        _bytes(leaf.bytes_before),
+        "(tied)" if leaf.shared else _bytes(leaf.bytes_after),
+        f"{leaf.bits_per_weight:.2f}",
+        sqnr,
+    )
+
+
+def _line(row: tuple[str, ...], widths: list[int]) -> str:
+    """Words to the left, figures to the right."""
+    cells = [
+        c.ljust(w) if i < 3 else c.rjust(w)
+        for i, (c, w) in enumerate(zip(row, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()
+
+
+def _bytes(count: int) -> str:
+    """A count of bytes with three or four figures, in decimal units.
+
+    >>> _bytes(512), _bytes(90_900_000)
+    ('512 B', '90.9 MB')
+    """
+    value, unit = float(count), "B"
+    for bigger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, bigger
+    return f"{count} B" if unit == "B" else f"{value:.{1 if value < 99.95 else 0}f} {unit}"
+
+
+def _shorten(path: str, width: int) -> str:
+    """Takes the middle out of a path that is too long; both ends tell more.
+
+    >>> _shorten("encoder/layer_0/attention/query/kernel", 24)
+    'encoder/la…/query/kernel'
+    """
+    if len(path) <= width:
+        return path
+    tail = (width - 1) * 3 // 5
+    return f"{path[: width - 1 - tail]}…{path[-tail:]}"

@@ -1,0 +1,261 @@
+"""How one array is quantized: a format, a granularity, and how the range becomes a scale."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+from typing import Literal, Union
+
+import jax.numpy as jnp
+
+from jaxquant.numerics import BlockFormat, Format, get
+
+RANGES = ("half", "qmax", "signed")
+Range = Literal["half", "qmax", "signed"]
+
+
+def _axes(value: int | tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return (value,) if isinstance(value, int) else value if value is None else tuple(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole array.
+
+    >>> QSpec("int8", PerTensor()).resolve((4, 8)).blocks
+    (4, 8)
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class PerChannel:
+    """One scale for each index of `axes`, shared over all others.
+
+    `axes=None` means the axes that the contraction keeps: output channels of a weight, rows
+    (tokens) of an activation.
+
+    >>> QSpec("int8", PerChannel(axes=1)).resolve((4, 8)).blocks
+    (4, 1)
+    """
+
+    axes: int | tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PerGroup:
+    """One scale for each run of `size` values along `axis`, for every index of the other axes.
+
+    `axis=None` means the contracted axes; several axes are flattened in order and the groups run
+    over the result. A last group that is not full is padded.
+
+    Raises:
+      ValueError: `size` is not a positive integer.
+
+    >>> QSpec("int4", PerGroup(4, axis=0)).resolve((8, 3)).blocks
+    (1, 4)
+    """
+
+    size: int
+    axis: int | tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.size, int) or self.size <= 0:
+            raise ValueError(f"group size: expected a positive integer, got {self.size!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PerBlock:
+    """One scale for each tile of `rows` x `cols` values over the two `axes`.
+
+    `axes=None` means the last two axes of the array.
+
+    Raises:
+      ValueError: `rows` or `cols` is not a positive integer.
+
+    >>> QSpec("int8", PerBlock(2, 4)).resolve((8, 8)).blocks
+    (2, 4)
+    """
+
+    rows: int
+    cols: int
+    axes: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for size in (self.rows, self.cols):
+            if not isinstance(size, int) or size <= 0:
+                raise ValueError(f"block size: expected positive integers, got {self}")
+
+
+Granularity = Union[PerTensor, PerChannel, PerGroup, PerBlock]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A granularity made concrete for one shape.
+
+    `axes[s]` are the array's axes (negative) that storage axis `s` holds, flattened in order;
+    `blocks[s]` is how many consecutive indices of it share one scale.
+    """
+
+    axes: tuple[tuple[int, ...], ...]
+    blocks: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class QSpec:
+    """How one array is quantized.
+
+    Linear formats follow `r = S (q - Z)`. With `symmetric=True`, `Z = 0` and the scale comes from
+    the largest magnitude `amax` by the `range` rule:
+
+    - `"half"`: `S = amax / (qmax + 1/2)`; the negative extreme rounds out to `qmin`.
+    - `"qmax"`: `S = amax / qmax`; data that uses the whole integer range comes back exactly.
+    - `"signed"`: `S = -extreme / |qmin|`, `extreme` the signed value of largest magnitude, which
+      so falls on `qmin` exactly (the rule of GGUF's Q4_0).
+
+    With `symmetric=False`, `S = (max - min) / (2^b - 1)` over a range that contains 0, and `Z` is
+    an integer of the format. Float formats and codebooks use `S = amax / max`; a block format
+    (`mxfp4`, `nvfp4`, ...) sets element, group size and scale format at once.
+
+    Attributes:
+      format: a `Format`, or the name of one (`"int4"`, `"nf4"`, `"float8_e4m3fn"`, `"mxfp4"`).
+      granularity: which values share a scale.
+      symmetric: whether the zero point is 0.
+      range: the rule above; integers only.
+      scale_dtype: dtype name the scales are stored in.
+      global_scale: whether scales are themselves relative to one float32 scale per array.
+
+    Raises:
+      ValueError: unknown format, range or dtype; an asymmetric float or codebook format.
+
+    >>> QSpec("int4", granularity=PerGroup(128, axis=0)).format.name
+    'int4'
+    >>> QSpec("mxfp4").scale_dtype
+    'float8_e8m0fnu'
+    """
+
+    format: Format
+    granularity: Granularity = PerChannel()
+    symmetric: bool = True
+    range: Range = "half"
+    scale_dtype: str = "float32"
+    global_scale: bool = False
+
+    def __init__(
+        self,
+        format: str | Format | BlockFormat,  # noqa: A002 - the field's own word
+        granularity: Granularity | None = None,
+        symmetric: bool = True,
+        range: Range = "half",  # noqa: A002
+        scale_dtype: str | None = None,
+        global_scale: bool = False,
+    ) -> None:
+        fmt = get(format)
+        if isinstance(fmt, BlockFormat):
+            if granularity is None:
+                granularity = PerGroup(fmt.block)
+            scale_dtype = scale_dtype or fmt.scale.storage
+            global_scale = fmt.global_scale
+            fmt = fmt.element
+        elif granularity is None:
+            granularity = PerChannel()
+        if not isinstance(granularity, (PerTensor, PerChannel, PerGroup, PerBlock)):
+            raise ValueError(f"granularity: expected PerTensor, ... PerBlock, got {granularity!r}")
+        if range not in RANGES:
+            raise ValueError(f"range: expected one of {RANGES}, got {range!r}")
+        if not symmetric and not fmt.is_integer:
+            raise ValueError(f"{fmt.name}: only integer formats can be asymmetric (no zero point)")
+        scale_dtype = scale_dtype or "float32"
+        try:
+            scale = jnp.dtype(scale_dtype)
+        except TypeError:
+            raise ValueError(f"scale_dtype: {scale_dtype!r} is not a dtype") from None
+        if not jnp.issubdtype(scale, jnp.floating):
+            raise ValueError(f"scale_dtype: expected a float dtype, got {scale.name}")
+        for name, value in (
+            ("format", fmt),
+            ("granularity", granularity),
+            ("symmetric", symmetric),
+            ("range", range),
+            ("scale_dtype", scale.name),
+            ("global_scale", global_scale),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        notes = [self.format.name, repr(self.granularity)]
+        notes += [] if self.symmetric else ["symmetric=False"]
+        notes += [] if self.range == "half" else [f"range={self.range!r}"]
+        notes += [] if self.scale_dtype == "float32" else [f"scale_dtype={self.scale_dtype!r}"]
+        return f"QSpec({', '.join(notes)})"
+
+    def at(self, contracted: tuple[int, ...], ndim: int) -> QSpec:
+        """Fills the axes that were left to the contraction.
+
+        `contracted` are the axes of the array (of rank `ndim`) that are summed over.
+
+        >>> QSpec("int4", PerGroup(64)).at((0,), 2).granularity
+        PerGroup(size=64, axis=(-2,))
+        """
+        contracted = tuple(a % ndim - ndim for a in contracted)
+        kept = tuple(a for a in builtins.range(-ndim, 0) if a not in contracted)
+        gran = self.granularity
+        if isinstance(gran, PerChannel) and gran.axes is None:
+            gran = PerChannel(kept)
+        elif isinstance(gran, PerGroup) and gran.axis is None:
+            gran = PerGroup(gran.size, contracted)
+        return QSpec(
+            self.format, gran, self.symmetric, self.range, self.scale_dtype, self.global_scale
+        )
+
+    def resolve(self, shape: tuple[int, ...], minor: tuple[int, ...] = ()) -> Blocks:
+        """The storage axes and block sizes for an array of `shape`.
+
+        Grouped axes, and those named in `minor`, are stored last, so that what is contracted is
+        contiguous and sub-byte codes pack along it.
+
+        Raises:
+          ValueError: an axis out of range or named twice, or axes left open.
+        """
+        ndim, gran = len(shape), self.granularity
+        grouped: tuple[int, ...] = ()
+        if isinstance(gran, PerGroup):
+            grouped = self._check(gran.axis, ndim)
+        minor = tuple(a % ndim - ndim for a in minor)
+        order = [a for a in builtins.range(-ndim, 0) if a not in minor and a not in grouped]
+        order += [a for a in minor if a not in grouped]
+        size = {a: shape[a] for a in builtins.range(-ndim, 0)}
+        axes = [(a,) for a in order]
+        if isinstance(gran, PerTensor):
+            blocks = [size[a] for a in order]
+        elif isinstance(gran, PerChannel):
+            channels = self._check(gran.axes, ndim)
+            blocks = [1 if a in channels else size[a] for a in order]
+        elif isinstance(gran, PerGroup):
+            total = 1
+            for a in grouped:
+                total *= size[a]
+            blocks = [1 for _ in order]
+            if grouped:
+                axes.append(grouped)
+                blocks.append(min(gran.size, max(total, 1)))
+        else:
+            rows, cols = self._check(gran.axes or (-2, -1), ndim)
+            tile = {rows: gran.rows, cols: gran.cols}
+            blocks = [min(tile.get(a, 1), max(size[a], 1)) for a in order]
+        return Blocks(tuple(axes), tuple(max(b, 1) for b in blocks))
+
+    def _check(self, axes: int | tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
+        if axes is None:
+            raise ValueError(
+                f"{self!r}: the axis is not given and no contraction says it; name the axis, "
+                "as in PerGroup(128, axis=0) or PerChannel(axes=-1)"
+            )
+        given = _axes(axes) or ()
+        for a in given:
+            if not -ndim <= a < ndim:
+                raise ValueError(f"{self!r}: axis {a} is out of range for an array of rank {ndim}")
+        negative = tuple(a % ndim - ndim for a in given)
+        if len(set(negative)) != len(negative):
+            raise ValueError(f"{self!r}: an axis is named twice in {given}")
+        return negative
