@@ -125,7 +125,7 @@ def measure(
             bars.update(task, description=f"{name}: embedding")
             found = embed(encoders[name], batches, lambda task=task: bars.advance(task))
             rows.append(
-                Row(name, how, report.total_bytes_after, weights, cosines(found, reference))
+                Row(name, how, report.bytes_after, weights, cosines(found, reference))
             )
         if rounds:
             task = bars.add_task("timing", total=rounds * len(encoders))

@@ -1,7 +1,80 @@
-"""jaxquant: quantization for JAX and Flax, as pure functions."""
+"""Quantization for JAX and Flax, as pure functions.
+
+`quantized(fn)` computes `fn` with params whose leaves may be `QTensor`s; `ptq` makes such params
+from float ones by a recipe. See the README for five-line examples.
+"""
+
+from jaxquant.encoders import rtn
 from jaxquant.interpret import Site, Sites, quantized, trace
-from jaxquant.numerics import formats
+from jaxquant.numerics import BlockFormat, Format
+from jaxquant.numerics.table import formats
+from jaxquant.params import combine, dequantize_params, partition, quantize_params
+from jaxquant.ptq import ptq
 from jaxquant.qtensor import QTensor, dequantize, quantize
-from jaxquant.recipe import *
-from jaxquant.recipe import Recipe, Rule
+from jaxquant.recipe import (
+    Recipe,
+    Rule,
+    fp8,
+    int2,
+    int3,
+    int4,
+    int5,
+    int6,
+    int7,
+    int8,
+    mxfp4,
+    nf4,
+    uint8,
+    w4a8,
+    w4a16,
+    w8a8,
+    w8a16,
+)
+from jaxquant.report import Event, LeafReport, Report
 from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockFormat",
+    "Event",
+    "Format",
+    "LeafReport",
+    "PerBlock",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "QSpec",
+    "QTensor",
+    "Recipe",
+    "Report",
+    "Rule",
+    "Site",
+    "Sites",
+    "combine",
+    "dequantize",
+    "dequantize_params",
+    "formats",
+    "fp8",
+    "int2",
+    "int3",
+    "int4",
+    "int5",
+    "int6",
+    "int7",
+    "int8",
+    "mxfp4",
+    "nf4",
+    "partition",
+    "ptq",
+    "quantize",
+    "quantize_params",
+    "quantized",
+    "rtn",
+    "trace",
+    "uint8",
+    "w4a8",
+    "w4a16",
+    "w8a8",
+    "w8a16",
+]

@@ -8,6 +8,7 @@ is reported.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -187,10 +188,13 @@ class Interpreter:
         lhs, rhs = signed[0], signed[1]
         where = site_scope(scope, self.paths)
         params = [v.facts.origin.path for v in _param_first(lhs, rhs) if v.facts.origin]
-        key = self.key(params[0] if params else where or _common(lhs, rhs) or eqn.primitive.name)
+        base = params[0] if params else where or _common(lhs, rhs) or eqn.primitive.name
+        key = self.key(base)
+        # what comes after is named by the scope of this site, or the parent of its parameter
+        near = base.rpartition("/")[0] if params else base
         site = Contraction(eqn, key, lhs, rhs, tuple(signed[2:]), where)
         live = lhs.facts.live or rhs.facts.live
-        return Value(self.policy.contract(site), Facts(None, live, False, frozenset([key])))
+        return Value(self.policy.contract(site), Facts(None, live, False, frozenset([near])))
 
     def _lookup(self, eqn: Any, operand: Value, scope: tuple[str, ...]) -> None:
         origin = operand.facts.origin
@@ -212,6 +216,8 @@ class Interpreter:
             return value.data
         path = value.facts.origin.path if value.facts.origin else "a quantized value"
         name = eqn.primitive.name
+        if value.facts.live:  # rows taken from a table: only these are dequantized
+            return dequantize(value.data)
         self.report("dequantized", path, name, f"by {name} in {self.where(scope)}")
         return dequantize(value.data)
 
@@ -230,14 +236,9 @@ def _param_first(lhs: Value, rhs: Value) -> list[Value]:
 
 
 def _common(lhs: Value, rhs: Value) -> str:
-    """The longest path above all sites that feed both operands."""
-    keys = [k.split("#")[0].split("/") for v in (lhs, rhs) for k in v.facts.near]
-    if not keys:
-        return ""
-    depth = 0
-    while all(len(k) > depth + 1 and k[depth] == keys[0][depth] for k in keys):
-        depth += 1
-    return "/".join(keys[0][:depth])
+    """The longest path above all parameters that last fed both operands."""
+    paths = [place.split("/") for v in (lhs, rhs) for place in v.facts.near]
+    return "/".join(os.path.commonprefix(paths)) if paths else ""
 
 
 def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:

@@ -495,7 +495,9 @@ def rows(q: QTensor, indices: Array, axis: int, mode: Any, fill: Any) -> QTensor
         zero_point=gather(q.zero_point),
         global_scale=None if glob is None else jnp.broadcast_to(glob, lead),
         core=q.core[:axis] + q.core[axis + 1 :],
-        axes=tuple(m for i, m in enumerate(q.axes) if i != at),
+        axes=tuple(
+            tuple(a + (a < axis - rank) for a in m) for i, m in enumerate(q.axes) if i != at
+        ),
         blocks=tuple(b for i, b in enumerate(q.blocks) if i != at),
     )
 

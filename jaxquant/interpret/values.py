@@ -38,7 +38,7 @@ class Facts:
       origin: set while the value is a parameter, moved at most by layout operations.
       live: whether it depends on the function's inputs, not on parameters alone.
       nonneg: whether it cannot be negative (softmax, relu), so that unsigned codes fit it.
-      near: keys of the last sites that fed it; they name contractions that have no parameter.
+      near: where the last sites that fed it are; it names contractions that have no parameter.
     """
 
     origin: Origin | None = None

@@ -104,8 +104,8 @@ def decode_bits(patterns: ArrayLike, format: Any) -> Array:
 def encode_bits(x: ArrayLike, format: Any, *, key: Array | None = None) -> Array:
     """The bit patterns of the nearest values of a format, saturating.
 
-    Nearest, ties to the even pattern; without mantissa bits, where no pattern is even, to the larger
-    value (IEEE 754-2019 section 4.3.1). What lies outside `[format.min, format.max]`, infinities
+    Nearest, ties to the even pattern; without mantissa bits, where no pattern is even, to the
+    larger value (IEEE 754-2019 section 4.3.1). What lies outside `[format.min, format.max]`, infinities
     included, takes the nearest end. With a `key`, one of the two neighbouring values at random such
     that the expectation is `x` for every `x` in that range. NaN becomes the format's NaN, or zero
     where it has none.
