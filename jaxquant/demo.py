@@ -11,21 +11,24 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import import_module, metadata
-from typing import TYPE_CHECKING, Any
+from importlib import metadata
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import optax  # type: ignore[import-untyped]
 
+# Flax depends on rich, so of the demo's extra packages only scikit-learn can be missing here.
+from rich import box, progress
+from rich.console import Console
+from rich.table import Table
+
+import jaxquant
 from jaxquant.interpret import quantized
 from jaxquant.ptq import ptq
 from jaxquant.recipe import Recipe, fp8, mxfp4, nf4, w4a8, w4a16, w8a8, w8a16
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # Name: what it stores and computes with, and the recipe.
 PRESETS: Mapping[str, tuple[str, Callable[[], Recipe]]] = {
@@ -38,11 +41,15 @@ PRESETS: Mapping[str, tuple[str, Callable[[], Recipe]]] = {
     "mxfp4": ("mxfp4 / float", mxfp4),
 }
 
-# Told of work done: stage, steps done, steps in all.
-Watch = Callable[[str, int, int], Any]
+Watch = Callable[[str, int, int], Any]  # told of work done: stage, steps done, steps in all
+Model = tuple[Callable[..., jax.Array], Any]  # a jitted function and its variables
 
-_TRAIN = 1200  # digits of 1797; the other 597 are the test set
+_TRAIN, _TEST = 1200, 597  # of 1797 digits
 _BATCH = 100
+
+
+class MissingExtra(ImportError):
+    """A package of the demo extra is missing; the message says how to install it."""
 
 
 class CNN(nn.Module):
@@ -52,15 +59,15 @@ class CNN(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Images [batch, 8, 8, 1] to logits [batch, 10]."""
         x = nn.relu(nn.Conv(32, (3, 3))(images))
+        x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = nn.relu(nn.Conv(64, (3, 3))(x))
         x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = nn.relu(nn.Dense(128)(x.reshape(x.shape[0], -1)))
         return nn.Dense(10)(x)
 
 
-@dataclasses.dataclass(frozen=True)
-class Digits:
-    """Images [n, 8, 8, 1] in 0 to 1 and their labels [n], split for training and test."""
+class Digits(NamedTuple):
+    """Images [n, 8, 8, 1] with values from 0 to 1, their labels [n], and the split."""
 
     train_x: np.ndarray
     train_y: np.ndarray
@@ -100,7 +107,7 @@ def run(
     presets: Iterable[str] = tuple(PRESETS),
     *,
     epochs: int = 20,
-    rounds: int = 15,
+    rounds: int = 31,
     watch: Watch = lambda stage, done, total: None,
 ) -> list[Row]:
     """Trains the CNN, quantizes it by each preset, and measures; the first row is float.
@@ -113,7 +120,7 @@ def run(
 
     Raises:
       ValueError: a preset is unknown.
-      ImportError: scikit-learn is missing.
+      MissingExtra: scikit-learn is not installed.
     """
     names = check_presets(presets)
     digits = load_digits()
@@ -123,16 +130,14 @@ def run(
 
     count = sum(leaf.size for leaf in jax.tree.leaves(variables))
     stored = {"float32": sum(leaf.nbytes for leaf in jax.tree.leaves(variables))}
-    models: dict[str, tuple[Callable[..., jax.Array], Any]] = {
-        "float32": (jax.jit(model.apply), variables)
-    }
-    classes = {"float32": _classes(models["float32"], x)}
+    models: dict[str, Model] = {"float32": (jax.jit(model.apply), variables)}
+    classes = {"float32": np.asarray(models["float32"][0](variables, x).argmax(-1))}
     for done, name in enumerate(names):
         watch(f"quantizing: {name}", done, len(names))
         qvariables, report = ptq(model.apply, variables, PRESETS[name][1](), x)
         models[name] = (jax.jit(quantized(model.apply)), qvariables)
         stored[name] = report.bytes_after
-        classes[name] = _classes(models[name], x)
+        classes[name] = np.asarray(models[name][0](qvariables, x).argmax(-1))
     watch("quantizing", len(names), len(names))
     seconds = interleaved_medians(models, x, rounds, lambda done: watch("timing", done, rounds))
     return [
@@ -161,16 +166,18 @@ def check_presets(names: Iterable[str]) -> list[str]:
 
 def load_digits() -> Digits:
     """Scikit-learn's 1797 handwritten digits of 8 x 8 pixels, always split in the same way."""
-    x, y = require("sklearn.datasets").load_digits(return_X_y=True)
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise MissingExtra('scikit-learn is missing: pip install "jaxquant[demo]"') from error
+    x, y = datasets.load_digits(return_X_y=True)
     # The file is ordered by writer: without shuffling, the test set would hold new hands only.
     order = np.random.default_rng(0).permutation(len(x))
     x, y = (x[order].reshape(-1, 8, 8, 1) / 16).astype(np.float32), y[order]
     return Digits(x[:_TRAIN], y[:_TRAIN], x[_TRAIN:], y[_TRAIN:])
 
 
-def train(
-    model: nn.Module, digits: Digits, epochs: int, step_done: Callable[[int], Any]
-) -> dict[str, Any]:
+def train(model: nn.Module, digits: Digits, epochs: int, step_done: Callable[[int], Any]) -> Any:
     """The model's variables after training with Adam; `step_done` is told of each epoch."""
     steps = len(digits.train_x) // _BATCH
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, max(1, epochs * steps)))
@@ -195,10 +202,7 @@ def train(
 
 
 def interleaved_medians(
-    models: Mapping[str, tuple[Callable[..., jax.Array], Any]],
-    x: jax.Array,
-    rounds: int,
-    round_done: Callable[[int], Any],
+    models: Mapping[str, Model], x: jax.Array, rounds: int, round_done: Callable[[int], Any]
 ) -> dict[str, float]:
     """Median seconds of each model on `x`.
 
@@ -215,51 +219,32 @@ def interleaved_medians(
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def _classes(model: tuple[Callable[..., jax.Array], Any], x: jax.Array) -> np.ndarray:
-    fn, variables = model
-    return np.asarray(fn(variables, x).argmax(-1))
-
-
-def require(module: str) -> Any:
-    """A module of the demo extra; an `ImportError` says how to install it where it is missing."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
-        raise ImportError(
-            f'the demo needs {package}, which is missing: pip install "jaxquant[demo]"'
-        ) from error
-
-
 def main(presets: Iterable[str] = tuple(PRESETS), *, quick: bool = False) -> list[Row]:
     """Runs the demo with progress bars and prints its table; returns the rows."""
     names = check_presets(presets)
-    console_module, progress = require("rich.console"), require("rich.progress")
-    console = console_module.Console()
-    if not console.is_terminal:  # a pipe has no width
-        console = console_module.Console(width=80)
-    bars = progress.Progress(
-        progress.TextColumn("{task.description:<20}"),
-        progress.BarColumn(bar_width=None),
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=80)  # a pipe has no width of its own
+    columns = (
+        progress.BarColumn(None),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
-        console=console,
-        transient=True,
     )
+    bars = progress.Progress("{task.description:<20}", *columns, console=console, transient=True)
     tasks: dict[str, Any] = {}
 
     def watch(stage: str, done: int, total: int) -> None:
-        key = stage.split(":")[0]
-        if key not in tasks:
-            tasks[key] = bars.add_task(stage, total=total)
-        bars.update(tasks[key], description=stage, completed=done)
+        name = stage.split(":")[0]
+        if name not in tasks:
+            tasks[name] = bars.add_task(stage, total=total)
+        bars.update(tasks[name], description=stage, completed=done)
 
     start = time.perf_counter()
     with bars:
-        rows = run(names, epochs=4 if quick else 20, rounds=3 if quick else 15, watch=watch)
+        rows = run(names, epochs=6 if quick else 20, rounds=3 if quick else 31, watch=watch)
     taken = time.perf_counter() - start
     console.print(table(rows))
-    console.print(f"{versions()}; {taken:.0f} s in all", style="dim", highlight=False)
+    console.print(f"{versions()}, {taken:.0f} s in all", style="dim", highlight=False)
     console.print(HINT, highlight=False)
     return rows
 
@@ -273,10 +258,9 @@ Read next: README.md, then examples/minilm.py for a pretrained sentence encoder.
 
 def table(rows: Sequence[Row]) -> Table:
     """The rows as a rich table for 80 columns; the first row is float."""
-    box, Table = require("rich.box"), require("rich.table").Table
     first = rows[0]
-    found: Table = Table(
-        title=f"A CNN of {first.weights:,} weights, tested on 597 handwritten digits",
+    found = Table(
+        title=f"A CNN of {first.weights:,} weights, tested on {_TEST} handwritten digits",
         caption="time: of the test set as one batch, jitted, medians of interleaved runs",
         box=box.SIMPLE_HEAD,
         title_style="bold",
@@ -285,49 +269,31 @@ def table(rows: Sequence[Row]) -> Table:
     )
     found.add_column("preset", style="bold", no_wrap=True)
     found.add_column("weights /\nactivations", style="dim", no_wrap=True)
-    for header in ("test\naccuracy", "same as\nfloat", "stored\nkB", "of\nfloat"):
-        found.add_column(header, justify="right", no_wrap=True)
-    for header in ("bits a\nweight", "time of\nfloat"):
+    figures = "test\naccuracy|same as\nfloat|stored\nkB|of\nfloat|bits a\nweight|time of\nfloat"
+    for header in figures.split("|"):
         found.add_column(header, justify="right", no_wrap=True)
     for row in rows:
+        lost, ratio = 100 * (first.accuracy - row.accuracy), row.seconds / first.seconds
+        colour = "green" if lost <= 0.5 else "yellow" if lost <= 2 else "red"
         found.add_row(
             row.name,
             row.how,
-            _points(row.accuracy, first.accuracy),
+            f"[{colour}]{100 * row.accuracy:.1f} %",
             f"{100 * row.agreement:.1f} %",
             f"{row.bytes / 1e3:.1f}",
             f"{row.bytes / first.bytes:.3f}",
             f"{row.bits_per_weight:.2f}",
-            _ratio(row.seconds / first.seconds),
+            f"[green]{ratio:.2f}" if ratio < 0.95 else f"{ratio:.2f}",
             end_section=row is first,
         )
     return found
 
 
-def _points(accuracy: float, of: float) -> str:
-    lost = 100 * (of - accuracy)
-    colour = "green" if lost <= 0.5 else "yellow" if lost <= 2 else "red"
-    return f"[{colour}]{100 * accuracy:.1f} %[/{colour}]"
-
-
-def _ratio(ratio: float) -> str:
-    return f"[green]{ratio:.2f}[/green]" if ratio < 0.95 else f"{ratio:.2f}"
-
-
 def versions() -> str:
-    """Versions and the device, for the line under the table."""
-    names = ("jaxquant", "jax", "flax", "scikit-learn")
-    found = [f"{name} {version(name)}" for name in names]
+    """Versions and the device, for the lines under the table."""
+    names = ("jax", "flax", "scikit-learn")
+    found = [f"jaxquant {jaxquant.__version__}", *(f"{n} {metadata.version(n)}" for n in names)]
     device = jax.devices()[0]
-    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
-    return ", ".join([*found, f"Python {platform.python_version()}"]) + (
-        f"; {device.device_kind} ({platform.machine()}{cores})"
-    )
-
-
-def version(package: str) -> str:
-    """The installed version of a package, or a remark that it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
+    cores = f" with {os.cpu_count()} cores" if device.platform == "cpu" else ""
+    machine = f"{platform.system()} {platform.machine()}, {device.device_kind}{cores}"
+    return f"{', '.join(found)}, Python {platform.python_version()}\non {machine}"

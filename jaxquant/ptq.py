@@ -52,7 +52,9 @@ def ptq(
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
     >>> up, down = (jax.random.normal(jax.random.key(s), (64, 64)) for s in (0, 1))
-    >>> qparams, report = jq.ptq(fn, {"up": up, "down": down}, jq.w4a16(group=32), jnp.ones((1, 64)))
+    >>> qparams, report = jq.ptq(
+    ...     fn, {"up": up, "down": down}, jq.w4a16(group=32), jnp.ones((1, 64))
+    ... )
     >>> report["up"].bits_per_weight
     5.0
     """
@@ -76,7 +78,9 @@ def _replay(
     events: list[Event] = []
 
     def run(leaves: list[Any]) -> None:
-        events[:] = serve(Call(call.jaxpr, call.consts, leaves, call.paths, call.out_tree), recipe)[1]
+        events[:] = serve(Call(call.jaxpr, call.consts, leaves, call.paths, call.out_tree), recipe)[
+            1
+        ]
 
     jax.eval_shape(run, call.leaves)
     return tuple(events)

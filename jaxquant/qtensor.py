@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from jaxquant.numerics import Format, decode, encode, pack, packed_bytes, unpack
-from jaxquant.spec import PerBlock, PerChannel, PerGroup, QSpec
+from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +156,42 @@ class QTensor:
         return self
 
 
-def is_qtensor(x: Any) -> bool:
+# `jax.export` keeps the structure of arguments in the artifact. Static data are written as JSON:
+# reading an artifact must run no code, as unpickling would.
+_STATIC = {c.__name__: c for c in (Format, PerTensor, PerChannel, PerGroup, PerBlock, QSpec, Use)}
+
+
+def _to_json(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return [_to_json(item) for item in x]
+    if isinstance(x, re.Pattern):
+        return {"regex": x.pattern, "flags": x.flags}
+    if type(x) in _STATIC.values():
+        fields = {f.name: _to_json(getattr(x, f.name)) for f in dataclasses.fields(x)}
+        return {"type": type(x).__name__, **fields}
+    return x
+
+
+def _from_json(x: Any) -> Any:
+    if isinstance(x, list):
+        return tuple(_from_json(item) for item in x)
+    if isinstance(x, dict):
+        if "regex" in x:
+            return re.compile(x["regex"], x["flags"])
+        fields = {name: _from_json(value) for name, value in x.items() if name != "type"}
+        return _STATIC[x["type"]](**fields)
+    return x
+
+
+jax.export.register_pytree_node_serialization(
+    QTensor,
+    serialized_name="jaxquant.QTensor",
+    serialize_auxdata=lambda aux: json.dumps(_to_json(aux)).encode(),
+    deserialize_auxdata=lambda data: _from_json(json.loads(data)),
+)
+
+
+def is_qtensor(x: Any) -> TypeGuard[QTensor]:
     """Whether `x` is a `QTensor`; for the `is_leaf` argument of tree functions."""
     return isinstance(x, QTensor)
 
@@ -196,9 +234,15 @@ def quantize(
     if not 0 <= batch_axes <= w.ndim:
         raise ValueError(f"quantize: batch_axes={batch_axes} of an array of rank {w.ndim}")
     spec.resolve(w.shape[batch_axes:], minor)  # raises here, outside any trace
-    if not isinstance(w, jax.core.Tracer) and not bool(jnp.isfinite(w).all()):
+    finite = _all_finite(w)  # traced where `w` is, or where a trace is under way
+    if not isinstance(finite, jax.core.Tracer) and not bool(finite):
         raise ValueError(f"quantize: non-finite values in {w.dtype.name}{list(w.shape)}")
     return _quantize(w, key, spec, minor, batch_axes)
+
+
+@jax.jit
+def _all_finite(w: Array) -> Array:
+    return jnp.isfinite(w).all()
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

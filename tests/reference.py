@@ -28,7 +28,9 @@ def grid(name: str) -> np.ndarray:
         return np.array(NF4, np.float32).astype(np.float64)
     if "int" in name:
         bits = int(name.split("int")[1])
-        low, high = (0, 2**bits - 1) if name[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        low, high = (
+            (0, 2**bits - 1) if name[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        )
         return np.arange(low, high + 1, dtype=np.float64)
     dtype = np.dtype(getattr(ml_dtypes, name))
     bits = 4 if "float4" in name else 6 if "float6" in name else 8

@@ -82,7 +82,12 @@ def trace_call(
     flat, tree = jax.tree.flatten_with_path(((params, *args), kwargs), is_leaf=is_qtensor)
     traced = [is_traced(leaf) for _, leaf in flat]
     # a key path here is (args or kwargs, position, ...): parameters are position 0 of args
-    in_params = [path[0].idx == 0 and path[1].idx == 0 if len(path) > 1 and hasattr(path[1], "idx") else False for path, _ in flat]
+    in_params = [
+        path[0].idx == 0 and path[1].idx == 0
+        if len(path) > 1 and hasattr(path[1], "idx")
+        else False
+        for path, _ in flat
+    ]
     leaves = [leaf for (_, leaf), t in zip(flat, traced, strict=True) if t]
     paths = [
         path_str(path[2:]) if inside else None

@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxquant.interpret import _compat, moves
 from jaxquant.interpret.sharded import shard_map
-from jaxquant.interpret.values import Facts, Origin, Value, merge
+from jaxquant.interpret.values import Facts, Value, merge
 from jaxquant.qtensor import is_qtensor
 
 if TYPE_CHECKING:
@@ -86,9 +86,7 @@ def _scan(
 
     def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         moving = iter(carry)
-        state = [
-            v if k else Value(next(moving), v.facts) for v, k in zip(init, kept, strict=True)
-        ]
+        state = [v if k else Value(next(moving), v.facts) for v, k in zip(init, kept, strict=True)]
         out = ip.run(jaxpr, closed, [*consts, *state, *_with(x, x_facts)], scope)
         out_facts[:] = [v.facts for v in out]
         new = [ip.dense(v, eqn, scope) for v, k in zip(out[:n_carry], kept, strict=True) if not k]
@@ -142,9 +140,7 @@ def _inside(facts: Facts) -> Facts:
     if origin is None:
         return facts
     lost = tuple(a for a in origin.axes[0] if a not in origin.scanned)
-    inner = Origin(
-        origin.path, origin.shape, origin.dtype, origin.axes[1:], (*origin.scanned, *lost)
-    )
+    inner = dataclasses.replace(origin, axes=origin.axes[1:], scanned=(*origin.scanned, *lost))
     return dataclasses.replace(facts, origin=inner)
 
 
@@ -166,10 +162,10 @@ def _while(
         rest = iter(moving)
         return [v if k else Value(next(rest), v.facts) for v, k in zip(init, kept, strict=True)]
 
-    def cond_fun(moving: list[Any]) -> Any:
+    def cond_fun(moving: Any) -> Any:
         return ip.run(cond, cond_closed, [*cond_consts, *state(moving)], scope)[0].data
 
-    def body_fun(moving: list[Any]) -> list[Any]:
+    def body_fun(moving: Any) -> Any:
         out = ip.run(body, body_closed, [*body_consts, *state(moving)], scope)
         return [ip.dense(v, eqn, scope) for v, k in zip(out, kept, strict=True) if not k]
 
@@ -202,7 +198,7 @@ def _cond(
     if platforms is not None:
         named: dict[str, Any] = {}
         for names, call in zip(platforms, branches, strict=True):
-            named.update({name: call for name in names} if names else {"default": call})
+            named.update(dict.fromkeys(names, call) if names else {"default": call})
         out = lax.platform_dependent(*data, **named)
     else:
         out = lax.switch(index.data, branches, *data)

@@ -8,7 +8,6 @@ is reported.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -32,7 +31,7 @@ class Contraction:
 
     Attributes:
       eqn: the equation.
-      key: the site's key.
+      keys: the site's key; further ones where parameters were concatenated.
       lhs: left operand.
       rhs: right operand.
       rest: further operands (group sizes of a ragged dot).
@@ -40,7 +39,7 @@ class Contraction:
     """
 
     eqn: Any
-    key: str
+    keys: tuple[str, ...]
     lhs: Value
     rhs: Value
     rest: tuple[Value, ...]
@@ -187,12 +186,13 @@ class Interpreter:
         ]
         lhs, rhs = signed[0], signed[1]
         where = site_scope(scope, self.paths)
-        params = [v.facts.origin.path for v in _param_first(lhs, rhs) if v.facts.origin]
-        base = params[0] if params else where or _common(lhs, rhs) or eqn.primitive.name
-        key = self.key(base)
+        origins = [v.facts.origin for v in param_first(lhs, rhs) if v.facts.origin]
+        params = [o.path for o in origins[0].parts] if origins else []
+        bases = params or [where or _common(lhs, rhs) or eqn.primitive.name]
+        keys = tuple(self.key(base, part) for part, base in enumerate(bases))
         # what comes after is named by the scope of this site, or the parent of its parameter
-        near = base.rpartition("/")[0] if params else base
-        site = Contraction(eqn, key, lhs, rhs, tuple(signed[2:]), where)
+        near = bases[0].rpartition("/")[0] if params else bases[0]
+        site = Contraction(eqn, keys, lhs, rhs, tuple(signed[2:]), where)
         live = lhs.facts.live or rhs.facts.live
         return Value(self.policy.contract(site), Facts(None, live, False, frozenset([near])))
 
@@ -201,14 +201,14 @@ class Interpreter:
         if origin is not None:
             self.policy.lookup(eqn, self.key(origin.path), operand)
 
-    def key(self, base: str) -> str:
+    def key(self, base: str, part: int = 0) -> str:
         """The key of the site at this call path; repeats of `base` get `#k`, in order."""
-        known = self._keys.get(self._path)
-        if known is None:
+        at = (*self._path, part)
+        if at not in self._keys:
             count = self._uses[base]
             self._uses[base] += 1
-            known = self._keys[self._path] = f"{base}#{count}" if count else base
-        return known
+            self._keys[at] = f"{base}#{count}" if count else base
+        return self._keys[at]
 
     def dense(self, value: Value, eqn: Any, scope: tuple[str, ...]) -> Any:
         """The data as an ordinary array; a `QTensor` is dequantized and that is reported."""
@@ -230,7 +230,7 @@ class Interpreter:
         self.events.setdefault(Event(kind, where, primitive, message))
 
 
-def _param_first(lhs: Value, rhs: Value) -> list[Value]:
+def param_first(lhs: Value, rhs: Value) -> list[Value]:
     """The operands that are parameters, the one that holds no input (a looked-up row) first."""
     return sorted((v for v in (rhs, lhs) if v.is_param), key=lambda v: v.facts.live)
 
@@ -238,7 +238,12 @@ def _param_first(lhs: Value, rhs: Value) -> list[Value]:
 def _common(lhs: Value, rhs: Value) -> str:
     """The longest path above all parameters that last fed both operands."""
     paths = [place.split("/") for v in (lhs, rhs) for place in v.facts.near]
-    return "/".join(os.path.commonprefix(paths)) if paths else ""
+    shared = []
+    for level in zip(*paths, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return "/".join(shared)
 
 
 def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:

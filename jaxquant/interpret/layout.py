@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxquant.interpret import _compat, moves
+from jaxquant.interpret import _compat, cuts, moves
 from jaxquant.interpret.values import Origin, Value
 from jaxquant.qtensor import QTensor, is_qtensor
 
@@ -23,7 +23,7 @@ def _origin_reshape(axes: Axes, old: Sequence[int], new: Sequence[int]) -> Axes 
     if 0 in old:
         return None
     out: list[tuple[int, ...]] = [()] * len(new)
-    for olds, news in moves._factors(old, new):
+    for olds, news in moves.factors(old, new):
         held = tuple(p for a in olds for p in axes[a])
         for a in news:
             out[a] = held if new[a] != 1 or len(news) == 1 else ()
@@ -53,12 +53,16 @@ def origin_of(eqn: Any, operands: list[Value]) -> Origin | None:
     name, params = eqn.primitive.name, eqn.params
     sources = [v.facts.origin for v in operands]
     origin = sources[0] if sources else None
+    if name == "concatenate":
+        return _joined(sources)
     if name == "mul" and origin is None and len(sources) == 2:
         origin, operands = sources[1], operands[::-1]
     if origin is None:
         return None
-    shape = tuple(jnp.shape(operands[0].data)) if not is_qtensor(operands[0].data) else (
-        operands[0].data.shape
+    shape = (
+        tuple(jnp.shape(operands[0].data))
+        if not is_qtensor(operands[0].data)
+        else (operands[0].data.shape)
     )
     axes: Axes | None = None
     if name == "transpose":
@@ -87,6 +91,18 @@ def origin_of(eqn: Any, operands: list[Value]) -> Origin | None:
     return None if axes is None else dataclasses.replace(origin, axes=axes)
 
 
+def _joined(sources: list[Origin | None]) -> Origin | None:
+    found = [o for o in sources if o is not None]
+    first = found[0] if found else None
+    if first is None or len(found) != len(sources):
+        return None
+    if any((o.axes, o.scanned) != (first.axes, first.scanned) for o in found):
+        return None
+    parts = [p for o in found for p in o.parts]
+    alone = [dataclasses.replace(p, joined=()) for p in parts]
+    return dataclasses.replace(first, joined=tuple(p for p in alone if p.path != first.path))
+
+
 _IDENTITY = {"copy", "copy_p", "stop_gradient", "name", "pvary", "pcast"}
 _SAME = _IDENTITY | {"slice", "dynamic_slice", "split", "rev", "optimization_barrier"}
 _SAME |= {"sharding_constraint", "reshard", "mesh_cast"}
@@ -111,7 +127,7 @@ def reshard(q: QTensor, sharding: Any, apply: Callable[[Any, Any], Any]) -> QTen
     def place(x: Any, groups: bool) -> Any:
         if x is None:
             return None
-        return apply(x, NamedSharding(sharding.mesh, storage_spec(q, sharding.spec, groups)))
+        return apply(x, NamedSharding(sharding.mesh, storage_spec(q, tuple(sharding.spec), groups)))
 
     return dataclasses.replace(
         q,
@@ -128,11 +144,13 @@ def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
     if name == "concatenate":
         if not all(is_qtensor(d) for d in data):
             return None
-        return _one(moves.concatenate(data, params["dimension"]))
+        return _one(cuts.concatenate(data, params["dimension"]))
     if name == "mul" and len(data) == 2 and not is_qtensor(data[0]):
         data = data[::-1]
     q = data[0]
-    if not is_qtensor(q) or (any(is_qtensor(d) for d in data[1:]) and name != "optimization_barrier"):
+    if not is_qtensor(q) or (
+        any(is_qtensor(d) for d in data[1:]) and name != "optimization_barrier"
+    ):
         return None
     if name in _IDENTITY:
         return [q]
@@ -150,7 +168,7 @@ def _scaled(name: str, q: QTensor, data: list[Any]) -> list[Any] | None:
     if jnp.shape(data[1]) != ():
         return None
     factor = jnp.asarray(data[1]).astype(jnp.float32)
-    return [moves.rescale(q, factor if name == "mul" else 1.0 / factor)]
+    return [cuts.rescale(q, factor if name == "mul" else 1.0 / factor)]
 
 
 def _convert(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
@@ -177,18 +195,18 @@ def _broadcast(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
     shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     if math.prod(shape) == q.size:
         return _one(moves.reshape(q, shape))
-    return _one(moves.broadcast(q, shape, dims))
+    return _one(cuts.broadcast(q, shape, dims))
 
 
 def _slice(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * q.ndim
     sizes = [-(-(e - s) // t) for s, e, t in zip(starts, limits, strides, strict=True)]
-    return _one(moves.cut(q, starts, sizes, strides))
+    return _one(cuts.cut(q, starts, sizes, strides))
 
 
 def _dynamic_slice(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
-    return _one(moves.cut(q, data[1:], eqn.params["slice_sizes"]))
+    return _one(cuts.cut(q, data[1:], eqn.params["slice_sizes"]))
 
 
 def _split(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
@@ -196,7 +214,7 @@ def _split(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
     for n in eqn.params["sizes"]:
         starts, sizes = [0] * q.ndim, list(q.shape)
         starts[axis], sizes[axis] = start, n
-        piece = moves.cut(q, starts, sizes)
+        piece = cuts.cut(q, starts, sizes)
         if piece is None:
             return None
         out.append(piece)
@@ -208,7 +226,7 @@ def _gather(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
     axis = gathered_axis(eqn.params, q.shape)
     if axis is None or not rows_lead(eqn):
         return None
-    return _one(moves.rows(q, data[1], axis, eqn.params["mode"], eqn.params.get("fill_value")))
+    return _one(cuts.rows(q, data[1], axis, eqn.params["mode"]))
 
 
 def _barrier(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
@@ -234,8 +252,8 @@ _RULES: dict[str, Callable[[Any, QTensor, list[Any]], list[Any] | None]] = {
     "dynamic_slice": _dynamic_slice,
     "split": _split,
     "gather": _gather,
-    "rev": lambda e, q, d: _one(moves.reverse(q, e.params["dimensions"])),
-    "neg": lambda e, q, d: [moves.rescale(q, -1.0)],
+    "rev": lambda e, q, d: _one(cuts.reverse(q, e.params["dimensions"])),
+    "neg": lambda e, q, d: [cuts.rescale(q, -1.0)],
     "optimization_barrier": _barrier,
     "sharding_constraint": _constrain,
     "reshard": _reshard,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxquant.interpret import _compat, layout
 from jaxquant.interpret.calls import Call, trace_call
-from jaxquant.interpret.evaluate import Contraction, Interpreter, abstract
+from jaxquant.interpret.evaluate import Contraction, Interpreter, abstract, param_first
 from jaxquant.interpret.sites import Site, Sites
 from jaxquant.interpret.values import Facts, Origin, Value
 
@@ -71,30 +71,29 @@ class Recorder:
         lhs, rhs = site.lhs, site.rhs
         eqn = site.eqn
         data = [lhs.data, rhs.data, *(v.data for v in site.rest)]
-        held = [v for v in (rhs, lhs) if v.facts.origin is not None]
-        held.sort(key=lambda v: v.facts.live)
         operands = (tuple(jnp.shape(lhs.data)), tuple(jnp.shape(rhs.data)))
         name = eqn.primitive.name
-        if held:
-            origin = held[0].facts.origin
-            assert origin is not None
+        held = param_first(lhs, rhs)
+        if held and held[0].facts.origin is not None:
             summed, batched = dimensions(eqn, "lhs" if held[0] is lhs else "rhs")
-            self.sites[site.key] = Site(
-                key=site.key,
-                primitive=name,
-                param=origin.path,
-                shape=origin.shape,
-                dtype=origin.dtype,
-                contracted=_named(origin, summed),
-                scanned=tuple(sorted(origin.scanned)),
-                batched=tuple(a for a in _named(origin, batched) if a not in _named(origin, summed)),
-                operands=operands,
-                scope=site.scope,
-            )
+            for key, origin in zip(site.keys, held[0].facts.origin.parts, strict=True):
+                contracted = _named(origin, summed)
+                self.sites[key] = Site(
+                    key=key,
+                    primitive=name,
+                    param=origin.path,
+                    shape=origin.shape,
+                    dtype=origin.dtype,
+                    contracted=contracted,
+                    scanned=tuple(sorted(origin.scanned)),
+                    batched=tuple(a for a in _named(origin, batched) if a not in contracted),
+                    operands=operands,
+                    scope=site.scope,
+                )
         elif name == "dot_general" and both_live(lhs, rhs):
             dtype = str(eqn.outvars[0].aval.dtype)
-            self.sites[site.key] = Site(
-                site.key, name, None, (), dtype, (), (), (), operands, site.scope
+            self.sites[site.keys[0]] = Site(
+                site.keys[0], name, None, (), dtype, (), (), (), operands, site.scope
             )
         return _compat.bind(eqn, data)[0]
 

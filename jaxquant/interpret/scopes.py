@@ -11,12 +11,19 @@ def site_scope(parts: Sequence[str], paths: Sequence[str]) -> str:
     Einsum strings and transform wrappers are left out, methods (`Dense.attend`) cut to their
     module, and leading names dropped that no parameter's path has (the root module's class).
 
-    >>> site_scope(["Net", "layers_0", "attn", "bqhd,bkhd->bhqk"], ["params/layers_0/attn/q/kernel"])
+    >>> site_scope(
+    ...     ["Net", "layers_0", "attn", "bqhd,bkhd->bhqk"], ["params/layers_0/attn/q/kernel"]
+    ... )
     'layers_0/attn'
     """
     kept = []
     for part in parts:
-        if not part or "->" in part or "(" in part or part in ("checkpoint", "rematted_computation"):
+        if (
+            not part
+            or "->" in part
+            or "(" in part
+            or part in ("checkpoint", "rematted_computation")
+        ):
             continue
         kept.append(part.split(".")[0])
     bare = [p.removeprefix("params/") + "/" for p in paths]

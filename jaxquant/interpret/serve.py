@@ -108,7 +108,7 @@ class Serve:
         data = [lhs.data, rhs.data, *(v.data for v in site.rest)]
         spec = None
         if self.any_attention and site.eqn.primitive.name == "dot_general" and both_live(lhs, rhs):
-            spec = attention_spec(self.attention, site.key)
+            spec = attention_spec(self.attention, site.keys[0])
         if spec is None:
             return _compat.bind(site.eqn, data)[0]
         lhs_spec, rhs_spec = (unsigned(spec) if v.facts.nonneg else spec for v in (lhs, rhs))

@@ -75,7 +75,9 @@ def shard_map(
         leaves.append([getattr(data, name) for name in names])
         specs.append([parts[name] for name in names])
         rebuild.append((local, names))
-    facts = [dataclasses.replace(v.facts, nonneg=n) for v, n in zip(operands, positive, strict=True)]
+    facts = [
+        dataclasses.replace(v.facts, nonneg=n) for v, n in zip(operands, positive, strict=True)
+    ]
     out_facts: list[Facts] = []
 
     def body(*shards: Any) -> list[Any]:
@@ -98,4 +100,6 @@ def shard_map(
         check_vma=p["check_vma"],
     )
     out = call(*leaves)
-    return [Value(d, dataclasses.replace(f, origin=None)) for d, f in zip(out, out_facts, strict=True)]
+    return [
+        Value(d, dataclasses.replace(f, origin=None)) for d, f in zip(out, out_facts, strict=True)
+    ]

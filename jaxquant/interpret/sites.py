@@ -108,7 +108,9 @@ class Sites(Mapping[str, Site]):
             shapes = " x ".join(str(list(shape)) for shape in s.operands)
             rows.append((s.key, s.primitive, shapes, s.axes))
         width = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, width)).rstrip() for r in rows)
+        return "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(r, width, strict=True)).rstrip() for r in rows
+        )
 
 
 def array_leaves(tree: Any) -> list[tuple[str, Any]]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jax import Array
-
 from jaxquant.interpret import _compat
-from jaxquant.qtensor import QTensor, is_qtensor
+from jaxquant.qtensor import is_qtensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,6 +19,7 @@ class Origin:
       dtype: name of the parameter's dtype.
       axes: for each axis of the value, the parameter's axes it holds; `()` for a new one.
       scanned: axes of the parameter that loops have taken away.
+      joined: other parameters concatenated to this one, with the same axes.
     """
 
     path: str
@@ -28,6 +27,18 @@ class Origin:
     dtype: str
     axes: tuple[tuple[int, ...], ...]
     scanned: tuple[int, ...] = ()
+    joined: tuple[Origin, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Origin, ...]:
+        """All parameters in the value."""
+        return (
+            self,
+            *(
+                dataclasses.replace(other, axes=self.axes, scanned=self.scanned)
+                for other in self.joined
+            ),
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,7 +62,7 @@ class Facts:
 class Value:
     """Data, which may be quantized, with its facts."""
 
-    data: Array | QTensor | Any
+    data: Any  # an array or a QTensor
     facts: Facts = Facts()
 
     @property

@@ -105,10 +105,10 @@ def encode_bits(x: ArrayLike, format: Any, *, key: Array | None = None) -> Array
     """The bit patterns of the nearest values of a format, saturating.
 
     Nearest, ties to the even pattern; without mantissa bits, where no pattern is even, to the
-    larger value (IEEE 754-2019 section 4.3.1). What lies outside `[format.min, format.max]`, infinities
-    included, takes the nearest end. With a `key`, one of the two neighbouring values at random such
-    that the expectation is `x` for every `x` in that range. NaN becomes the format's NaN, or zero
-    where it has none.
+    larger value (IEEE 754-2019 section 4.3.1). What lies outside `[format.min, format.max]`,
+    infinities included, takes the nearest end. With a `key`, one of the two neighbouring values at
+    random such that the expectation is `x` for every `x` in that range. NaN becomes the format's
+    NaN, or zero where it has none.
 
     Args:
       x: real numbers of any shape, read as float32.

@@ -2,7 +2,8 @@
 
 from jaxquant.ops.activations import fake, quantize_activation
 from jaxquant.ops.conv import conv_general_dilated
-from jaxquant.ops.dot_general import dot_general, dot_general_dynamic
+from jaxquant.ops.dot_general import dot_general
+from jaxquant.ops.dynamic import dot_general_dynamic
 from jaxquant.ops.ragged import ragged_dot_general
 from jaxquant.ops.take import gather
 

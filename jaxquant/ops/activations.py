@@ -32,6 +32,11 @@ def shared_axes(spec: QSpec, contracted: Sequence[int], ndim: int) -> tuple[int,
     return None if kept & set(contracted) else tuple(a for a in range(ndim) if a not in kept)
 
 
+def has_zero(spec: QSpec) -> bool:
+    """Whether codes of a spec have a zero point as int8."""
+    return not spec.symmetric or (spec.format.is_integer and spec.format.qmax > 127)
+
+
 def quantize_activation(
     x: Array, spec: QSpec, shared: Sequence[int]
 ) -> tuple[Array, Array, Array | None]:

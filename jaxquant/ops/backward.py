@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
+from jaxquant.ops.contract import dequantized
 from jaxquant.qtensor import QTensor, dequantize
 
 
@@ -89,3 +90,33 @@ def _explicit(aval: Any) -> Any:
     """The sharding of an aval under an explicit mesh, else `None`."""
     sharding = getattr(aval, "sharding", None)
     return None if sharding is None or sharding.mesh.empty else sharding
+
+
+def straight_through_both(
+    prepare: Callable[[Array, Array], tuple[Any, Any]],
+    product: Callable[[Any, Any], Array],
+    reference: Callable[[Array, Array], Array],
+) -> Callable[[Array, Array], Array]:
+    """`product(*prepare(a, b))` with the gradients of `reference` at the rounded operands.
+
+    `da = reference(., b')^T g`, `db = reference(a', .)^T g`, where `a'` and `b'` are what
+    `prepare` made of `a` and `b`: arrays, or operands that are kept as codes.
+    """
+
+    @jax.custom_vjp
+    def op(a: Array, b: Array) -> Array:
+        return product(*prepare(a, b))
+
+    def fwd(a: Array, b: Array) -> tuple[Array, Any]:
+        ready = prepare(a, b)
+        return product(*ready), (*ready, _Static(a.dtype), _Static(b.dtype))
+
+    def bwd(kept: Any, g: Array) -> tuple[Array, Array]:
+        a, b = (
+            v.astype(d.like) if isinstance(v, Array) else dequantized(v).astype(d.like)
+            for v, d in zip(kept[:2], kept[2:], strict=True)
+        )
+        return jax.vjp(reference, a, b)[1](g)
+
+    op.defvjp(fwd, bwd)
+    return op

@@ -3,84 +3,104 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant.ops import lowering
 from jaxquant.ops.operands import Operand, align
 
 
-def contract(x: Operand, w: Operand, precision: lax.PrecisionLike = None) -> Array:
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """The sharding asked of a result: of its batch axes, those free in `x`, those free in `w`."""
+
+    mesh: Any
+    batch: tuple[Any, ...]
+    x: tuple[Any, ...]
+    w: tuple[Any, ...]
+
+    def of(self, groups: int) -> NamedSharding | PartitionSpec:
+        """For `[batch, groups, free of x, free of w]`."""
+        spec = PartitionSpec(*self.batch, *(None,) * groups, *self.x, *self.w)
+        return spec if self.mesh is None else NamedSharding(self.mesh, spec)
+
+    def one_more(self) -> Sharding:
+        """With a new first free axis of `x`."""
+        return dataclasses.replace(self, x=(None, *self.x))
+
+
+def contract(
+    x: Operand, w: Operand, precision: Any = None, sharding: Sharding | None = None
+) -> Array:
     """`sum_k s_x (q_x - z_x) s_w (q_w - z_w)`, float32 `[batch, free of x, free of w]`.
 
     With int8 values each group's sum is an int32, exact, zero points included:
     `sum q_x q_w - z_w sum q_x - z_x sum q_w + n z_x z_w`. Then come the scales, and the sum over
-    groups. Float values (zero points applied already) are summed in float32.
+    groups. Float values are summed in float32.
     """
-    if _is_integer(x) and _one_row(x):
-        return contract(_two_rows(x), w, precision)[_rows(x, 0)]
-    if len(x.groups) == 1 and _is_integer(x):
-        rows = lowering.static_size(x.values.shape, x.free)
-        if lowering.loop_over_groups(rows):
+    if not is_integer(x):
+        return _batched(x, w, precision, sharding)
+    rows = lowering.static_size(x.values.shape, x.free)
+    if rows == 1:
+        two = sharding.one_more() if sharding else None
+        product = contract(_two_rows(x), w, precision, two)
+        return lax.index_in_dim(product, 0, len(x.batch), keepdims=False)
+    if x.groups:
+        form = lowering.group_form(rows, lowering.static_size(x.values.shape, x.inner))
+        if form == "loop" and len(x.groups) == 1:
             return lowering.by_platform(
-                cpu=lambda: _loop(x, w, precision), default=lambda: _batched(x, w, precision)
+                cpu=lambda: _loop(x, w), default=lambda: _batched(x, w, precision, sharding)
             )
-    return _batched(x, w, precision)
+        if form == "float":
+            return lowering.by_platform(
+                cpu=lambda: _in_float(x, w), default=lambda: _batched(x, w, precision, sharding)
+            )
+    return _batched(x, w, precision, sharding)
 
 
-def limbs(x: Operand) -> Operand:
-    """A float operand as two int8 ones on a new first free axis: `x = S (128 q_hi + q_lo)`.
+def contract_limbs(x: Operand, w: Operand, sharding: Sharding | None = None) -> Array:
+    """`contract` of a float `x` with an int8 `w`, `x` as two int8 numbers of 15 bits together.
 
-    One scale `S = amax / 16319` for each row: the error of each value is at most `S / 2`,
-    2^-15 of the row's largest magnitude. `join` adds the products up.
+    `x ~ S (128 q_hi + q_lo)` with one `S = amax / 16319` for each row, so the error of a result is
+    at most `S / 2 sum_k |w_k|`, 2^-15 of what the row's largest magnitude could reach.
     """
-    v = x.values.astype(jnp.float32)
-    amax = jnp.max(jnp.abs(v), axis=(*x.groups, *x.inner), keepdims=True, initial=0.0)
+    v, over = x.values.astype(jnp.float32), (*x.groups, *x.inner)
+    amax = jnp.max(jnp.abs(v), axis=over, keepdims=True, initial=0.0)
+    finite = jnp.isfinite(amax)
     tiny = float(jnp.finfo(jnp.float32).tiny)
     scale = jnp.where(amax == 0, 1.0, jnp.maximum(amax / 16319.0, tiny))
-    q = jnp.round(v / jnp.where(jnp.isfinite(amax), scale, jnp.inf))
+    q = jnp.where(finite, jnp.round(v / scale), 0.0)
     high = jnp.round(q / 128.0)
-    scale = jnp.where(jnp.isfinite(amax), scale, jnp.nan)
-    at = len(x.batch)
-
-    def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(a + (a >= at) for a in axes)
-
-    return Operand(
-        jnp.stack([high.astype(jnp.int8), (q - 128.0 * high).astype(jnp.int8)], axis=at),
-        jnp.expand_dims(scale, at),
-        None,
-        x.batch,
-        (at, *moved(x.free)),
-        moved(x.groups),
-        moved(x.inner),
+    both = jnp.stack(
+        [high.astype(jnp.int8), (q - 128.0 * high).astype(jnp.int8)], axis=len(x.batch)
     )
+    two = dataclasses.replace(_new_axis(x), values=both)
+    product = contract(two, w, None, sharding.one_more() if sharding else None)
+    first, second = (lax.index_in_dim(product, i, len(x.batch), keepdims=False) for i in (0, 1))
+    whole = dataclasses.replace(x, groups=(), inner=over)
+    scale = jnp.where(finite, scale, jnp.nan)
+    return (128.0 * first + second) * align(scale, whole, 0, len(w.free))
 
 
-def contract_limbs(x: Operand, w: Operand) -> Array:
-    """`contract` of a float `x` with an int8 `w`, to about 15 bits of `x`."""
-    two = limbs(x)
-    scaled = dataclasses.replace(two, scale=None)
-    product = contract(scaled, w)
-    high, low = (lax.index_in_dim(product, i, len(x.batch), keepdims=False) for i in (0, 1))
-    assert two.scale is not None
-    scale = lax.index_in_dim(two.scale, 0, len(x.batch), keepdims=False)
-    whole = dataclasses.replace(x, groups=(), inner=(*x.groups, *x.inner))
-    return (128.0 * high + low) * align(scale, whole, 0, len(w.free))
-
-
-def _is_integer(x: Operand) -> bool:
+def is_integer(x: Operand) -> bool:
+    """Whether sums are exact."""
     return x.values.dtype == jnp.int8
 
 
-def _one_row(x: Operand) -> bool:
-    return lowering.static_size(x.values.shape, (*x.batch, *x.free)) == 1
+def dequantized(x: Operand) -> Array:
+    """`scale (values - zero)` in float32."""
+    v = x.values.astype(jnp.float32)
+    if x.zero is not None:
+        v = v - x.zero.astype(jnp.float32)
+    return v if x.scale is None else v * x.scale
 
 
-def _two_rows(x: Operand) -> Operand:
-    """A row of zeros added, on a new first free axis: CPUs are 20 times slower with one row."""
-    at = len(x.batch)
+def _new_axis(x: Operand) -> Operand:
+    """A new first free axis of size 1."""
+    at = len(x.batch)  # batch axes may lie anywhere, but the new axis goes where results have it
 
     def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(a + (a >= at) for a in axes)
@@ -88,32 +108,41 @@ def _two_rows(x: Operand) -> Operand:
     def new(a: Array | None) -> Array | None:
         return None if a is None else jnp.expand_dims(a, at)
 
-    values = jnp.stack([x.values, jnp.zeros_like(x.values)], axis=at)
     return Operand(
-        values, new(x.scale), new(x.zero), x.batch, (at, *moved(x.free)), moved(x.groups),
+        jnp.expand_dims(x.values, at),
+        new(x.scale),
+        new(x.zero),
+        moved(x.batch),
+        (at, *moved(x.free)),
+        moved(x.groups),
         moved(x.inner),
-    )  # fmt: skip
-
-
-def _rows(x: Operand, index: int) -> tuple[slice | int, ...]:
-    return (*(slice(None) for _ in x.batch), index)
-
-
-def _batched(x: Operand, w: Operand, precision: lax.PrecisionLike) -> Array:
-    """Groups as batch dimensions of one `dot_general`."""
-    numbers = ((x.inner, w.inner), (x.batch + x.groups, w.batch + w.groups))
-    kind = jnp.int32 if _is_integer(x) else jnp.float32
-    total = lax.dot_general(
-        x.values, w.values, numbers, precision=precision, preferred_element_type=kind
     )
-    total = total.astype(kind)
-    before, after = len(x.free), len(w.free)
+
+
+def _two_rows(x: Operand) -> Operand:
+    """A row of zeros added: on a CPU a single row takes 20 times as long."""
+    one = _new_axis(x)
+    pad = [(0, int(a == one.free[0])) for a in range(one.values.ndim)]
+    return dataclasses.replace(one, values=jnp.pad(one.values, pad))
+
+
+def _batched(x: Operand, w: Operand, precision: Any, sharding: Sharding | None) -> Array:
+    """Groups as batch dimensions of one `dot_general`."""
+    kind = jnp.int32 if is_integer(x) else jnp.float32
+    total = lax.dot_general(
+        x.values,
+        w.values,
+        ((x.inner, w.inner), (x.batch + x.groups, w.batch + w.groups)),
+        precision=None if is_integer(x) else precision,
+        preferred_element_type=kind,
+        out_sharding=None if sharding is None else sharding.of(len(x.groups)),
+    )
 
     def of_x(a: Array) -> Array:
-        return align(a, x, 0, after)
+        return align(a, x, 0, len(w.free))
 
     def of_w(a: Array) -> Array:
-        return align(a, w, before, 0)
+        return align(a, w, len(x.free), 0)
 
     def summed(op: Operand) -> Array:
         return jnp.sum(op.values, axis=op.inner, keepdims=True, dtype=kind)
@@ -122,9 +151,9 @@ def _batched(x: Operand, w: Operand, precision: lax.PrecisionLike) -> Array:
         total = total - of_w(w.zero) * of_x(summed(x))
     if x.zero is not None:
         total = total - of_x(x.zero) * of_w(summed(w))
-    if w.zero is not None and x.zero is not None:
-        terms = lowering.static_size(x.values.shape, x.inner)
-        total = total + terms * of_x(x.zero) * of_w(w.zero)
+        if w.zero is not None:
+            count = jnp.sum(jnp.ones([x.values.shape[a] for a in x.inner], kind))
+            total = total + count * of_x(x.zero) * of_w(w.zero)
     out = total.astype(jnp.float32)
     if w.scale is not None:
         out = out * of_w(w.scale)
@@ -134,15 +163,14 @@ def _batched(x: Operand, w: Operand, precision: lax.PrecisionLike) -> Array:
     return jnp.sum(out, axis=tuple(range(first, first + len(x.groups)))) if x.groups else out
 
 
-def _loop(x: Operand, w: Operand, precision: lax.PrecisionLike) -> Array:
+def _loop(x: Operand, w: Operand) -> Array:
     """Groups one after the other: each product is a plain matrix product of few terms."""
-    count = x.values.shape[x.groups[0]]
 
     def step(total: Array, i: Array) -> tuple[Array, None]:
-        return total + _batched(_group(x, i), _group(w, i), precision), None
+        return total + _batched(_group(x, i), _group(w, i), None, None), None
 
-    first = _batched(_group(x, 0), _group(w, 0), precision)
-    return lax.scan(step, first, jnp.arange(1, count))[0]
+    first = _batched(_group(x, 0), _group(w, 0), None, None)
+    return lax.scan(step, first, jnp.arange(1, x.values.shape[x.groups[0]]))[0]
 
 
 def _group(op: Operand, index: Array | int) -> Operand:
@@ -152,13 +180,29 @@ def _group(op: Operand, index: Array | int) -> Operand:
     def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(a - (a > at) for a in axes)
 
-    def one(a: Array | None) -> Array | None:
-        if a is None:
-            return None
+    def one(a: Array) -> Array:
         return lax.dynamic_index_in_dim(a, 0 if a.shape[at] == 1 else index, at, keepdims=False)
 
-    values = one(op.values)
-    assert values is not None
     return Operand(
-        values, one(op.scale), one(op.zero), moved(op.batch), moved(op.free), (), moved(op.inner)
+        one(op.values),
+        None if op.scale is None else one(op.scale),
+        None if op.zero is None else one(op.zero),
+        moved(op.batch),
+        moved(op.free),
+        (),
+        moved(op.inner),
     )
+
+
+def _in_float(x: Operand, w: Operand) -> Array:
+    """One float product of what the codes stand for; the scale of `x` still goes last."""
+    left = dataclasses.replace(x, values=dequantized(dataclasses.replace(x, scale=None)))
+    numbers = (
+        ((*x.groups, *x.inner), (*w.groups, *w.inner)),
+        (x.batch, w.batch),
+    )
+    out = lax.dot_general(left.values, dequantized(w), numbers)
+    if x.scale is None:
+        return out
+    whole = dataclasses.replace(x, groups=(), inner=(*x.groups, *x.inner))
+    return out * align(x.scale, whole, 0, len(w.free))

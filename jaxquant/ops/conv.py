@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +13,47 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxquant.ops.activations import fake
+from jaxquant.ops import lowering
+from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared_axes
 from jaxquant.ops.backward import straight_through
 from jaxquant.ops.dot_general import FROM_USE
-from jaxquant.qtensor import QTensor, dequantize
-from jaxquant.spec import QSpec
+from jaxquant.ops.operands import Placement, int8_codes, integer_range, place
+from jaxquant.qtensor import QTensor, dequantize, storage_codes, storage_scale, storage_values
+from jaxquant.spec import PerTensor, QSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class _Conv:
+    """The static part of one call."""
+
+    strides: tuple[int, ...]
+    padding: Any
+    lhs_dilation: tuple[int, ...] | None
+    rhs_dilation: tuple[int, ...] | None
+    numbers: lax.ConvDimensionNumbers
+    groups: int
+    batch_groups: int
+    precision: Any
+    preferred: Any
+    activations: QSpec | None
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        """The convolution of two arrays of one kind."""
+        return lax.conv_general_dilated(
+            x, w, self.strides, self.padding, self.lhs_dilation, self.rhs_dilation, self.numbers,
+            self.groups, self.batch_groups, self.precision, self.preferred,
+        )  # fmt: skip
+
+    def per_batch(self, s: Array) -> Array:
+        """`[n]` or `[1]` of the image's batch, laid out for the result."""
+        return self._expand(s, self.numbers.out_spec[0])
+
+    def per_channel(self, s: Array) -> Array:
+        """`[out]` or `[1]` of the kernel, laid out for the result."""
+        return self._expand(s, self.numbers.out_spec[1])
+
+    def _expand(self, s: Array, axis: int) -> Array:
+        return lax.expand_dims(s, [a for a in range(len(self.numbers.out_spec)) if a != axis])
 
 
 def conv_general_dilated(
@@ -29,29 +69,230 @@ def conv_general_dilated(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     *,
-    out_sharding: Any = None,
     activations: QSpec | None = FROM_USE,
 ) -> Array:
-    """`lax.conv_general_dilated` of an image and a QTensor of kernels."""
-    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    """`lax.conv_general_dilated` of an image and a QTensor of kernels.
 
-    def conv(a: Array, b: Array) -> Array:
-        return lax.conv_general_dilated(
-            a, b, window_strides, padding, lhs_dilation, rhs_dilation, numbers,
-            feature_group_count, batch_group_count, precision, preferred_element_type,
-        )  # fmt: skip
+    `y[b, o] = s_x[b] s_w[o] sum_{i, t} (q_x[b, i, t] - z_x[b]) (q_w[o, i, t] - z_w[o])` over
+    input channels `i` and window positions `t`: strided, dilated, grouped, depthwise and
+    transposed. The sum is int8 x int8 -> int32; on a CPU a depthwise convolution adds up shifted
+    products of the same integers in float32, exactly, which is many times faster there.
 
+    With `activations=None` the image is convolved with the codes and the result is scaled. The
+    QTensor is dequantized first if its scale varies over more than output channels (groups along
+    the input), if it is padded, on the left-hand side, with `batch_group_count`, and where an
+    operand is empty; activations are rounded to `activations` all the same.
+
+    Args:
+      lhs: image `[batch, in, *spatial]`, or as `dimension_numbers` says.
+      rhs: kernel `[out, in, *spatial]`, or as `dimension_numbers` says.
+      window_strides: as for `lax.conv_general_dilated`.
+      padding: as for `lax.conv_general_dilated`.
+      lhs_dilation: as for `lax.conv_general_dilated`.
+      rhs_dilation: as for `lax.conv_general_dilated`.
+      dimension_numbers: as for `lax.conv_general_dilated`.
+      feature_group_count: as for `lax.conv_general_dilated`.
+      batch_group_count: as for `lax.conv_general_dilated`.
+      precision: as for `lax.conv_general_dilated`; integers are summed exactly.
+      preferred_element_type: dtype of the result.
+      activations: spec to quantize the image by, `PerChannel()` one scale for each image of the
+        batch or `PerTensor()`; `None` keeps it float. Default: `q.use.activations`.
+
+    Returns:
+      The result, whose gradient is that of the convolution with `dequantize(q)`.
+
+    Raises:
+      TypeError: the QTensor is differentiated.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference" (2018), section 2.
+
+    >>> import jax, jaxquant as jq
+    >>> w = jax.random.normal(jax.random.key(0), (8, 3, 3, 3))
+    >>> q = jq.quantize(w, jq.QSpec("int8", jq.PerChannel(0)))
+    >>> x = jnp.ones((1, 3, 16, 16))
+    >>> conv_general_dilated(x, q, (2, 2), "SAME", activations=jq.QSpec("int8")).shape
+    (1, 8, 8, 8)
+    """
+    conv = _Conv(
+        tuple(window_strides),
+        padding if isinstance(padding, str) else tuple(map(tuple, padding)),
+        None if lhs_dilation is None else tuple(lhs_dilation),
+        None if rhs_dilation is None else tuple(rhs_dilation),
+        lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers),
+        feature_group_count,
+        batch_group_count,
+        precision,
+        None if preferred_element_type is None else jnp.dtype(preferred_element_type),
+        None,
+    )
     if isinstance(lhs, QTensor):
-        if isinstance(rhs, QTensor):
-            rhs = dequantize(rhs)
-        return straight_through(
-            lambda x, q: conv(dequantize(q), x), lambda x, w: conv(w, x)
-        )(rhs, lhs)
+        other = dequantize(rhs) if isinstance(rhs, QTensor) else rhs
+        spec = lhs.use.activations if activations is FROM_USE else activations
+        # of a kernel, an index of the output keeps a scale of its own
+        over = conv.numbers.rhs_spec[1:]
+
+        def left(x: Array, q: QTensor) -> Array:
+            return conv(dequantize(q), x if spec is None else fake(x, spec, over))
+
+        return straight_through(left, lambda x, w: conv(w, x))(other, lhs)
+    if not isinstance(rhs, QTensor):
+        return conv(lhs, rhs)
     spec = rhs.use.activations if activations is FROM_USE else activations
+    conv = dataclasses.replace(conv, activations=spec)
+    return straight_through(functools.partial(_forward, conv), conv)(lhs, rhs)
 
-    def forward(x: Array, q: QTensor) -> Array:
-        if spec is not None:
-            x = fake(x, spec, numbers.lhs_spec[1:])
+
+def _forward(conv: _Conv, x: Array, q: QTensor) -> Array:
+    spec, window = conv.activations, conv.numbers.lhs_spec[1:]
+    at = _placed(conv, x, q)
+    if spec is not None and not (at is not None and _same_kind(q, spec, at, window, x.ndim)):
+        x, spec = fake(x, spec, window), None
+    if at is None:
         return conv(x, dequantize(q))
+    order = [a for members in at.members for a in members]
+    kernel = dataclasses.replace(
+        conv,
+        numbers=conv.numbers._replace(
+            rhs_spec=tuple(order.index(a) for a in conv.numbers.rhs_spec)
+        ),
+    )
+    scale = jnp.ravel(storage_scale(q))  # one for each output channel, or one
+    sizes = tuple(q.shape[a] for a in order)
+    if spec is None:
+        values = storage_values(q).reshape(sizes).astype(x.dtype)
+        out = _sum(kernel, x, values)
+    else:
+        codes, shift = int8_codes(storage_codes(q), q.spec.format)
+        zero = None if q.zero_point is None else jnp.ravel(q.zero_point).astype(jnp.int32) - shift
+        if zero is None and shift:
+            zero = jnp.full((1,), -shift, jnp.int32)
+        limits = integer_range(q.spec.format)
+        assert limits is not None
+        scale = scale * limits[2]
+        out = _integer(kernel, x, codes.reshape(sizes), zero, spec)
+    out = out * conv.per_channel(scale)
+    kind = jnp.promote_types(x.dtype, q.dtype) if conv.preferred is None else conv.preferred
+    return out.astype(kind)
 
-    return straight_through(forward, conv)(lhs, rhs)
+
+def _placed(conv: _Conv, x: Array, q: QTensor) -> Placement | None:
+    """Where the kernel's axes lie, if one scale belongs to each output channel or to all."""
+    at = place(q, conv.numbers.rhs_spec[1:], ())
+    if at is None or conv.batch_groups != 1 or q.spec.format.bits > 8 or len(at.keep) != 1:
+        return None
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return None
+    if 0 in q.shape or any(isinstance(n, int) and n == 0 for n in x.shape):
+        return None
+    (channel,) = at.keep
+    one = all(at.groups[s] == 1 for s in at.contract)
+    own = at.groups[channel] == 1 or at.block(channel) == 1
+    return at if one and own and at.padded == at.size else None
+
+
+def _same_kind(
+    q: QTensor, spec: QSpec, at: Placement, window: Sequence[int], ndim: int
+) -> bool:
+    """Whether codes of both operands can be multiplied, and scales taken out of the sum."""
+    shared = shared_axes(spec, window, ndim)
+    if shared is None or len(shared) not in (ndim, ndim - 1) or q.codebook is not None:
+        return False
+    if integer_range(q.spec.format) is None or not spec.format.is_integer:
+        return False
+    terms = math.prod(at.size[s] for s in at.contract)
+    zero = q.zero_point is not None or has_zero(q.spec)
+    fits = lowering.fits_int32(terms, has_zero(spec), zero)
+    return fits and integer_range(spec.format) is not None
+
+
+def _integer(
+    conv: _Conv, x: Array, codes: Array, zero: Array | None, spec: QSpec
+) -> Array:
+    """`s_x sum (q_x - z_x)(q_w - z_w)`, float32."""
+    numbers = conv.numbers
+    if has_zero(spec):
+        # padding is the value 0, not the code 0: quantized with the rest, it becomes the zero point
+        x, conv = _padded(conv, x, codes)
+    image = numbers.lhs_spec[0]
+    everything = isinstance(spec.granularity, PerTensor)
+    shared = tuple(a for a in range(x.ndim) if everything or a != image)
+    qx, sx, zx = quantize_activation(x, spec, shared)
+    terms = math.prod(codes.shape[a] for a in numbers.rhs_spec[1:])
+    total = _sum(conv, qx, codes)
+    outputs = codes.shape[numbers.rhs_spec[0]]
+    if zero is not None:
+        shape = [conv.groups if a == numbers.rhs_spec[0] else n for a, n in enumerate(codes.shape)]
+        windows = _sum(conv, qx, jnp.ones(shape, jnp.int8))
+        axis = numbers.out_spec[1]
+        windows = jnp.repeat(windows, outputs // conv.groups, axis=axis)
+        total = total - conv.per_channel(zero.astype(jnp.float32)) * windows
+    if zx is not None:
+        zx = jnp.ravel(zx).astype(jnp.float32)
+        sums = jnp.sum(codes, axis=numbers.rhs_spec[1:], dtype=jnp.int32).astype(jnp.float32)
+        if zero is not None:
+            sums = sums - terms * zero.astype(jnp.float32)
+        total = total - conv.per_batch(zx) * conv.per_channel(sums)
+    return total * conv.per_batch(jnp.ravel(sx))
+
+
+def _sum(conv: _Conv, x: Array, w: Array) -> Array:
+    """The convolution in float32, of integers exactly: GPU kernels have no other result."""
+    whole = jnp.issubdtype(x.dtype, jnp.integer)
+    kind = jnp.dtype(jnp.int32 if whole else jnp.float32)
+    exact = dataclasses.replace(
+        conv, preferred=kind, precision=None if whole else conv.precision
+    )
+
+    def direct() -> Array:
+        return exact(x, w).astype(jnp.float32)
+
+    spec = conv.numbers.rhs_spec
+    taps = math.prod(w.shape[a] for a in spec[2:])
+    if lowering.taps_win(conv.groups, w.shape[spec[1]], taps):
+        return lowering.by_platform(cpu=lambda: _taps(conv, x, w), default=direct)
+    return direct()
+
+
+def _taps(conv: _Conv, x: Array, w: Array) -> Array:
+    """A depthwise convolution as one shifted product for each window position, summed."""
+    x, conv = _padded(conv, x, w)
+    image, kernel = conv.numbers.lhs_spec, conv.numbers.rhs_spec
+    channels, outputs = x.shape[image[1]], w.shape[kernel[0]]
+    w = jnp.transpose(w, (*kernel[2:], kernel[0], kernel[1]))  # [*window, out, 1]
+    dilation = conv.rhs_dilation or (1,) * len(conv.strides)
+    x = jnp.repeat(x.astype(jnp.float32), outputs // channels, axis=image[1])
+    total: Array | None = None
+    for tap in itertools.product(*(range(n) for n in w.shape[:-2])):
+        start, stop, step = [0] * x.ndim, list(x.shape), [1] * x.ndim
+        for i, a in enumerate(image[2:]):
+            reach = x.shape[a] - ((w.shape[i] - 1) * dilation[i] + 1)
+            start[a] = tap[i] * dilation[i]
+            stop[a] = start[a] + reach + 1
+            step[a] = conv.strides[i]
+        weights = w[tap][:, 0].astype(jnp.float32)
+        weights = lax.expand_dims(weights, [a for a in range(x.ndim) if a != image[1]])
+        product = lax.slice(x, start, stop, step) * weights
+        total = product if total is None else total + product
+    assert total is not None
+    return jnp.transpose(total, [image[conv.numbers.out_spec.index(a)] for a in range(x.ndim)])
+
+
+def _padded(conv: _Conv, x: Array, w: Array) -> tuple[Array, _Conv]:
+    """The image with padding and dilation done, and the convolution without."""
+    spatial = conv.numbers.lhs_spec[2:]
+    count = len(spatial)
+    dilation = conv.rhs_dilation or (1,) * count
+    window = [
+        (w.shape[a] - 1) * d + 1
+        for a, d in zip(conv.numbers.rhs_spec[2:], dilation, strict=True)
+    ]
+    pads = conv.padding
+    if isinstance(pads, str):
+        pads = lax.padtype_to_pads([x.shape[a] for a in spatial], window, conv.strides, pads)
+    inside = conv.lhs_dilation or (1,) * count
+    config = [(0, 0, 0)] * x.ndim
+    for a, (low, high), d in zip(spatial, pads, inside, strict=True):
+        config[a] = (low, high, d - 1)
+    x = lax.pad(x, jnp.zeros((), x.dtype), config)
+    return x, dataclasses.replace(conv, padding="VALID", lhs_dilation=None)

@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxquant.ops import lowering
-from jaxquant.ops.activations import fake, quantize_activation, shared_axes
+from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared_axes
 from jaxquant.ops.backward import straight_through
-from jaxquant.ops.contract import contract, contract_limbs
+from jaxquant.ops.contract import Sharding, contract, contract_limbs
 from jaxquant.ops.operands import (
     Operand,
     Placement,
-    align,
     arranged,
     int8_codes,
     integer_range,
@@ -29,10 +27,11 @@ from jaxquant.ops.operands import (
     weight,
 )
 from jaxquant.qtensor import QTensor, dequantize, storage_codes, storage_values
-from jaxquant.spec import QSpec
+from jaxquant.spec import PerTensor, QSpec
 
 Axes = tuple[int, ...]
-FROM_USE: Any = object()
+FROM_USE: Any = type("FromUse", (), {"__repr__": lambda _: "q.use.activations"})()
+"""Stands for the activation spec that the QTensor carries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +50,12 @@ class _Call:
 
     def reference(self, x: Array, w: Array) -> Array:
         """The contraction in float."""
-        a, b = (w, x) if self.flipped else (x, w)
-        numbers = (
-            ((self.w_contract, self.x_contract), (self.w_batch, self.x_batch))
-            if self.flipped
-            else ((self.x_contract, self.w_contract), (self.x_batch, self.w_batch))
-        )
+        contract_, batch = (self.x_contract, self.w_contract), (self.x_batch, self.w_batch)
+        a, b, turn = (w, x, -1) if self.flipped else (x, w, 1)
         return lax.dot_general(
             a,
             b,
-            numbers,
+            (contract_[::turn], batch[::turn]),
             precision=self.precision,
             preferred_element_type=self.preferred,
             out_sharding=self.out_sharding,
@@ -77,112 +72,172 @@ def dot_general(
     out_sharding: Any = None,
     activations: QSpec | None = FROM_USE,
 ) -> Array:
-    """`lax.dot_general` of a float array and a QTensor, on either side."""
+    """`lax.dot_general` of a float array and a QTensor, on either side.
+
+    `y[m, n] = s_x[m] s_w[n] sum_k (q_x[m, k] - z_x[m]) (q_w[k, n] - z_w[n])`, `x` `[m, k]`, `w`
+    `[k, n]`, the sum int8 x int8 -> int32; a weight in groups along `k` has one such sum and scale
+    for each group. Values of 4- and 6-bit floats are integers times a power of two, and go the
+    same way. Two float8 operands of one format are summed in float32.
+
+    With `activations=None` the codes are contracted with `x` itself and the result is scaled. On a
+    CPU `x` becomes two int8 numbers of 15 bits together: each result is then within
+    `2^-15 max_k |x_k| sum_k |w_k|`.
+
+    The QTensor is dequantized first if the contraction takes a part of axes that are stored as
+    one, if scales vary along a contracted axis and a kept one as well, for codebooks (decoded, the
+    scale still goes last), and where an operand is empty. Activations are rounded to `activations`
+    all the same.
+
+    Args:
+      lhs: float array or QTensor.
+      rhs: float array or QTensor. Of two QTensors the smaller one is dequantized.
+      dimension_numbers: as for `lax.dot_general`.
+      precision: as for `lax.dot_general`; integers are summed exactly.
+      preferred_element_type: dtype of the result.
+      out_sharding: sharding of the result, under an explicit mesh.
+      activations: spec to quantize the float operand by, `PerChannel()` one scale for each row or
+        `PerTensor()`; `None` keeps it float. Default: `q.use.activations`.
+
+    Returns:
+      `[batch, free of lhs, free of rhs]`. Its gradient is that of the contraction with
+      `dequantize(q)`. A row that is not finite gives NaN.
+
+    Raises:
+      TypeError: the QTensor is differentiated.
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference" (2018), section 2.
+
+    >>> import jaxquant as jq
+    >>> w = jnp.array([[1.0, -2.0], [0.5, 4.0]])
+    >>> q = jq.quantize(w, jq.QSpec("int8", jq.PerChannel(1), range="qmax"))
+    >>> dot_general(jnp.array([[2.0, 0.0]]), q, (((1,), (0,)), ((), ())), activations=None)
+    Array([[ 2.0000..., -4.0000...]], dtype=float32)
+    """
     (lc, rc), (lb, rb) = dimension_numbers
     if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):
-        # The smaller one becomes the activation.
-        if lhs.size <= rhs.size:
-            lhs = dequantize(lhs)
-        else:
-            rhs = dequantize(rhs)
-    flipped = isinstance(lhs, QTensor)
-    q, x = (lhs, rhs) if isinstance(lhs, QTensor) else (rhs, lhs)
-    x = jnp.asarray(x)
-    if not isinstance(q, QTensor):
-        return lax.dot_general(
-            lhs, rhs, dimension_numbers, precision, preferred_element_type,
-            out_sharding=out_sharding,
-        )  # fmt: skip
-    (wc, xc), (wb, xb) = ((lc, rc), (lb, rb)) if flipped else ((rc, lc), (rb, lb))
+        lhs, rhs = (dequantize(lhs), rhs) if lhs.size < rhs.size else (lhs, dequantize(rhs))
     preferred = None if preferred_element_type is None else jnp.dtype(preferred_element_type)
-    call = _Call(
-        tuple(xc), tuple(wc), tuple(xb), tuple(wb), flipped, precision, preferred, out_sharding,
-        q.use.activations if activations is FROM_USE else activations,
-    )  # fmt: skip
-    forward = functools.partial(_forward, call)
-    return straight_through(forward, call.reference)(x, q)
+    rest = (precision, preferred, out_sharding)
+    if isinstance(lhs, QTensor):
+        q, x = lhs, rhs
+        call = _Call(tuple(rc), tuple(lc), tuple(rb), tuple(lb), True, *rest, None)
+    elif isinstance(rhs, QTensor):
+        q, x = rhs, lhs
+        call = _Call(tuple(lc), tuple(rc), tuple(lb), tuple(rb), False, *rest, None)
+    else:
+        return lax.dot_general(lhs, rhs, dimension_numbers, *rest[:2], out_sharding=out_sharding)
+    spec = q.use.activations if activations is FROM_USE else activations
+    call = dataclasses.replace(call, activations=spec)
+    return straight_through(functools.partial(_forward, call), call.reference)(jnp.asarray(x), q)
 
 
 def _forward(call: _Call, x: Array, q: QTensor) -> Array:
     at = place(q, call.w_contract, call.w_batch)
-    if at is None or not _supported(call, x, q, at):
-        return _dequantized(call, x, q)
-    out = _product(call, x, q, at)
-    if out is None:
-        return _dequantized(call, x, q)
+    spec = call.activations
+    together = at is not None and spec is not None and _same_kind(q, spec, at, call, x.ndim)
+    if spec is not None and not together and jnp.issubdtype(x.dtype, jnp.floating):
+        x = fake(x, spec, call.x_contract)
+    if at is None or not _as_stored(call, x, q, at, together):
+        if together and spec is not None:
+            x = fake(x, spec, call.x_contract)
+        return call.reference(x, dequantize(q))
+    moved = arranged(x, call.x_contract, call.x_batch, at, call.w_contract)
+    if at.varies:
+        scale = moving_scale(q, at, len(moved.free))
+        moved = dataclasses.replace(moved, values=moved.values.astype(jnp.float32) * scale)
+    if spec is not None and together:
+        out = _quantized(call, moved, q, at, spec)
+    else:
+        out = _weight_only(call, moved, q, at)
     return _finish(call, x, q, at, out)
 
 
-def _supported(call: _Call, x: Array, q: QTensor, at: Placement) -> bool:
-    """Whether the codes can be contracted as they lie."""
-    empty = 0 in q.shape or any(isinstance(n, int) and n == 0 for n in x.shape)
-    floats = x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
-    # a scale for each contracted index must change sides
-    moves = not at.varies or (at.uniform and q.zero_point is None)
-    return floats and not empty and moves and q.spec.format.bits <= 8 and call.out_sharding is None
+def _limits(q: QTensor) -> tuple[int, int, float] | None:
+    return None if q.codebook is not None else integer_range(q.spec.format)
 
 
-def _dequantized(call: _Call, x: Array, q: QTensor) -> Array:
-    if call.activations is not None and jnp.issubdtype(x.dtype, jnp.floating):
-        x = fake(x, call.activations, call.x_contract)
-    return call.reference(x, dequantize(q))
+def _same_kind(q: QTensor, spec: QSpec, at: Placement, call: _Call, ndim: int) -> bool:
+    """Whether codes of both operands can be multiplied, and scales taken out of the sum."""
+    shared = shared_axes(spec, call.x_contract, ndim)
+    if shared is None or len(shared) not in (len(call.x_contract), ndim):
+        return False
+    if _limits(q) is None:
+        # two float8 numbers of one format
+        return spec.format == q.spec.format and spec.format.is_float and spec.format.bits == 8
+    terms = math.prod(at.block(s) if s in at.split else at.padded[s] for s in at.contract)
+    fits = lowering.fits_int32(terms, has_zero(spec), q.zero_point is not None or has_zero(q.spec))
+    return spec.format.is_integer and integer_range(spec.format) is not None and fits
 
 
-def _product(call: _Call, x: Array, q: QTensor, at: Placement) -> Array | None:
-    """`[batch, free of x, kept storage axes]` in float32."""
-    spec, fmt = call.activations, q.spec.format
-    limits = None if q.codebook is not None else integer_range(fmt)
-    if spec is not None:
-        shared = shared_axes(spec, call.x_contract, x.ndim)
-        wanted = integer_range(spec.format) if spec.format.is_integer else None
-        terms = math.prod(at.padded[s] for s in at.contract)
-        fits = terms <= lowering.MAX_TERMS
-        same_float = spec.format.is_float and fmt.storage == spec.format.storage != "uint8"
-        rows = shared is not None and set(shared) in (set(call.x_contract), set(range(x.ndim)))
-        if not (rows and fits and ((limits and wanted) or (same_float and fmt.is_float))):
-            return _product(
-                dataclasses.replace(call, activations=None),
-                fake(x, spec, call.x_contract),
-                q,
-                at,
-            )
-        moved = _arranged(call, x, q, at)
-        everything = set(shared or ()) == set(range(x.ndim))
-        axes = tuple(range(moved.values.ndim)) if everything else (*moved.groups, *moved.inner)
-        codes, scale, zero = quantize_activation(moved.values, spec, axes)
-        left = dataclasses.replace(moved, values=codes, scale=scale, zero=zero)
-        right = _int8(q, at) if limits else weight(q, at, storage_codes(q))
-        return contract(left, right, call.precision)
-    moved = _arranged(call, x, q, at)
-    rows = lowering.static_size(moved.values.shape, (*moved.batch, *moved.free))
-    if limits and lowering.limbs_win(rows):
-        return lowering.by_platform(
-            cpu=lambda: contract_limbs(moved, _int8(q, at)),
-            default=lambda: contract(moved, _converted(q, at, x.dtype), call.precision),
+def _as_stored(call: _Call, x: Array, q: QTensor, at: Placement, together: bool) -> bool:
+    """Whether codes can be contracted as they lie."""
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or q.spec.format.bits > 8:
+        return False
+    if 0 in q.shape or any(isinstance(n, int) and n == 0 for n in x.shape):
+        return False
+    if at.varies:
+        # the scale of each contracted index goes to the other operand, which only rounds after
+        changes_sides = at.uniform and q.zero_point is None
+        if not changes_sides or (call.activations is not None and not together):
+            return False
+    if call.out_sharding is not None:
+        # a sharding can be carried over where axes of the result are storage axes
+        return not at.split and all(
+            len(at.members[s]) == 1 and at.padded[s] == at.size[s] for s in at.keep
         )
-    return contract(moved, _converted(q, at, x.dtype), call.precision)
+    return True
 
 
-def _arranged(call: _Call, x: Array, q: QTensor, at: Placement) -> Operand:
-    moved = arranged(x, call.x_contract, call.x_batch, at, call.w_contract)
-    if not at.varies:
-        return moved
-    scale = moving_scale(q, at, len(moved.free))
-    return dataclasses.replace(moved, values=moved.values.astype(jnp.float32) * scale)
+def _sharding(call: _Call, moved: Operand, at: Placement) -> Sharding | None:
+    """The sharding asked for, in the order `[batch, free of x, kept storage axes]`."""
+    if call.out_sharding is None:
+        return None
+    spec = call.out_sharding
+    mesh, spec = (None, spec) if isinstance(spec, PartitionSpec) else (spec.mesh, spec.spec)
+    nb, nx, nk = len(moved.batch), len(moved.free), len(at.keep)
+    entries = (*spec, *(None,) * (nb + nx + nk - len(spec)))
+    batch, rest = entries[:nb], entries[nb:]
+    x, kept = (rest[nk:], rest[:nk]) if call.flipped else (rest[:nx], rest[nx:])
+    axes = [at.members[s][0] for s in at.keep]
+    return Sharding(mesh, batch, x, tuple(kept[sorted(axes).index(a)] for a in axes))
+
+
+def _quantized(call: _Call, x: Operand, q: QTensor, at: Placement, spec: QSpec) -> Array:
+    """Codes of both operands multiplied."""
+    everything = isinstance(spec.granularity, PerTensor)
+    shared = tuple(range(x.values.ndim)) if everything else (*x.groups, *x.inner)
+    codes, scale, zero = quantize_activation(x.values, spec, shared)
+    left = dataclasses.replace(x, values=codes, scale=scale, zero=zero)
+    right = _int8(q, at) if _limits(q) else weight(q, at, storage_codes(q))
+    return contract(left, right, call.precision, _sharding(call, x, at))
+
+
+def _weight_only(call: _Call, x: Operand, q: QTensor, at: Placement) -> Array:
+    """Float activations, unscaled codes; the dequantized matrix is never made."""
+    sharding = _sharding(call, x, at)
+
+    def converted() -> Array:
+        # codes less zero points are exact in any float dtype
+        values = storage_values(q).astype(x.values.dtype)
+        right = dataclasses.replace(weight(q, at, values), zero=None)
+        return contract(x, right, call.precision, sharding)
+
+    rows = lowering.static_size(x.values.shape, (*x.batch, *x.free))
+    terms = math.prod(at.padded[s] for s in at.contract)
+    fits = lowering.fits_int32(terms, False, q.zero_point is not None or has_zero(q.spec))
+    if _limits(q) is None or not fits or not lowering.limbs_win(rows):
+        return converted()
+    return lowering.by_platform(
+        cpu=lambda: contract_limbs(x, _int8(q, at), sharding), default=converted
+    )
 
 
 def _int8(q: QTensor, at: Placement) -> Operand:
-    fmt = q.spec.format
-    limits = integer_range(fmt)
+    limits = _limits(q)
     assert limits is not None
-    codes, shift = int8_codes(storage_codes(q), fmt)
+    codes, shift = int8_codes(storage_codes(q), q.spec.format)
     return weight(q, at, codes, limits[2], shift)
-
-
-def _converted(q: QTensor, at: Placement, dtype: Any) -> Operand:
-    """Values without their scale, exact in any of the float dtypes."""
-    op = weight(q, at, storage_values(q).astype(dtype))
-    return dataclasses.replace(op, zero=None)
 
 
 def _finish(call: _Call, x: Array, q: QTensor, at: Placement, out: Array) -> Array:
@@ -192,34 +247,12 @@ def _finish(call: _Call, x: Array, q: QTensor, at: Placement, out: Array) -> Arr
         if at.padded[s] != at.size[s]:
             out = lax.slice_in_dim(out, 0, at.size[s], axis=lead + i)
     kept = [a for s in at.keep for a in at.members[s]]
-    sizes = tuple(q.shape[a] for a in kept)
-    if out.shape[lead:] != sizes:
-        out = out.reshape(*out.shape[:lead], *sizes)
+    if len(kept) != len(at.keep):
+        out = out.reshape(*out.shape[:lead], *(q.shape[a] for a in kept))
     nb = len(call.x_batch)
     tail = [lead + kept.index(a) for a in sorted(kept)]
     middle = list(range(nb, lead))
     order = [*range(nb), *(tail + middle if call.flipped else middle + tail)]
-    return jnp.transpose(out, order).astype(_result_dtype(x.dtype, q.dtype, call.preferred))
-
-
-def _result_dtype(x: Any, w: Any, preferred: Any) -> Any:
-    return preferred if preferred is not None else jnp.promote_types(x, w)
-
-
-def dot_general_dynamic(
-    lhs: Array,
-    rhs: Array,
-    dimension_numbers: lax.DotDimensionNumbers,
-    precision: lax.PrecisionLike = None,
-    preferred_element_type: DTypeLike | None = None,
-    *,
-    lhs_spec: QSpec,
-    rhs_spec: QSpec,
-    out_sharding: Any = None,
-) -> Array:
-    """`lax.dot_general` of two float arrays, both quantized at run time."""
-    (lc, rc), _ = dimension_numbers
-    return lax.dot_general(
-        fake(lhs, lhs_spec, lc), fake(rhs, rhs_spec, rc), dimension_numbers, precision,
-        preferred_element_type, out_sharding=out_sharding,
-    )  # fmt: skip
+    out = jnp.transpose(out, order)
+    dtype = call.preferred
+    return out.astype(jnp.promote_types(x.dtype, q.dtype) if dtype is None else dtype)

@@ -1,17 +1,18 @@
-"""How a contraction is computed: from the platform and static shapes to a form."""
+"""How a contraction is computed: from the platform and static shapes to a form.
+
+Numbers are ratios to float32 on two CPU cores, medians of one process; see `docs/architecture.md`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax import lax
+import jax
+from jax import Array, lax
 
-# Beyond this many products of 2^14 an int32 sum could overflow.
-MAX_TERMS = 2**17 - 1
-
-# A size for sums whose number of terms is symbolic or rows that are: "many".
 MANY = 1 << 30
+"""Stands for a number of rows that is symbolic."""
 
 
 def static_size(shape: Sequence[Any], axes: Sequence[int]) -> int:
@@ -28,16 +29,52 @@ def static_size(shape: Sequence[Any], axes: Sequence[int]) -> int:
     return total
 
 
-def by_platform(cpu: Callable[[], Any], default: Callable[[], Any]) -> Any:
+def by_platform(cpu: Callable[[], Array], default: Callable[[], Array]) -> Array:
     """The value of `cpu()` where the program runs on a CPU, elsewhere of `default()`."""
-    return default() if cpu is default else lax.platform_dependent(cpu=cpu, default=default)
+    return lax.platform_dependent(cpu=cpu, default=default)
+
+
+def fits_int32(terms: Any, x_zero: bool, w_zero: bool) -> bool:
+    """Whether an int32 holds the sum of `terms` products of int8 values less their zero points.
+
+    A symbolic number of terms is taken to fit.
+
+    >>> fits_int32(2**17, False, False), fits_int32(2**17 - 1, False, False)
+    (False, True)
+    """
+    largest = (255 if x_zero else 128) * (255 if w_zero else 128)
+    return not isinstance(terms, int) or terms * largest < 2**31
 
 
 def limbs_win(rows: int) -> bool:
-    """Whether a CPU contracts float rows faster as two int8 limbs than with converted codes."""
-    return rows <= 64
+    """Whether a CPU contracts float rows faster as two int8 limbs than with converted codes.
+
+    At 2048 x 2048, limbs / converted: 1 row 0.6 / 1.9 (JAX 0.10), 0.4 / 1.5 (0.12); 64 rows
+    0.8 / 1.3, 0.3 / 1.3; 512 rows 1.0 / 0.9, 0.5 / 1.3.
+    """
+    return rows <= 512
 
 
-def loop_over_groups(rows: int) -> bool:
-    """Whether a CPU sums groups faster one after the other than as a batch."""
-    return rows >= 16
+def group_form(rows: int, group: int) -> str:
+    """How a CPU sums int8 products in groups: `"loop"`, `"batch"` or `"float"`.
+
+    At 2048 x 2048, groups of 128, loop / batch / dequantized float: 2 rows 1.0 / 3.2 / 4.0,
+    16 rows 0.6 / 1.1 / 1.5, 256 rows 0.6 / - / 0.9 (JAX 0.12), 1.5 / - / 1.1 (0.10). Groups of 32
+    cost the loop one pass over the result each: 128 rows 3.5 / - / 1.2 (0.10), 0.8 / - / 1.4.
+
+    A loop takes slices of the codes. If those are sharded along the groups, the compiler gathers
+    them, so with several devices groups are a batch.
+    """
+    if jax.device_count() > 1:
+        return "batch"
+    return "float" if group < 64 < rows else "loop"
+
+
+def taps_win(groups: int, inputs: int, taps: int) -> bool:
+    """Whether a CPU convolves faster by one shifted product for each window position.
+
+    True of depthwise convolutions, of which a float32 holds every integer sum. 28 x 28 x 128,
+    window 3 x 3, against XLA's float32 one: int8 1.1 (JAX 0.10), 4.9 (0.12); shifted products TAPS.
+    Convolutions in larger groups are faster in int8: 0.6 to 0.8.
+    """
+    return groups > 1 and inputs == 1 and taps <= 64

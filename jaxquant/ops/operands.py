@@ -141,14 +141,16 @@ def int8_codes(codes: Array, fmt: Format) -> tuple[Array, int]:
 
 
 def align(a: Array, op: Operand, before: int, after: int) -> Array:
-    """Lays a scale out for the result `[batch, groups, free of x, free of w]`.
+    """Lays a scale of `op` out for the result `[batch, groups, free of x, free of w]`.
 
     `before` and `after` are the ranks of the other operand's free axes on either side.
     """
-    lead = op.batch + op.groups
-    a = jnp.transpose(a, lead + op.free + op.inner)
-    head, free = a.shape[: len(lead)], a.shape[len(lead) : len(lead) + len(op.free)]
-    return a.reshape(*head, *(1,) * before, *free, *(1,) * after)
+    lead = len(op.batch) + len(op.groups)
+    rank = lead + len(op.free)
+    a = jnp.transpose(a, op.batch + op.groups + op.free + op.inner)
+    a = lax.squeeze(a, range(rank, a.ndim))
+    new = [*range(lead, lead + before), *range(rank + before, rank + before + after)]
+    return lax.expand_dims(a, new)
 
 
 def weight(q: QTensor, at: Placement, values: Array, unit: float = 1.0, shift: int = 0) -> Operand:
@@ -158,7 +160,6 @@ def weight(q: QTensor, at: Placement, values: Array, unit: float = 1.0, shift: i
     that varies along contracted axes is left out: it goes to the other operand.
     """
     shape: list[int] = []
-    scale_shape: list[int] = []
     where: list[int] = []
     groups, inner = [], []
     for s, n in enumerate(at.padded):
@@ -166,18 +167,17 @@ def weight(q: QTensor, at: Placement, values: Array, unit: float = 1.0, shift: i
         if s in at.split:
             groups.append(len(shape))
             shape.append(at.groups[s])
-            scale_shape.append(at.groups[s])
         if s in at.contract:
             inner.append(len(shape))
         shape.append(at.block(s) if s in at.split else n)
-        scale_shape.append(1 if s in at.contract or at.groups[s] == 1 else n)
 
     def full(a: Array) -> Array:
         for s in (*at.batch, *at.keep):
             if at.groups[s] > 1 and at.block(s) > 1:
                 a = jnp.repeat(a, at.block(s), axis=s, total_repeat_length=at.padded[s])
-        return a if a.shape == tuple(scale_shape) else a.reshape(scale_shape)
+        return lax.expand_dims(a, inner_of_groups)
 
+    inner_of_groups = [g + 1 for g in groups]
     scale = zero = None
     if not at.varies:
         scale = full(storage_scale(q))

@@ -30,8 +30,9 @@ def localize(
     if isinstance(gran, PerTensor):
         return spec
     if isinstance(gran, PerBlock):
-        pair = _named(gran.axes or (-2, -1), ndim, batch, where)
-        return dataclasses.replace(spec, granularity=PerBlock(gran.rows, gran.cols, pair[:2]))
+        rows, cols = _named(gran.axes or (-2, -1), ndim, batch, where)
+        blocks = PerBlock(gran.rows, gran.cols, (rows, cols))
+        return dataclasses.replace(spec, granularity=blocks)
     named = gran.axes if isinstance(gran, PerChannel) else gran.axis
     if named is None:
         if contracted is None:

@@ -36,8 +36,9 @@ def derive(sharding: NamedSharding, shape: tuple[int, ...], q: QTensor) -> QTens
         fitted = [_fit(e, n, sharding.mesh) for e, n in zip(wanted, array.shape, strict=True)]
         return NamedSharding(sharding.mesh, PartitionSpec(*fitted))
 
-    fields = ("codes", "scale", "zero_point", "codebook", "global_scale")
-    return dataclasses.replace(q, **{name: place(getattr(q, name)) for name in fields})
+    names = ("codes", "scale", "zero_point", "codebook", "global_scale")
+    placed: dict[str, Any] = {name: place(getattr(q, name)) for name in names}
+    return dataclasses.replace(q, **placed)
 
 
 def _entry(entry: Any) -> Entry:
@@ -54,21 +55,39 @@ def _fit(entry: Entry, size: int, mesh: Any) -> Entry | None:
 
 
 @contextlib.contextmanager
-def automatic(w: jax.Array) -> Iterator[jax.Array]:
-    """The same array with a mesh whose axes are automatic, current within the context.
+def automatic(tree: Any) -> Iterator[Any]:
+    """The same arrays with a mesh whose axes are automatic, current within the context.
 
     With explicit axes every reshape of a split axis must say how its result is split; here the
-    compiler may find out. No data moves.
+    compiler may find out. No data moves. `restore` brings results back.
     """
-    sharding = w.sharding
-    explicit = isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
-    if not explicit or not isinstance(sharding.mesh, Mesh):
-        yield w
+    mesh = _explicit_mesh(tree)
+    if mesh is None:
+        yield tree
         return
-    mesh = Mesh(
-        sharding.mesh.devices,
-        sharding.mesh.axis_names,
-        axis_types=(AxisType.Auto,) * len(sharding.mesh.axis_names),
-    )
-    with jax.set_mesh(mesh):
-        yield jax.device_put(w, NamedSharding(mesh, sharding.spec))
+    axis_types = (AxisType.Auto,) * len(mesh.axis_names)
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=axis_types)
+
+    def move(x: Any) -> Any:
+        named = isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding)
+        return jax.device_put(x, NamedSharding(auto, x.sharding.spec)) if named else x
+
+    with jax.set_mesh(auto):
+        yield jax.tree.map(move, tree)
+
+
+def restore(x: jax.Array, tree: Any) -> jax.Array:
+    """An array computed within `automatic(tree)`, back on the mesh of `tree`; no data moves."""
+    mesh = _explicit_mesh(tree)
+    if mesh is None or not isinstance(x.sharding, NamedSharding):
+        return x
+    return jax.device_put(x, NamedSharding(mesh, x.sharding.spec))
+
+
+def _explicit_mesh(tree: Any) -> Mesh | None:
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            mesh = x.sharding.mesh if isinstance(x.sharding, NamedSharding) else None
+            if isinstance(mesh, Mesh) and AxisType.Explicit in mesh.axis_types:
+                return mesh
+    return None

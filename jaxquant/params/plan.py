@@ -160,7 +160,7 @@ def _plan(
         return kept("the rule sets no weights")
 
     ordered = (*contractions, *lookups)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if len({site.contracted for site in contractions}) > 1:
         notes = (f"contracted over axes {_say(contractions)} at its sites; scales suit the first",)
     ndim = len(leaf.shape)
@@ -207,7 +207,9 @@ def _prefix(scanned: tuple[int, ...]) -> int:
 
 
 def _is_float(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and jnp.issubdtype(getattr(leaf, "dtype", None), jnp.floating)
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        return False
+    return not is_qtensor(leaf) and bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def _dtype(leaf: Any) -> str:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.interpret.sites import path_str
-from jaxquant.qtensor import dequantize, is_qtensor
+from jaxquant.params.placement import automatic, restore
+from jaxquant.qtensor import QTensor, dequantize, is_qtensor
 
 
 def dequantize_params(qparams: Any) -> Any:
@@ -25,7 +26,15 @@ def dequantize_params(qparams: Any) -> Any:
     )
 
 
-_dequantize = jax.jit(dequantize)
+_jitted = jax.jit(dequantize)
+
+
+def _dequantize(q: QTensor) -> Any:
+    if isinstance(q.codes, jax.ShapeDtypeStruct):
+        return jax.eval_shape(dequantize, q)
+    with automatic(q) as placed:
+        w = _jitted(placed)
+    return w if isinstance(w, jax.core.Tracer) else restore(w, q)
 
 
 def partition(qparams: Any) -> tuple[Any, Any]:

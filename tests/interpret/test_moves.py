@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, dequantize, quantize
-from jaxquant.interpret import moves
+from jaxquant.interpret import cuts, moves
 
 SPECS = {
     "int8 per tensor": QSpec("int8", PerTensor()),
@@ -36,24 +36,24 @@ MOVES = {
     "regroup": (lambda q: moves.reshape(q, (12, 4, 4)), lambda w: w.reshape(12, 4, 4)),
     "flatten": (lambda q: moves.reshape(q, (192,)), lambda w: w.reshape(192)),
     "unit axes": (lambda q: moves.reshape(q, (1, 6, 1, 8, 4)), lambda w: w.reshape(1, 6, 1, 8, 4)),
-    "slice": (lambda q: moves.cut(q, (0, 4, 0), (6, 4, 4)), lambda w: w[:, 4:]),
-    "slice to end": (lambda q: moves.cut(q, (0, 5, 0), (6, 3, 4)), lambda w: w[:, 5:]),
-    "row": (lambda q: moves.cut(q, (2, 0, 0), (1, 8, 4)), lambda w: w[2:3]),
-    "stride": (lambda q: moves.cut(q, (1, 0, 0), (3, 8, 4), (2, 1, 1)), lambda w: w[1:6:2]),
-    "reverse": (lambda q: moves.reverse(q, (0, 2)), lambda w: w[::-1, :, ::-1]),
-    "join": (lambda q: moves.concatenate([q, q], 2), lambda w: jnp.concatenate([w, w], 2)),
-    "join 0": (lambda q: moves.concatenate([q, q], 0), lambda w: jnp.concatenate([w, w], 0)),
+    "slice": (lambda q: cuts.cut(q, (0, 4, 0), (6, 4, 4)), lambda w: w[:, 4:]),
+    "slice to end": (lambda q: cuts.cut(q, (0, 5, 0), (6, 3, 4)), lambda w: w[:, 5:]),
+    "row": (lambda q: cuts.cut(q, (2, 0, 0), (1, 8, 4)), lambda w: w[2:3]),
+    "stride": (lambda q: cuts.cut(q, (1, 0, 0), (3, 8, 4), (2, 1, 1)), lambda w: w[1:6:2]),
+    "reverse": (lambda q: cuts.reverse(q, (0, 2)), lambda w: w[::-1, :, ::-1]),
+    "join": (lambda q: cuts.concatenate([q, q], 2), lambda w: jnp.concatenate([w, w], 2)),
+    "join 0": (lambda q: cuts.concatenate([q, q], 0), lambda w: jnp.concatenate([w, w], 0)),
     "repeat": (
-        lambda q: moves.broadcast(q, (6, 3, 8, 4), (0, 2, 3)),
+        lambda q: cuts.broadcast(q, (6, 3, 8, 4), (0, 2, 3)),
         lambda w: jnp.broadcast_to(w[:, None], (6, 3, 8, 4)),
     ),
-    "scale": (lambda q: moves.rescale(q, -2.0), lambda w: -2.0 * w),
+    "scale": (lambda q: cuts.rescale(q, -2.0), lambda w: -2.0 * w),
     "rows": (
-        lambda q: moves.rows(q, jnp.array([[[4], [0]]]), 0, lax.GatherScatterMode.CLIP, None),
+        lambda q: cuts.rows(q, jnp.array([[[4], [0]]]), 0, lax.GatherScatterMode.CLIP),
         lambda w: w[jnp.array([[4, 0]])],
     ),
     "rows of axis 1": (
-        lambda q: moves.rows(q, jnp.array([[3]]), 1, lax.GatherScatterMode.CLIP, None),
+        lambda q: cuts.rows(q, jnp.array([[3]]), 1, lax.GatherScatterMode.CLIP),
         lambda w: w[:, jnp.array([3])].swapaxes(0, 1),
     ),
 }
@@ -110,7 +110,7 @@ def test_batch_axes_move_too(spec: str, weights: jax.Array) -> None:
     assert back is not None
     assert back.batch == (3,)
     np.testing.assert_array_equal(dequantize(back), dequantize(q))
-    one = moves.cut(q, (2, 0, 0, 0), (1, *SHAPE))
+    one = cuts.cut(q, (2, 0, 0, 0), (1, *SHAPE))
     assert one is not None
     bare = moves.squeeze(one, [0])
     assert bare is not None

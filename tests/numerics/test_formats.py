@@ -364,7 +364,7 @@ def test_decode_of_stored_dtypes_equals_the_definition(f):
 
 
 @each(KINDS)
-def test_jit_equals_eager_and_vmap_equals_loop(f, key):
+def test_jit_equals_eager_and_vmap_equals_loop(f):
     x = np.random.default_rng(2).normal(size=(3, 8)).astype(np.float32) * 3
     codes = encode(x, f)
     assert codes.shape == x.shape
@@ -374,9 +374,6 @@ def test_jit_equals_eager_and_vmap_equals_loop(f, key):
     values = decode(codes, f)
     assert values.dtype == jnp.float32
     assert_same_bits(jax.vmap(partial(decode, format=f))(codes), values)
-    eager = bits_of(encode(x, f, key=key))
-    compiled = jax.jit(lambda x, key: encode(x, f, key=key))(x, key)
-    np.testing.assert_array_equal(bits_of(compiled), eager)
 
 
 @each([*PLAIN, WIDE_CODEBOOK])

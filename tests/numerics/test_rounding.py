@@ -1,7 +1,5 @@
 """Rounding: nearest against NumPy, stochastic by its distribution and its determinism."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,9 +42,9 @@ def grid(f):
     return np.unique(values[np.isfinite(values)].astype(np.float64))
 
 
-@partial(jax.jit, static_argnums=1)
 def rounded(x, f, key):
-    return decode(encode(x, f, key=key), f)
+    """`x` through the codes and back, eagerly: one shape for all formats compiles its ops once."""
+    return np.asarray(decode(encode(x, f, key=key), f)).astype(np.float64)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -62,15 +60,15 @@ def test_nearest_even_is_that_of_numpy(dtype):
 def test_stochastic_codes_are_neighbours_without_bias(f, key):
     values = grid(f)
     # Gaps all over the range: the ends, those around zero (subnormals), and some between.
-    at = np.unique(np.linspace(0, len(values) - 2, 9).astype(int))
+    at = np.linspace(0, len(values) - 2, 9).astype(int)
     zero = np.searchsorted(values, 0.0)
-    at = np.union1d(at, np.clip(np.arange(zero - 2, zero + 2), 0, len(values) - 2))
+    at = np.append(at, np.clip(np.arange(zero - 2, zero + 2), 0, len(values) - 2))
     fraction = np.array([[0.1], [0.5], [0.85]])
     low, high = np.broadcast_arrays(values[at], values[at + 1], fraction)[:2]
     x = (low + fraction * (high - low)).astype(np.float32)
     p = (x.astype(np.float64) - low) / (high - low)  # what rounding to float32 left of it
     draws = np.broadcast_to(x, (DRAWS, *x.shape))
-    got = np.asarray(rounded(draws, f, key)).astype(np.float64)
+    got = rounded(draws, f, key)
     assert ((got == low) | (got == high)).all()
     bound = SIGMAS * np.sqrt(p * (1 - p) / DRAWS)
     np.testing.assert_array_less(np.abs((got == high).mean(0) - p), bound)
@@ -79,14 +77,14 @@ def test_stochastic_codes_are_neighbours_without_bias(f, key):
 @each(PLAIN)
 def test_stochastic_leaves_exact_values_and_saturates(f, key):
     values = grid(f)
-    values = values[:: max(1, len(values) // 64)].astype(np.float32)
+    values = values[np.linspace(0, len(values) - 1, 60).astype(int)].astype(np.float32)
     with np.errstate(over="ignore"):
         outside = np.float32([f.max * 1.01, f.min * 1.01 - (f.min == 0), np.inf, -np.inf])
     if f.min > 0:
         outside[1] = -1.0
     got = rounded(np.concatenate([values, outside]), f, key)
     want = np.concatenate([values, np.float32([f.max, f.min, f.max, f.min])])
-    np.testing.assert_array_equal(np.asarray(got), want)
+    np.testing.assert_array_equal(got, want)
 
 
 @each([get(n) for n in ("int4", "float8_e4m3fn", "float8_e8m0fnu", "nf4")])

@@ -1,0 +1,78 @@
+"""Round to nearest: the encoder of a rule that names none."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxquant as jq
+from jaxquant import PerChannel, PerGroup, PerTensor, QSpec
+from jaxquant.encoders import Encoder, Info, measure, rtn
+
+
+def test_it_is_a_value():
+    assert isinstance(rtn(), Encoder)
+    assert rtn() == rtn()
+    assert rtn(stochastic=True) != rtn()
+    assert len({rtn(), rtn(), rtn(stochastic=True)}) == 2
+
+
+@pytest.mark.parametrize("spec", [QSpec("int8", PerChannel(1)), QSpec("nf4", PerGroup(16, 0))])
+def test_it_quantizes_and_measures(spec, key):
+    w = jax.random.normal(key, (64, 8))
+    q, info = rtn()(w, spec, minor=(0,))
+    expected = jq.quantize(w, spec, minor=(0,))
+    np.testing.assert_array_equal(np.asarray(q.codes), np.asarray(expected.codes))
+    w64, restored = np.asarray(w, np.float64), np.asarray(jq.dequantize(q), np.float64)
+    sqnr = 10 * np.log10(np.sum(w64**2) / np.sum((w64 - restored) ** 2))
+    assert info.sqnr_db == pytest.approx(sqnr, abs=1e-3)
+
+
+def test_batch_axes_are_encoded_one_by_one(key):
+    w = jax.random.normal(key, (3, 16, 8)) * jnp.array([1.0, 10.0, 100.0])[:, None, None]
+    spec = QSpec("int8", PerTensor())
+    q, info = rtn()(w, spec, batch_axes=1)
+    assert q.batch == (3,)
+    for layer in range(3):
+        one = jq.quantize(w[layer], spec)
+        np.testing.assert_array_equal(np.asarray(q.codes[layer]), np.asarray(one.codes))
+    assert info.sqnr_db > 35
+
+
+def test_a_key_is_for_stochastic_rounding_only(key):
+    w = jax.random.normal(key, (64, 8))
+    spec = QSpec("int4", PerChannel(1))
+    plain, _ = rtn()(w, spec, key=key)
+    np.testing.assert_array_equal(np.asarray(plain.codes), np.asarray(rtn()(w, spec)[0].codes))
+    drawn, info = rtn(stochastic=True)(w, spec, key=key)
+    assert (np.asarray(drawn.codes) != np.asarray(plain.codes)).any()
+    assert info.sqnr_db < measure(w, plain).sqnr_db
+    with pytest.raises(ValueError, match="pass key="):
+        rtn(stochastic=True)(w, spec)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_the_ratio_does_not_depend_on_magnitude(scale, key):
+    w = jax.random.normal(key, (64, 8))
+    _, info = rtn()(w * scale, QSpec("int8", PerChannel(1)))
+    _, plain = rtn()(w, QSpec("int8", PerChannel(1)))
+    assert info.sqnr_db == pytest.approx(plain.sqnr_db, abs=0.05)
+
+
+def test_exact_zero_and_empty_arrays():
+    spec = QSpec("int8", PerTensor(), range="qmax")
+    assert rtn()(jnp.arange(-127.0, 128.0), spec)[1].sqnr_db == math.inf
+    assert rtn()(jnp.zeros((4, 4)), spec)[1].sqnr_db == math.inf
+    assert rtn()(jnp.zeros((0, 4)), spec)[1].sqnr_db == math.inf
+    assert Info(jnp.float32(1.0), jnp.float32(0.0)).sqnr_db == -math.inf
+
+
+def test_it_traces(key):
+    spec = QSpec("int4", PerGroup(16, 0))
+    w = jax.random.normal(key, (64, 8))
+    shapes, _ = jax.eval_shape(lambda w: rtn()(w, spec), jax.ShapeDtypeStruct(w.shape, w.dtype))
+    q, _ = jax.jit(lambda w: rtn()(w, spec))(w)
+    assert jax.tree.structure(shapes) == jax.tree.structure(q)
+    q.validate()

@@ -1,0 +1,206 @@
+"""Rules and recipes: what matches what, what is refused, what the presets say."""
+
+import copy
+import pickle
+import re
+
+import pytest
+
+import jaxquant as jq
+from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, Recipe, Rule
+from jaxquant.recipe import attention_spec, pattern_matches
+
+
+@pytest.mark.parametrize(
+    ("pattern", "key", "expected"),
+    [
+        ("**", "a", True),
+        ("**", "a/b/c", True),
+        ("**", "", True),
+        ("*", "a", True),
+        ("*", "a/b", False),
+        ("a/*", "a/b", True),
+        ("a/*", "a/b/c", False),
+        ("a/*", "a", False),
+        ("a/**", "a", True),
+        ("a/**", "a/b/c", True),
+        ("a/**", "ab/c", False),
+        ("**/c", "c", True),
+        ("**/c", "a/b/c", True),
+        ("**/c", "a/bc", False),
+        ("a/**/c", "a/c", True),
+        ("a/**/c", "a/b/b/c", True),
+        ("a/**/c", "a/b/cc", False),
+        ("**/mlp/**", "encoder/layer_0/mlp/kernel", True),
+        ("**/mlp/**", "encoder/layer_0/mlp2/kernel", False),
+        ("a/**/**/c", "a/c", True),
+        ("layer_?/w", "layer_3/w", True),
+        ("layer_?/w", "layer_13/w", False),
+        ("layer_[0-3]/w", "layer_2/w", True),
+        ("layer_[!0-3]/w", "layer_2/w", False),
+        ("layer_[!0-3]/w", "layer_7/w", True),
+        ("a[!b]c", "a/c", False),  # a set never spans levels
+        ("a[]]c", "a]c", True),
+        ("a[b", "a[b", True),  # no set without an end
+        ("a.b", "axb", False),
+        ("a+(b)", "a+(b)", True),
+        ("*kernel*", "my_kernel_2", True),
+        # a leading `params/` may be there or not, on either side
+        ("encoder/*", "params/encoder/kernel", True),
+        ("params/encoder/*", "encoder/kernel", True),
+        ("params/encoder/*", "params/encoder/kernel", True),
+        ("*/kernel", "params/kernel", True),
+        ("encoder/*", "batch_stats/encoder/kernel", False),
+        # repeats of a site belong to its key unless the pattern asks for one of them
+        ("a/kernel", "a/kernel#1", True),
+        ("a/kernel#1", "a/kernel#1", True),
+        ("a/kernel#1", "a/kernel", False),
+        ("a/kernel#*", "a/kernel#2", True),
+        (re.compile(r".*/kernel"), "a/b/kernel", True),
+        (re.compile(r"kernel"), "a/b/kernel", False),  # the whole key, as for globs
+        (re.compile(r"A/.*", re.IGNORECASE), "a/b", True),
+        (re.compile(r"encoder/\w+"), "params/encoder/kernel", True),
+        (re.compile(r"params/encoder/\w+"), "encoder/kernel", True),
+        (re.compile(r"a/kernel"), "a/kernel#1", True),
+    ],
+)
+def test_patterns(pattern, key, expected):
+    assert pattern_matches(pattern, key) is expected
+    assert Rule(pattern, skip=True).matches(key) is expected
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Rule("**"), r"Rule\('\*\*'\) does nothing"),
+        (lambda: Rule("**", encoder=jq.rtn()), "does nothing"),
+        (lambda: Rule("a", skip=True, weights=jq.int8()), "leaves no place for weights"),
+        (lambda: Rule("a", skip=True, encoder=jq.rtn()), "leaves no place for"),
+        (lambda: Rule("a", activations=jq.int8()), "activations without weights"),
+        (lambda: Rule("a", weights="int8"), "weights takes a QSpec .* got 'int8'"),
+        (lambda: Rule("a", weights=jq.int8), "weights takes a QSpec"),
+        (lambda: Rule("a", weights=jq.nf4()), "weights takes a QSpec .* got <Recipe nf4"),
+        (lambda: Rule("a", weights=jq.int8(), encoder="gptq"), "encoder takes a value"),
+        (lambda: Rule("a/b**", skip=True), "stands for whole levels"),
+        (lambda: Rule("[z-a]", skip=True), "bad character range"),
+        (lambda: Rule(3, skip=True), "expected a glob or a compiled regex"),
+        (lambda: Rule(re.compile(b"a"), skip=True), "expected a glob or a compiled regex"),
+        (lambda: Rule("a", attention=QSpec("nf4")), "integer or 8-bit float format, got nf4"),
+        (lambda: Rule("a", attention=QSpec("bfloat16")), "got bfloat16"),
+        (lambda: Rule("a", attention=QSpec("mxfp4")), "got float4_e2m1fn"),
+        (lambda: Rule("a", attention=jq.int8(group=4)), "expected PerTensor"),
+        (
+            lambda: Rule("a", weights=jq.int8(), activations=QSpec("int8", PerChannel(0))),
+            "one scale per row",
+        ),
+        (
+            lambda: Rule("a", weights=jq.int8(), activations=QSpec("int8", PerBlock(2, 2))),
+            "expected PerTensor",
+        ),
+        (
+            lambda: Rule("a", weights=QSpec("uint4")),
+            "uint4 without a zero point would lose every negative value",
+        ),
+        (lambda: Recipe([]), "at least one rule"),
+        (lambda: Recipe(["**"]), "expected rules, got"),
+        (lambda: jq.int4(group=0), "expected a positive integer, got 0"),
+        (lambda: jq.int4(group=8, granularity=PerTensor()), "not both"),
+        (lambda: jq.w4a16(group=-1), "expected a positive integer"),
+    ],
+)
+def test_mistakes_are_value_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_what_is_allowed():
+    Rule("a", weights=jq.int8(), activations=QSpec("int8", PerTensor()))
+    Rule("a", weights=jq.int8(), activations=QSpec("float8_e5m2"))
+    Rule("a", weights=jq.uint8())
+    Rule("a", attention=jq.int8())
+    Rule("a", lookup=jq.int8())
+
+
+def test_the_first_match_wins():
+    recipe = Recipe([Rule("a/*", skip=True), Rule("**/w", weights=jq.int8())], "mine")
+    assert recipe.match("a/w").skip
+    assert recipe.match("b/w").weights == jq.int8()
+    assert recipe.match("b/v") is None
+    assert len(recipe) == 2
+    assert list(recipe) == list(recipe.rules)
+
+
+def test_rules_put_in_front_win():
+    recipe = jq.w8a8().after(Rule("head/*", skip=True), Rule("body/*", weights=jq.int4()))
+    assert [rule.key for rule in recipe.rules] == ["head/*", "body/*", "**"]
+    assert recipe.match("head/kernel").skip
+    assert recipe.name == "w8a8"
+
+
+def test_recipes_are_values():
+    def make():
+        return Recipe([Rule(re.compile("a.*"), weights=jq.int4(group=8), encoder=jq.rtn())])
+
+    assert make() == make()
+    assert hash(make()) == hash(make())
+    assert make() != jq.w8a8()
+    assert pickle.loads(pickle.dumps(make())) == make()
+    assert copy.deepcopy(make()) == make()
+    assert repr(jq.w8a8()) == "<Recipe w8a8: 1 rules>"
+    assert repr(Rule("a", skip=True)) == "Rule('a', skip=True)"
+
+
+def test_attention_follows_the_rules_that_speak_of_it():
+    recipe = Recipe(
+        [
+            Rule("layer_0/**", weights=jq.int4()),  # says nothing of attention
+            Rule("layer_1/**", skip=True),
+            Rule("layer_2/**", attention=QSpec("float8_e4m3fn")),
+            Rule("**", weights=jq.int8(), attention=jq.int8()),
+        ]
+    )
+
+    def spec(key):
+        return attention_spec(recipe.attention, key)
+
+    assert spec("layer_0/attn") == jq.int8()
+    assert spec("layer_1/attn") is None
+    assert spec("layer_2/attn#1") == QSpec("float8_e4m3fn")
+    assert spec("layer_3/attn") == jq.int8()
+    assert attention_spec((), "a") is None
+    hash(recipe.attention)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_integer_specs(bits):
+    make = getattr(jq, f"int{bits}")
+    assert make() == QSpec(f"int{bits}")
+    assert make().granularity == PerChannel()
+    assert make(group=32).granularity == PerGroup(32)
+    spec = make(granularity=PerBlock(2, 4), symmetric=False, scale_dtype="bfloat16")
+    assert spec == QSpec(f"int{bits}", PerBlock(2, 4), symmetric=False, scale_dtype="bfloat16")
+    assert make(range="qmax").range == "qmax"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "weights", "activations", "attention", "lookup"),
+    [
+        (jq.w8a8(), jq.int8(), jq.int8(), jq.int8(), None),
+        (jq.w8a8(attention=False), jq.int8(), jq.int8(), None, None),
+        (jq.w8a16(), jq.int8(), None, None, None),
+        (jq.w4a16(), jq.int4(group=128), None, None, jq.int8()),
+        (jq.w4a16(group=64), jq.int4(group=64), None, None, jq.int8()),
+        (jq.w4a8(), jq.int4(group=128), jq.int8(), None, jq.int8()),
+        (jq.w4a8(attention=True), jq.int4(group=128), jq.int8(), jq.int8(), jq.int8()),
+        (jq.nf4(), QSpec("nf4", PerGroup(64)), None, None, jq.int8()),
+        (jq.fp8(), QSpec("float8_e4m3fn"), QSpec("float8_e4m3fn"), None, None),
+        (jq.mxfp4(), QSpec("mxfp4"), None, None, jq.int8()),
+    ],
+    ids=lambda x: repr(x) if isinstance(x, Recipe) else "",
+)
+def test_presets(recipe, weights, activations, attention, lookup):
+    (rule,) = recipe.rules
+    assert rule.key == "**"
+    assert recipe.name
+    found = (rule.weights, rule.activations, rule.attention, rule.lookup)
+    assert found == (weights, activations, attention, lookup)

@@ -1,0 +1,103 @@
+"""Reports: totals that add up, a table that can be read, a dict that JSON takes."""
+
+import json
+import math
+
+import pytest
+
+from jaxquant import Event, LeafReport, Report
+
+LONG = "encoder/transformer/layers_with_a_long_name/self_attention/query_projection/kernel"
+
+
+def leaf(path, before=400, after=100, **fields):
+    defaults = {"shape": (10, 10), "dtype": "float32", "action": "int8 per channel"}
+    defaults |= {"quantized": True, "sqnr_db": 44.25}
+    return LeafReport(path, bytes_before=before, bytes_after=after, **(defaults | fields))
+
+
+REPORT = Report(
+    leaves=(
+        leaf("a/kernel"),
+        leaf(LONG, before=4000, after=1000, shape=(1000,), sqnr_db=math.inf, sites=("x", "y")),
+        leaf("tied", shared=True, notes=("tied: stored once, at a/kernel",)),
+        leaf("b", 40, 40, shape=(10,), quantized=False, sqnr_db=None, action="kept: no rule"),
+        leaf("n", 0, 0, shape=(0,), quantized=False, sqnr_db=None, action="kept: no rule"),
+    ),
+    recipe="w8a8",
+)
+
+
+def test_totals_count_tied_leaves_once():
+    assert REPORT.bytes_before == 4440
+    assert REPORT.bytes_after == 1140
+    assert REPORT.ratio == 1140 / 4440
+    assert REPORT.quantized == 3
+    assert REPORT.bits_per_weight == pytest.approx(8 * 1140 / 1110)
+    assert REPORT["a/kernel"].bits_per_weight == 8.0
+    assert REPORT["n"].bits_per_weight == 0.0
+    with pytest.raises(KeyError):
+        REPORT["missing"]
+
+
+def test_the_table_lines_up():
+    lines = str(REPORT).splitlines()
+    assert all(len(line) <= 120 for line in lines)
+    head = ("path", "array", "action", "before", "after", "bits", "SQNR", "dB")
+    assert tuple(lines[0].split()) == head
+    table = lines[: lines.index(lines[1], 2) + 2]
+    assert len(table) == 1 + 1 + 5 + 1 + 1
+    figures = [line for line in table if not line.startswith("-")]
+    column = figures[0].index("before") + len("before")
+    assert all(line[column : column + 2].strip() == "" for line in figures)
+    assert table[-1].startswith("total")
+    assert "3 quantized by w8a8" in table[-1]
+    assert "4.4 kB" in table[-1]
+    assert "x 0.257" in table[-1]
+    assert "exact" in str(REPORT)
+    assert "(tied)" in str(REPORT)
+    assert lines[-1] == "tied: tied: stored once, at a/kernel"
+
+
+def test_long_paths_lose_their_middle_visibly():
+    text = str(REPORT)
+    assert LONG not in text
+    (line,) = [line for line in text.splitlines() if line.startswith("encoder")]
+    shown = line.split()[0]
+    assert "…" in shown
+    start, end = shown.split("…")
+    assert LONG.startswith(start)
+    assert LONG.endswith(end)
+
+
+def test_events_are_listed_once():
+    event = Event("dequantized", "encoder/x", "add", "the weight met an elementwise op")
+    report = REPORT.with_events([event, event]).with_events([event])
+    assert report.events == (event,)
+    assert str(event) == "dequantized by add at encoder/x: the weight met an elementwise op"
+    assert str(report).splitlines()[-1] == str(event)
+    assert REPORT.events == ()
+    assert REPORT.with_notes("bfloat16 used").notes == ("bfloat16 used",)
+
+
+def test_the_dict_is_json():
+    report = REPORT.with_events([Event("policy", "", "", "bfloat16 instead of float16")])
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert data["bytes_after"] == 1140
+    assert data["ratio"] == report.ratio
+    first, exact, *_ = data["leaves"]
+    assert first["shape"] == [10, 10]
+    assert first["sqnr_db"] == 44.25
+    assert first["bits_per_weight"] == 8.0
+    assert not first["exact"]
+    assert exact["sqnr_db"] is None
+    assert exact["exact"]
+    assert exact["sites"] == ["x", "y"]
+    assert data["events"][0]["kind"] == "policy"
+
+
+def test_an_empty_report_prints():
+    report = Report(())
+    assert report.ratio == 1.0
+    assert report.bits_per_weight == 0.0
+    assert "0 leaves" in str(report)
