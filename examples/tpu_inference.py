@@ -48,7 +48,7 @@ class Config:
     """A decoder's sizes."""
 
     vocab: int = 32_000
-    layers: int = 8
+    layers: int = 4
     width: int = 1024
     heads: int = 16
     kv_heads: int = 4
@@ -166,7 +166,10 @@ _CONTRACTION = re.compile(
 
 def contractions(text: str) -> collections.Counter[Contraction]:
     """The contractions in StableHLO text; what stands in a loop or a helper counts once."""
-    return collections.Counter(Contraction(*found) for found in _CONTRACTION.findall(text))
+    found = [Contraction(*groups) for groups in _CONTRACTION.findall(text)]
+    if len(found) != len(re.findall(r"stablehlo\.(?:dot|conv)", text)):
+        raise RuntimeError("some contractions of the exported text were not understood")
+    return collections.Counter(found)
 
 
 def aliased(text: str) -> int:
@@ -227,3 +230,59 @@ def lower(config: Config, recipe: jq.Recipe, platform: str, batch: int = 8) -> R
         reread=reread.mlir_module() == text and reread.in_tree == exported.in_tree,
         report=report,
     )
+
+
+def table(result: Result, config: Config, title: str) -> Table:
+    """The contractions of a decode step, integer operands in green."""
+    found = Table(
+        title=title,
+        caption=f"The layers' stand in one loop of {config.layers}.",
+        box=box.SIMPLE_HEAD,
+        title_style="bold",
+        caption_style="dim",
+        padding=(0, 1, 0, 0),
+    )
+    found.add_column("contraction", style="dim", no_wrap=True)
+    for header in ("left operand", "right operand", "result", "times"):
+        found.add_column(header, justify="right", no_wrap=True)
+    for c, count in result.contractions.items():
+        colour = "green" if c.types[:2] == ("i8", "i8") else "default"
+        operands = (f"[{colour}]{operand}" for operand in (c.lhs, c.rhs))
+        found.add_row(c.primitive, *operands, c.out, str(count))
+    return found
+
+
+def main(argv: list[str] | None = None) -> Result:
+    """Exports the decode step and prints what it is made of."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", choices=PRESETS, default="w8a8", help="default: w8a8")
+    parser.add_argument("--platform", choices=("tpu", "cuda", "cpu"), default="tpu")
+    parser.add_argument("--quick", action="store_true", help="a small model")
+    options = parser.parse_args(argv)
+    config = QUICK if options.quick else Config()
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width
+        console = Console(width=80)
+    with console.status("quantizing random weights and exporting"):
+        result = lower(config, PRESETS[options.preset], options.platform)
+    title = f"A decode step under {options.preset}, exported for {options.platform}"
+    console.print(table(result, config, title))
+    alias = "updated in place" if result.aliased == 2 else "[red]copied[/red]"
+    reread = "holds the same program" if result.reread else "[red]DIFFERS[/red]"
+    before, after = result.float_bytes, result.stored_bytes
+    for line in (
+        f"weights   {before / 1e6:.1f} MB in float32, {after / 1e6:.1f} MB stored"
+        f" ({after / before:.3f})",
+        f"KV cache  {result.cache_bytes / 1e6:.1f} MB, {alias} ({result.aliased} of 2 donated)",
+        f"artifact  {result.artifact_bytes / 1e3:.1f} kB without weights; read back, it {reread}",
+    ):
+        console.print(line, highlight=False)
+    for event in result.report.events:
+        console.print(f"note: {event}", style="yellow", highlight=False)
+    where = f"jaxquant {jq.__version__}, jax {jax.__version__}; lowered on {jax.default_backend()}"
+    console.print(where, style="dim", highlight=False)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main().reread else 1)

@@ -48,8 +48,9 @@ def ptq(
       The quantized model, see `Quantized`, and a report on every parameter.
 
     Raises:
-      ValueError: `model` is no NNX module or lacks the method; a rule matches nothing, nothing is
-        quantized, or a parameter is not finite or cannot be quantized as its rule says.
+      ValueError: `model` is no NNX module, lacks the method or has variables that are references;
+        a rule matches nothing, nothing is quantized, or a parameter is not finite or cannot be
+        quantized as its rule says.
 
     >>> import jax, jax.numpy as jnp, jaxquant.nnx, jaxquant as jq
     >>> from flax import nnx
@@ -66,6 +67,13 @@ def ptq(
         raise ValueError(f"nnx.ptq: expected an nnx.Module, got {type(model).__name__}")
     if not callable(getattr(model, method, None)):
         raise ValueError(f"nnx.ptq: {type(model).__name__} has no method {method!r}")
+    for path, v in nnx.iter_graph(model):
+        if isinstance(v, nnx.Variable) and (v.hijax or v.ref):
+            name, kind = "/".join(map(str, path)), "hijax" if v.hijax else "ref"
+            raise ValueError(
+                f"nnx.ptq: {name}: expected a plain Variable, got one with {kind}=True; "
+                f"pass nnx.with_vars(model, {kind}=False)"
+            )
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def call(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
@@ -85,6 +93,7 @@ class Quantized(nnx.Module):
     Batch statistics, caches and random states move on as methods are called, as the float
     model's would; `QTensor`s are constants, and what a method assigns to one is not kept.
     Where no parameter is a `QTensor` (within `jaxquant.trace`, say) the methods run as they are.
+    `nnx.grad` needs a filter that leaves them out, as `nnx.DiffState(0, nnx.LoRAParam)` does.
 
     Attributes:
       model: the model's own graph, with a `QTensor` in place of some parameters' arrays.

@@ -26,8 +26,8 @@ class Use:
 
     Attributes:
       activations: spec that the other operand is quantized to at run time; `None` keeps it float.
-      attention: for every rule of the recipe in order, its pattern and its `attention` spec, so
-        that contractions without a parameter find theirs (see `jaxquant.Rule`).
+      attention: for the recipe's rules that set `attention` or `skip`, in order, the pattern and
+        the spec (`None` to skip), so that contractions without a parameter find theirs.
     """
 
     activations: QSpec | None = None

@@ -172,7 +172,7 @@ class QSpec:
             raise ValueError(f"scale_dtype: {scale_dtype!r} is not a dtype") from None
         if not jnp.issubdtype(scale, jnp.floating):
             raise ValueError(f"scale_dtype: expected a float dtype, got {scale.name}")
-        if range == "signed" and jnp.finfo(scale).min >= 0:
+        if range == "signed" and float(jnp.finfo(scale).min) >= 0:
             raise ValueError(f"range='signed' makes negative scales, which {scale.name} lacks")
         for name, value in (
             ("format", fmt),

@@ -74,11 +74,25 @@ def decode(codes: ArrayLike, format: Any, dtype: DTypeLike = jnp.float32) -> Arr
     if codes.dtype != jnp.dtype(f.storage):
         raise ValueError(f"codes of {f.name} are {f.storage}, got {codes.dtype}")
     if f.codebook is not None:
-        return jnp.take(jnp.asarray(f.codebook, dtype), codes, mode="clip")
+        return _lookup(codes, f.codebook, dtype)
     if f.is_float and jnp.issubdtype(codes.dtype, jnp.integer):
         return decode_bits(codes, f).astype(dtype)
     # XLA's own conversion: compilers look for it when they choose a kernel. It keeps subnormals.
     return codes.astype(dtype)
+
+
+def _lookup(codes: Array, values: tuple[float, ...], dtype: DTypeLike) -> Array:
+    if len(values) > 16:
+        return jnp.take(jnp.asarray(values, dtype), codes, mode="clip")
+    # A tree of selects over the code's bits: as fast as a gather on CPU, one fused elementwise
+    # operation elsewhere, and meshes with explicit axes need not be told how it is sharded.
+    bits = (len(values) - 1).bit_length()
+    padded = values + values[-1:] * (2**bits - len(values))
+    level = [jnp.asarray(v, dtype) for v in padded]
+    for bit in range(bits):
+        odd = (codes >> bit) & 1 == 1
+        level = [jnp.where(odd, hi, lo) for lo, hi in zip(level[::2], level[1::2], strict=True)]
+    return jnp.broadcast_to(level[0], codes.shape)
 
 
 def _element(format: Any) -> Format:

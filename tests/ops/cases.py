@@ -1,0 +1,84 @@
+"""Tables of what is multiplied with what, and references that know nothing of `jaxquant.ops`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, quantize
+from jaxquant.ops import fake
+from jaxquant.qtensor import QTensor, dequantize
+
+K, N = 48, 20
+
+MATRIX = (((1,), (0,)), ((), ()))
+
+# Activation specs, and the bound on |y - reference| / (max |x| sum |w|). Only float activations
+# are contracted less exactly than float32 does: as two int8 numbers, on a CPU.
+EXACT, LIMBS = 4e-7, 2.0**-15
+ACTIVATIONS = {
+    "float": (None, LIMBS),
+    "int8 row": (QSpec("int8"), EXACT),
+    "int8 tensor": (QSpec("int8", PerTensor(), range="qmax"), EXACT),
+    "int8 asymmetric": (QSpec("int8", symmetric=False), EXACT),
+    "uint8": (QSpec("uint8"), EXACT),
+    "uint8 asymmetric": (QSpec("uint8", symmetric=False), EXACT),
+    "int4": (QSpec("int4"), EXACT),
+    "int8 group": (QSpec("int8", PerGroup(16)), LIMBS),
+    "int16": (QSpec("int16"), LIMBS),
+    "float8": (QSpec("float8_e4m3fn"), LIMBS),
+}
+
+WEIGHTS = {
+    "int8 channel": QSpec("int8", PerChannel(1)),
+    "int8 tensor": QSpec("int8", PerTensor()),
+    "int8 each": QSpec("int8", PerChannel((0, 1))),
+    "int8 group": QSpec("int8", PerGroup(16, 0)),
+    "int8 uneven group": QSpec("int8", PerGroup(20, 0)),
+    "int8 kept group": QSpec("int8", PerGroup(5, 1)),
+    "int8 block": QSpec("int8", PerBlock(16, 8)),
+    "int8 asymmetric": QSpec("int8", PerChannel(1), symmetric=False),
+    "int8 asymmetric group": QSpec("int8", PerGroup(16, 0), symmetric=False),
+    "uint8": QSpec("uint8", PerChannel(1)),
+    "uint8 asymmetric group": QSpec("uint8", PerGroup(20, 0), symmetric=False),
+    "int4 group": QSpec("int4", PerGroup(16, 0), range="signed"),
+    "uint4 asymmetric group": QSpec("uint4", PerGroup(16, 0), symmetric=False),
+    "int3": QSpec("int3", PerChannel(1)),
+    "int16": QSpec("int16", PerChannel(1)),
+    "float8": QSpec("float8_e4m3fn", PerChannel(1)),
+    "mxfp8": QSpec("mxfp8", PerGroup(16, 0)),
+    "mxfp4": QSpec("mxfp4", PerGroup(16, 0)),
+    "float6": QSpec("float6_e2m3fn", PerChannel(1)),
+    "nvfp4": QSpec("nvfp4", PerGroup(16, 0)),
+    "nf4": QSpec("nf4", PerGroup(16, 0)),
+}
+
+
+# Many small programs, each run once: compiling them is what takes time.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=QUICK)
+
+
+def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def weights(name: str, seed: int = 0, shape: tuple[int, ...] = (K, N), minor=()) -> QTensor:
+    spec = WEIGHTS[name]
+    w = normal(seed, *shape)
+    return quantize(jnp.abs(w) if name == "uint8" else w, spec, minor=minor)
+
+
+def rounded(x: jax.Array, spec: QSpec | None, contracted: tuple[int, ...]) -> jax.Array:
+    return x if spec is None else fake(x, spec, contracted)
+
+
+def assert_near(y, x, w, expected, bound: float) -> None:
+    """Equal up to `bound` of what a result could reach at most; `w` is `[k, n]`, rows last-but-one."""
+    assert y.dtype == expected.dtype
+    assert y.shape == expected.shape
+    reach = np.abs(np.asarray(x, np.float64)).max() * np.abs(np.asarray(w, np.float64)).sum(0).max()
+    error = np.abs(np.asarray(y, np.float64) - np.asarray(expected, np.float64)).max()
+    assert error <= bound * reach, error / reach
+
