@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxquant as jq
+import jaxquant.nnx
 
 X = jax.random.normal(jax.random.key(0), (32, 256))
 
@@ -66,7 +67,7 @@ def nnx_model() -> tuple[float, jq.Report]:
     """An NNX model, `down` in int8 and the rest in nf4; the model itself is not touched."""
     model = NNX(nnx.Rngs(1))
     recipe = jq.nf4().after(jq.Rule("down/*", weights=jq.int8()))
-    qmodel, report = jq.nnx.ptq(model, recipe, X)
+    qmodel, report = jaxquant.nnx.ptq(model, recipe, X)
     return error(nnx.jit(qmodel)(X), model(X)), report
 
 

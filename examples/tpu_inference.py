@@ -167,7 +167,7 @@ _CONTRACTION = re.compile(
 def contractions(text: str) -> collections.Counter[Contraction]:
     """The contractions in StableHLO text; what stands in a loop or a helper counts once."""
     found = [Contraction(*groups) for groups in _CONTRACTION.findall(text)]
-    if len(found) != len(re.findall(r"stablehlo\.(?:dot|conv)", text)):
+    if len(found) != len(re.findall(r"stablehlo\.(?:dot|convolution)", text)):
         raise RuntimeError("some contractions of the exported text were not understood")
     return collections.Counter(found)
 

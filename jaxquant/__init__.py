@@ -4,6 +4,7 @@
 from float ones by a recipe. See the README for five-line examples.
 """
 
+from jaxquant import linen, nnx
 from jaxquant.encoders import rtn
 from jaxquant.interpret import Site, Sites, quantized, trace
 from jaxquant.numerics import BlockFormat, Format
@@ -63,8 +64,10 @@ __all__ = [
     "int6",
     "int7",
     "int8",
+    "linen",
     "mxfp4",
     "nf4",
+    "nnx",
     "partition",
     "ptq",
     "quantize",

@@ -74,7 +74,8 @@ def ptq(
                 f"nnx.ptq: {name}: expected a plain Variable, got one with {kind}=True; "
                 f"pass nnx.with_vars(model, {kind}=False)"
             )
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    parts: Any = nnx.split(model, nnx.Param, ...)
+    graphdef, params, rest = parts
 
     def call(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         copy = nnx.merge(graphdef, params, rest, copy=True)
@@ -87,8 +88,8 @@ def ptq(
 class Quantized(nnx.Module):
     """An NNX model whose methods contract on the codes of its quantized parameters.
 
-    It has the methods of the model's class, in place of which it runs the same function
-    transformed by `jaxquant.quantized`. The model is an ordinary submodule: `eval`, `train`,
+    It has the methods of the model's class, each transformed as `jaxquant.quantized` transforms a
+    function. The model is an ordinary submodule: `eval`, `train`,
     `nnx.split`, `nnx.jit`, `nnx.iter_modules` and checkpoints of the state all reach into it.
     Batch statistics, caches and random states move on as methods are called, as the float
     model's would; `QTensor`s are constants, and what a method assigns to one is not kept.
@@ -116,12 +117,16 @@ class Quantized(nnx.Module):
     def __getattr__(self, name: str) -> Callable[..., Any]:
         # reached only by what the wrapper itself lacks; early on (unpickling, copying) also `model`
         model = None if name.startswith("_") or name == "model" else vars(self).get("model")
-        found = None if model is None else inspect.getattr_static(type(model), name, None)
+        if model is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        found = inspect.getattr_static(type(model), name, None)
         if isinstance(found, (staticmethod, classmethod)):
             return getattr(model, name)
         if not inspect.isroutine(found):
-            hint = "" if model is None else f"; other attributes are the submodule's: .model.{name}"
-            raise AttributeError(f"{type(self).__name__} has no method {name!r}{hint}")
+            raise AttributeError(
+                f"{type(model).__name__} has no method {name!r}; for its other attributes "
+                f"go through the submodule, as in qmodel.model.{name}"
+            )
 
         @functools.wraps(found)
         def method(*args: Any, **kwargs: Any) -> Any:
@@ -142,7 +147,7 @@ def _run(model: nnx.Module, name: str, args: Any, kwargs: Any) -> Any:
         return getattr(model, name)(*args, **kwargs)
     given, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
     inputs = [None if _is_object(x) else x for x in given]
-    results: list[Any] = []  # what only the trace knows: how to rebuild the result, if state changed
+    traced: list[Any] = []  # what only the trace tells: how to rebuild results, if state changed
 
     def call(params: Any, rest: Any, others: list[Any], inputs: list[Any]) -> Any:
         with nnx.merge_context(_TAG, inner=True) as merging:
@@ -159,7 +164,7 @@ def _run(model: nnx.Module, name: str, args: Any, kwargs: Any) -> Any:
         with nnx.split_context(_TAG) as splitting:
             after = [splitting.split(inner, nnx.Param, ...), *map(splitting.split, objects)]
         same = _same((graphdef, *graphdefs), ((params, rest), *others), after)
-        results[:] = [rebuild, same]
+        traced[:] = [rebuild, same]
         return arrays, None if same else after
 
     with nnx.update_context(_TAG):
@@ -168,7 +173,7 @@ def _run(model: nnx.Module, name: str, args: Any, kwargs: Any) -> Any:
             pairs = [splitting.split(x) for x in given if _is_object(x)]
         graphdefs, others = [d for d, _ in pairs], [s for _, s in pairs]
         arrays, after = serve(trace_call(call, params, (rest, others, inputs), {}))[0]
-        rebuild, same = results
+        rebuild, same = traced
         if not same:
             with nnx.merge_context(_TAG, inner=False) as merging:
                 for changed, *states in after:

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
-import jaxquant.nnx  # noqa: F401
+import jaxquant.nnx
 
 W8A8, W4A16 = jq.w8a8(), jq.w4a16(group=32)
 
@@ -43,7 +43,7 @@ class Scanned(nnx.Module):
     """Layers stacked by `vmap`, walked by `scan`, each of them under `remat`."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.layers = nnx.vmap(Block)(rngs.fork(split=3))
+        self.layers = nnx.vmap(Block)(rngs.split(3))
 
     def __call__(self, x):
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
@@ -177,16 +177,20 @@ def _program(model: nnx.Module, x: jax.Array) -> tuple[Any, Any]:
     return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)), state
 
 
-def _operands(text: str) -> list[tuple[str, str]]:
-    """Element types of both operands of every contraction in a lowered program."""
+def _operands(program: Any, *args: Any) -> list[tuple[str, ...]]:
+    """Element types of both operands of every contraction, in a program lowered for TPU.
+
+    On a CPU some contractions are faster done otherwise, and are.
+    """
+    text = program.trace(*args).lower(lowering_platforms=("tpu",)).as_text()
     found = re.findall(r"stablehlo\.(?:dot_general|convolution).*: \((.*?)\) ->", text)
-    return [tuple(re.findall(r"([a-z]+[0-9]+)>", operands)) for operands in found]
+    return [tuple(re.findall(r"x([a-z]+[0-9]+)>", operands)) for operands in found]
 
 
 # int4 in groups of 32 has a noise of 9% in each layer; int8 0.7% in weights and in activations
 @pytest.mark.parametrize(("recipe", "bound"), [(W8A8, 0.03), (W4A16, 0.2)], ids=["w8a8", "w4a16"])
 @pytest.mark.parametrize("name", CASES)
-def test_close_to_float(name: str, recipe: jq.Recipe, bound: float):
+def test_close_to_float_on_integers(name: str, recipe: jq.Recipe, bound: float):
     case = CASES[name]
     model, x = case.build(nnx.Rngs(0)), _input(case)
     graphdef, state = nnx.split(model)
@@ -199,6 +203,9 @@ def test_close_to_float(name: str, recipe: jq.Recipe, bound: float):
     program, qparams = _program(qmodel, x)
     want = float_program(params, x)
     assert 0 < _error(program(qparams, x), want) < bound
+    if recipe is W8A8:
+        operands = _operands(program, qparams, x)
+        assert operands and set(operands) <= {("i8", "i8"), ("i8", "ui8"), ("ui8", "i8")}
     # the model is as it was, and computes what it did
     assert nnx.graphdef(model) == graphdef
     assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(before)
@@ -207,21 +214,8 @@ def test_close_to_float(name: str, recipe: jq.Recipe, bound: float):
     assert (float_program(nnx.state(model), x) == want).all()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_contraction_is_on_integers(name: str):
-    case = CASES[name]
-    x = _input(case)
-    qmodel, _ = jq.nnx.ptq(case.build(nnx.Rngs(0)), W8A8, x)
-    program, qparams = _program(qmodel, x)
-    text = program.trace(qparams, x).lower(lowering_platforms=("tpu",)).as_text()
-    operands = _operands(text)
-    assert operands and set(operands) <= {("i8", "i8"), ("i8", "ui8"), ("ui8", "i8")}
-
-
 def test_stored_bytes():
-    model = Scanned(nnx.Rngs(0))
-    x = _input(CASES["scanned"])
-    graphdef, params = nnx.split(model)
+    model, x = Scanned(nnx.Rngs(0)), _input(CASES["scanned"])
     floats = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model, nnx.Param)))
     for recipe, most in ((W8A8, 0.29), (W4A16, 0.19)):
         qmodel, report = jq.nnx.ptq(model, recipe, x)
@@ -238,8 +232,7 @@ def test_attention_sites_are_named_by_what_feeds_them():
 
     def floats(recipe: jq.Recipe) -> int:
         program, qparams = _program(jq.nnx.ptq(model, recipe, x)[0], x)
-        text = program.trace(qparams, x).lower(lowering_platforms=("tpu",)).as_text()
-        return sum("f32" in pair for pair in _operands(text))
+        return sum("f32" in pair for pair in _operands(program, qparams, x))
 
     assert floats(jq.w8a8(attention=False)) == 4
     only_first = W8A8.rules[0], jq.Rule("layers/1/attn", skip=True)
@@ -259,7 +252,7 @@ def test_scanned_layers_stay_scanned():
     model = Scanned(nnx.Rngs(0))
     qmodel, _ = jq.nnx.ptq(model, W8A8, x)
     kernel = qmodel.model.layers.up.kernel.get_raw_value()
-    assert kernel.batch == (3,) and kernel.scale.shape == (3, 1, 128)
+    assert kernel.batch == (3,) and kernel.scale.size == 3 * 128
     program, qparams = _program(qmodel, x)
     jaxpr = str(jax.make_jaxpr(program)(qparams, x))
     assert jaxpr.count(" scan[") == 1 and jaxpr.count("remat") == 1

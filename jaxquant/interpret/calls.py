@@ -13,7 +13,7 @@ from jaxquant.interpret import _compat
 from jaxquant.interpret.evaluate import Interpreter, abstract
 from jaxquant.interpret.sites import path_str
 from jaxquant.interpret.values import Facts, Origin, Value
-from jaxquant.qtensor import is_qtensor
+from jaxquant.qtensor import dequantize, is_qtensor
 
 STATIC = (bool, int, float, complex, str, bytes)
 
@@ -63,12 +63,22 @@ class Call:
     def run(self, interpreter: Interpreter, leaves: list[Any] | None = None) -> Any:
         """Evaluates the call and returns `fn`'s result."""
         out = interpreter.run(self.jaxpr, self.consts, self.values(leaves), ())
-        return jax.tree.unflatten(self.out_tree, [v.data for v in out])
+        return jax.tree.unflatten(self.out_tree, [_result(v) for v in out])
 
     @property
     def param_paths(self) -> list[str]:
         """Key paths of the parameters."""
         return [p for p in self.paths if p is not None]
+
+
+def _result(value: Value) -> Any:
+    """Params that are handed on stay as they are; rows or slices of one are ordinary arrays."""
+    if not is_qtensor(value.data):
+        return value.data
+    origin, whole = value.facts.origin, tuple((a,) for a in range(value.data.ndim))
+    if origin is not None and (origin.shape, origin.axes) == (value.data.shape, whole):
+        return dequantize(value.data) if value.facts.live else value.data
+    return dequantize(value.data)
 
 
 def trace_call(

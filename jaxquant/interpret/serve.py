@@ -60,7 +60,9 @@ def serve(call: Call, recipe: Recipe | None = None) -> tuple[Any, tuple[Event, .
         )
     rules = _attention(found) if recipe is None else recipe.attention
     interpreter = Interpreter(Serve(rules), call.param_paths)
-    return call.run(interpreter), tuple(interpreter.events)
+    # whatever a quantized leaf meets, asking for its gradient is a mistake that must be heard
+    leaves = [ops.constant(leaf) if is_qtensor(leaf) else leaf for leaf in call.leaves]
+    return call.run(interpreter, leaves), tuple(interpreter.events)
 
 
 def _attention(found: list[QTensor]) -> tuple[tuple[Any, QSpec | None], ...]:
@@ -100,7 +102,11 @@ class Serve:
         if name == "dot_general":
             return ops.dot_general(left, right, **p)
         if name == "conv_general_dilated":
-            return ops.conv_general_dilated(left, right, **p)
+            known = {k: v for k, v in p.items() if k != "out_sharding"}
+            if p.get("out_sharding") is not None:  # explicit meshes: left to the float convolution
+                dense = [dequantize(d) if is_qtensor(d) else d for d in (left, right)]
+                return _compat.bind(eqn, dense)[0]
+            return ops.conv_general_dilated(left, right, **known)
         return ops.ragged_dot_general(left, right, site.rest[0].data, **p)
 
     def _float(self, site: Contraction) -> Any:

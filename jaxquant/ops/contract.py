@@ -75,7 +75,7 @@ def contract_limbs(x: Operand, w: Operand, sharding: Sharding | None = None) -> 
     q = jnp.where(finite, jnp.round(v / scale), 0.0)
     high = jnp.round(q / 128.0)
     both = jnp.stack(
-        [high.astype(jnp.int8), (q - 128.0 * high).astype(jnp.int8)], axis=len(x.batch)
+        [high.astype(jnp.int8), (q - 128.0 * high).astype(jnp.int8)], axis=_first_free(x)
     )
     two = dataclasses.replace(_new_axis(x), values=both)
     product = contract(two, w, None, sharding.one_more() if sharding else None)
@@ -98,9 +98,14 @@ def dequantized(x: Operand) -> Array:
     return v if x.scale is None else v * x.scale
 
 
+def _first_free(x: Operand) -> int:
+    """Where a new axis has to go to come before the other free ones, in results too."""
+    return min(x.free, default=len(x.batch))
+
+
 def _new_axis(x: Operand) -> Operand:
     """A new first free axis of size 1."""
-    at = len(x.batch)  # batch axes may lie anywhere, but the new axis goes where results have it
+    at = _first_free(x)
 
     def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(a + (a >= at) for a in axes)

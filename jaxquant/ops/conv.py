@@ -17,7 +17,7 @@ from jaxquant.ops import lowering
 from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared_axes
 from jaxquant.ops.backward import straight_through
 from jaxquant.ops.dot_general import FROM_USE
-from jaxquant.ops.operands import Placement, int8_codes, integer_range, place
+from jaxquant.ops.operands import Placement, int8_codes, integer_range, place, result_dtype
 from jaxquant.qtensor import QTensor, dequantize, storage_codes, storage_scale, storage_values
 from jaxquant.spec import PerTensor, QSpec
 
@@ -38,7 +38,10 @@ class _Conv:
     activations: QSpec | None
 
     def __call__(self, x: Array, w: Array) -> Array:
-        """The convolution of two arrays of one kind."""
+        """The convolution; operands of two float dtypes become one."""
+        if x.dtype != w.dtype:
+            dtype = result_dtype(x.dtype, w.dtype, None)
+            x, w = x.astype(dtype), w.astype(dtype)
         return lax.conv_general_dilated(
             x, w, self.strides, self.padding, self.lhs_dilation, self.rhs_dilation, self.numbers,
             self.groups, self.batch_groups, self.precision, self.preferred,
@@ -172,8 +175,7 @@ def _forward(conv: _Conv, x: Array, q: QTensor) -> Array:
         scale = scale * limits[2]
         out = _integer(kernel, x, codes.reshape(sizes), zero, spec)
     out = out * conv.per_channel(scale)
-    kind = jnp.promote_types(x.dtype, q.dtype) if conv.preferred is None else conv.preferred
-    return out.astype(kind)
+    return out.astype(result_dtype(x.dtype, q.dtype, conv.preferred))
 
 
 def _placed(conv: _Conv, x: Array, q: QTensor) -> Placement | None:
@@ -191,9 +193,7 @@ def _placed(conv: _Conv, x: Array, q: QTensor) -> Placement | None:
     return at if one and own and at.padded == at.size else None
 
 
-def _same_kind(
-    q: QTensor, spec: QSpec, at: Placement, window: Sequence[int], ndim: int
-) -> bool:
+def _same_kind(q: QTensor, spec: QSpec, at: Placement, window: Sequence[int], ndim: int) -> bool:
     """Whether codes of both operands can be multiplied, and scales taken out of the sum."""
     shared = shared_axes(spec, window, ndim)
     if shared is None or len(shared) not in (ndim, ndim - 1) or q.codebook is not None:
@@ -206,18 +206,21 @@ def _same_kind(
     return fits and integer_range(spec.format) is not None
 
 
-def _integer(
-    conv: _Conv, x: Array, codes: Array, zero: Array | None, spec: QSpec
-) -> Array:
+def _integer(conv: _Conv, x: Array, codes: Array, zero: Array | None, spec: QSpec) -> Array:
     """`s_x sum (q_x - z_x)(q_w - z_w)`, float32."""
     numbers = conv.numbers
+    crop = None
     if has_zero(spec):
-        # padding is the value 0, not the code 0: quantized with the rest, it becomes the zero point
-        x, conv = _padded(conv, x, codes)
+        # padding is the value 0, not the code 0: quantized with the rest, it becomes the zero
+        # point; what is cropped counts for the range all the same
+        pads, conv = _padding(conv, x, codes)
+        x = _pad(x, [(max(low, 0), max(high, 0), inner) for low, high, inner in pads])
+        crop = [(min(low, 0), min(high, 0), 0) for low, high, _ in pads]
     image = numbers.lhs_spec[0]
     everything = isinstance(spec.granularity, PerTensor)
     shared = tuple(a for a in range(x.ndim) if everything or a != image)
     qx, sx, zx = quantize_activation(x, spec, shared)
+    qx = qx if crop is None else _pad(qx, crop)
     terms = math.prod(codes.shape[a] for a in numbers.rhs_spec[1:])
     total = _sum(conv, qx, codes)
     outputs = codes.shape[numbers.rhs_spec[0]]
@@ -240,9 +243,7 @@ def _sum(conv: _Conv, x: Array, w: Array) -> Array:
     """The convolution in float32, of integers exactly: GPU kernels have no other result."""
     whole = jnp.issubdtype(x.dtype, jnp.integer)
     kind = jnp.dtype(jnp.int32 if whole else jnp.float32)
-    exact = dataclasses.replace(
-        conv, preferred=kind, precision=None if whole else conv.precision
-    )
+    exact = dataclasses.replace(conv, preferred=kind, precision=None if whole else conv.precision)
 
     def direct() -> Array:
         return exact(x, w).astype(jnp.float32)
@@ -256,7 +257,8 @@ def _sum(conv: _Conv, x: Array, w: Array) -> Array:
 
 def _taps(conv: _Conv, x: Array, w: Array) -> Array:
     """A depthwise convolution as one shifted product for each window position, summed."""
-    x, conv = _padded(conv, x, w)
+    pads, conv = _padding(conv, x, w)
+    x = _pad(x, pads)
     image, kernel = conv.numbers.lhs_spec, conv.numbers.rhs_spec
     channels, outputs = x.shape[image[1]], w.shape[kernel[0]]
     w = jnp.transpose(w, (*kernel[2:], kernel[0], kernel[1]))  # [*window, out, 1]
@@ -278,21 +280,21 @@ def _taps(conv: _Conv, x: Array, w: Array) -> Array:
     return jnp.transpose(total, [image[conv.numbers.out_spec.index(a)] for a in range(x.ndim)])
 
 
-def _padded(conv: _Conv, x: Array, w: Array) -> tuple[Array, _Conv]:
-    """The image with padding and dilation done, and the convolution without."""
+def _padding(conv: _Conv, x: Array, w: Array) -> tuple[list[tuple[int, int, int]], _Conv]:
+    """For each axis of the image what `lax.pad` takes, and the convolution without padding."""
     spatial = conv.numbers.lhs_spec[2:]
-    count = len(spatial)
-    dilation = conv.rhs_dilation or (1,) * count
-    window = [
-        (w.shape[a] - 1) * d + 1
-        for a, d in zip(conv.numbers.rhs_spec[2:], dilation, strict=True)
-    ]
+    dilation = conv.rhs_dilation or (1,) * len(spatial)
+    kernel = [w.shape[a] for a in conv.numbers.rhs_spec[2:]]
+    window = [(n - 1) * d + 1 for n, d in zip(kernel, dilation, strict=True)]
     pads = conv.padding
     if isinstance(pads, str):
         pads = lax.padtype_to_pads([x.shape[a] for a in spatial], window, conv.strides, pads)
-    inside = conv.lhs_dilation or (1,) * count
+    inside = conv.lhs_dilation or (1,) * len(spatial)
     config = [(0, 0, 0)] * x.ndim
     for a, (low, high), d in zip(spatial, pads, inside, strict=True):
         config[a] = (low, high, d - 1)
-    x = lax.pad(x, jnp.zeros((), x.dtype), config)
-    return x, dataclasses.replace(conv, padding="VALID", lhs_dilation=None)
+    return config, dataclasses.replace(conv, padding="VALID", lhs_dilation=None)
+
+
+def _pad(x: Array, config: Sequence[tuple[int, int, int]]) -> Array:
+    return lax.pad(x, jnp.zeros((), x.dtype), config)

@@ -24,6 +24,7 @@ from jaxquant.ops.operands import (
     integer_range,
     moving_scale,
     place,
+    result_dtype,
     weight,
 )
 from jaxquant.qtensor import QTensor, dequantize, storage_codes, storage_values
@@ -253,6 +254,4 @@ def _finish(call: _Call, x: Array, q: QTensor, at: Placement, out: Array) -> Arr
     tail = [lead + kept.index(a) for a in sorted(kept)]
     middle = list(range(nb, lead))
     order = [*range(nb), *(tail + middle if call.flipped else middle + tail)]
-    out = jnp.transpose(out, order)
-    dtype = call.preferred
-    return out.astype(jnp.promote_types(x.dtype, q.dtype) if dtype is None else dtype)
+    return jnp.transpose(out, order).astype(result_dtype(x.dtype, q.dtype, call.preferred))

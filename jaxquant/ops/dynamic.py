@@ -15,7 +15,7 @@ from jaxquant.ops import lowering
 from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared_axes
 from jaxquant.ops.backward import straight_through_both
 from jaxquant.ops.contract import Sharding, contract
-from jaxquant.ops.operands import Operand, integer_range
+from jaxquant.ops.operands import Operand, integer_range, result_dtype
 from jaxquant.spec import QSpec
 
 
@@ -63,7 +63,7 @@ def dot_general_dynamic(
     """
     (lc, rc), (lb, rb) = dimension_numbers
     numbers = ((tuple(lc), tuple(rc)), (tuple(lb), tuple(rb)))
-    dtype = preferred_element_type or jnp.promote_types(lhs.dtype, rhs.dtype)
+    dtype = result_dtype(lhs.dtype, rhs.dtype, preferred_element_type)
     shared = shared_axes(lhs_spec, lc, lhs.ndim), shared_axes(rhs_spec, rc, rhs.ndim)
 
     def reference(a: Array, b: Array) -> Array:

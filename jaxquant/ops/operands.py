@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from jaxquant.numerics import Format, decode
 from jaxquant.qtensor import QTensor, storage_scale
@@ -27,7 +29,7 @@ class Operand:
       scale: float32 of the same rank, size 1 where shared, always so on `inner`; `None` is 1.
       zero: int32 shaped like `scale`; `None` is 0.
       batch: axes shared with the other operand, in the result's order.
-      free: axes of the result, in its order.
+      free: axes of the result, ascending, as `lax.dot_general` gives them.
       groups: contracted axes that partial sums are kept apart for, since scales differ.
       inner: contracted axes that are summed first.
     """
@@ -250,3 +252,20 @@ def arranged(
         tuple(groups),
         tuple(inner),
     )
+
+
+def result_dtype(a: DTypeLike, b: DTypeLike, preferred: DTypeLike | None) -> np.dtype:
+    """The dtype that `lax.dot_general` gives.
+
+    >>> result_dtype("bfloat16", "float32", None).name
+    'float32'
+    """
+    if preferred is not None:
+        return jnp.dtype(preferred)
+    dtype = jnp.promote_types(a, b)
+    if dtype in (a, b):
+        return jnp.dtype(dtype)
+    # bfloat16 with float16: JAX's arithmetic and its contractions disagree
+    one = [jax.ShapeDtypeStruct((1,), d) for d in (a, b)]
+    dot = functools.partial(lax.dot_general, dimension_numbers=(((0,), (0,)), ((), ())))
+    return jax.eval_shape(dot, *one).dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,10 +9,10 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxquant.ops import lowering
-from jaxquant.ops.activations import fake, quantize_activation, shared_axes
+from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared_axes
 from jaxquant.ops.backward import straight_through
 from jaxquant.ops.dot_general import FROM_USE
-from jaxquant.ops.operands import Placement, int8_codes, integer_range, place
+from jaxquant.ops.operands import Placement, int8_codes, integer_range, place, result_dtype
 from jaxquant.qtensor import QTensor, dequantize, storage_codes, storage_scale, storage_values
 from jaxquant.spec import QSpec
 
@@ -80,6 +79,16 @@ def _simple(q: QTensor, at: Placement) -> bool:
     return whole and one and blocks and q.zero_point is None and 0 not in q.shape
 
 
+def _same_kind(q: QTensor, spec: QSpec, at: Placement) -> bool:
+    """Whether codes can be multiplied with those of activations, without zero points."""
+    symmetric = not has_zero(spec) and not has_zero(q.spec)
+    whole = spec.format.is_integer and integer_range(spec.format) is not None
+    rows = shared_axes(spec, (1,), 2) in ((1,), (0, 1))
+    return (
+        symmetric and whole and rows and lowering.fits_int32(at.size[at.contract[0]], False, False)
+    )
+
+
 def _forward(
     x: Array,
     q: QTensor,
@@ -93,16 +102,10 @@ def _forward(
     limits = None if q.codebook is not None else integer_range(fmt)
     shared = None if spec is None else shared_axes(spec, (1,), 2)
     scale = storage_scale(q)
-    numbers = lax.RaggedDotDimensionNumbers(
-        (((1,), at.contract), ((), ())), (0,), at.batch
-    )
-    whole = (
-        spec is not None and limits is not None and shared in ((1,), (0, 1)) and fmt.qmax <= 127
-        and spec.format.is_integer and spec.symmetric and integer_range(spec.format) is not None
-        and spec.format.qmax <= 127 and at.size[at.contract[0]] <= lowering.MAX_TERMS
-    )  # fmt: skip
-    if whole:
-        codes, x_scale, _ = quantize_activation(x, spec, shared)
+    numbers = lax.RaggedDotDimensionNumbers((((1,), at.contract), ((), ())), (0,), at.batch)
+    whole = spec is not None and limits is not None and _same_kind(q, spec, at)
+    if whole and spec is not None and limits is not None:
+        codes, x_scale, _ = quantize_activation(x, spec, shared or ())
         values, _ = int8_codes(storage_codes(q), fmt)
         total = lax.ragged_dot_general(
             codes, values, group_sizes, numbers, preferred_element_type=jnp.int32
@@ -114,11 +117,10 @@ def _forward(
             x, storage_values(q).astype(x.dtype), group_sizes, numbers, precision, jnp.float32
         )
     # rows beyond the last group are zero; any scale will do for them
-    expert = jnp.sum(
-        jnp.arange(x.shape[0])[:, None] >= jnp.cumsum(group_sizes)[None, :], axis=1
-    )
+    expert = jnp.sum(jnp.arange(x.shape[0])[:, None] >= jnp.cumsum(group_sizes)[None, :], axis=1)
     order = (*at.batch, *at.keep, *at.contract)
     columns = jnp.transpose(scale, order)[..., 0]
-    columns = columns[jnp.minimum(expert, columns.shape[0] - 1)] if columns.shape[0] > 1 else columns
-    kind = preferred if preferred is not None else jnp.promote_types(x.dtype, q.dtype)
-    return (total * columns).astype(kind)
+    columns = (
+        columns[jnp.minimum(expert, columns.shape[0] - 1)] if columns.shape[0] > 1 else columns
+    )
+    return (total * columns).astype(result_dtype(x.dtype, q.dtype, preferred))

@@ -103,16 +103,16 @@ def gather(
     if lax.GatherScatterMode.from_any(mode) is lax.GatherScatterMode.FILL_OR_DROP:
         inside = jnp.all((indices >= 0) & (indices < limit), axis=-1)
         inside = inside.reshape(rows + (1,) * (out.ndim - len(rows)))
-        out = jnp.where(inside, out, jnp.asarray(jnp.nan if fill_value is None else fill_value, out.dtype))
+        out = jnp.where(
+            inside, out, jnp.asarray(jnp.nan if fill_value is None else fill_value, out.dtype)
+        )
     offset = dimension_numbers.offset_dims
     order = iter(range(len(rows)))
     slices = iter(range(len(rows), out.ndim))
     return jnp.transpose(out, [next(slices if i in offset else order) for i in range(out.ndim)])
 
 
-def _rows_only(
-    q: QTensor, numbers: lax.GatherDimensionNumbers, slice_sizes: Sequence[int]
-) -> bool:
+def _rows_only(q: QTensor, numbers: lax.GatherDimensionNumbers, slice_sizes: Sequence[int]) -> bool:
     taken = tuple(numbers.start_index_map)
     if getattr(numbers, "operand_batching_dims", ()) or not q.axes or 0 in q.shape:
         return False

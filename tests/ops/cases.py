@@ -81,4 +81,3 @@ def assert_near(y, x, w, expected, bound: float) -> None:
     reach = np.abs(np.asarray(x, np.float64)).max() * np.abs(np.asarray(w, np.float64)).sum(0).max()
     error = np.abs(np.asarray(y, np.float64) - np.asarray(expected, np.float64)).max()
     assert error <= bound * reach, error / reach
-

@@ -1,0 +1,215 @@
+"""The interceptor: all that knows how Flax binds modules to scopes stands here."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+from flax.core import Scope, unfreeze
+from flax.core.scope import LazyRng, in_filter
+from flax.linen.module import InterceptorContext, TestScope, wrap_method_once
+from flax.linen.transforms import get_module_scopes, set_module_scopes
+from flax.traverse_util import flatten_dict
+
+from jaxquant.interpret.calls import trace_call
+from jaxquant.interpret.record import sites_of
+from jaxquant.interpret.serve import serve
+from jaxquant.interpret.sites import Sites
+from jaxquant.linen.pure import arrays_only, as_given, leaves, quantize_call
+from jaxquant.params import dequantize_params
+from jaxquant.qtensor import is_qtensor
+from jaxquant.recipe import Recipe
+
+Interceptor = Callable[[Callable[..., Any], Any, Any, InterceptorContext], Any]
+
+
+def interceptor(recipe: Recipe | None = None) -> Interceptor:
+    """An interceptor for `flax.linen.intercept_methods` under which models compute quantized.
+
+    It acts on the outermost call of a method, whichever that is, of models bound by `bind` too;
+    variables are updated, values sown and random numbers drawn as without it. It steps aside under
+    `init`, and for a float call that uses none of what the recipe matches.
+
+    What is jitted must enter the context itself: `jax.jit` goes on doing what a function did when
+    it was first traced. Where the outermost method is decorated with `nn.jit`, this cannot be
+    had; `quantized(model, recipe).apply` is the door to take there.
+
+    Args:
+      recipe: for float variables, quantized as part of the computation; `None` if the variables
+        hold `QTensor`s already.
+
+    Raises:
+      ValueError: at the call, as `QuantizedModel.apply`.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
+    >>> model, x = nn.Dense(8), jnp.ones((2, 32))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> with nn.intercept_methods(interceptor(jq.w8a8())):
+    ...     y = model.apply(variables, x)
+    >>> bool(jnp.allclose(y, model.apply(variables, x), atol=0.05))
+    True
+    """
+    local = threading.local()  # interceptors are per thread in Flax, too
+
+    def intercept(
+        next_fun: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
+    ) -> Any:
+        outermost: _Outermost | None = getattr(local, "outermost", None)
+        scope = context.module.scope
+        if outermost is not None:
+            return outermost.inside(next_fun, args, kwargs, context)
+        # Flax runs a setup in a TestScope to check it
+        if scope is None or isinstance(scope, TestScope) or context.module.is_initializing():
+            return next_fun(*args, **kwargs)
+        if context.method_name == "setup":
+            with _floats(scope):
+                return next_fun(*args, **kwargs)
+        local.outermost = call = _Outermost(context, args, kwargs)
+        try:
+            fn, rebuild = arrays_only(call.pure)
+            traced = trace_call(fn, call.variables, (call.rngs, *call.args), call.kwargs)
+            held = any(map(is_qtensor, traced.leaves))
+            sites = None if held and recipe is None else sites_of(traced)
+            if not held and sites is not None and _unconcerned(sites, recipe):
+                return next_fun(*args, **kwargs)
+            if recipe is not None and sites is not None:
+                traced = quantize_call(traced, call.variables, recipe, sites)
+            return call.finish(*rebuild(serve(traced, recipe)[0]))
+        finally:
+            local.outermost = None
+
+    return intercept
+
+
+class _Outermost:
+    """One intercepted call as a pure function of the variables, the root's keys, and its inputs.
+
+    Flax's own lifted transforms work so: `get_module_scopes` finds the scopes of a module and of
+    modules among its fields and arguments, `set_module_scopes` clones them onto others. Here the
+    others belong to a new root that holds stand-ins. Random keys are passed as the root has them,
+    with all counters, so that each draw is the one of the float model.
+    """
+
+    def __init__(self, context: InterceptorContext, args: Any, kwargs: Any) -> None:
+        self.module = context.module
+        self.function = _function(context)
+        self.scopes, self.args, self.kwargs = get_module_scopes(self.module, args, kwargs)
+        self.root = self.scopes[-1].root
+        if any(scope.root is not self.root for scope in self.scopes):
+            name = f"{type(self.module).__name__}.{context.method_name}"
+            raise ValueError(f"{name}: expected modules of one apply or bind, got some of another")
+        self.variables = dict(self.root.variables())
+        self.rngs = {name: lazy.rng for name, lazy in self.root.rngs.items()}
+        self._clone: nn.Module | None = None
+
+    def pure(self, variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """The call on stand-ins: its result, and the variables that it changed, by path."""
+        mutable = self.root.mutable
+        root = Scope(
+            {c: unfreeze(v) if in_filter(mutable, c) else v for c, v in variables.items()},
+            {name: LazyRng(key, self.root.rngs[name].suffix) for name, key in rngs.items()},
+            self.root.name,
+            mutable,  # the filter: collections that do not exist yet may come to
+            path=self.root.path,
+            debug_path=self.root.debug_path,
+            flags=self.root.flags,
+        )
+        root.rng_counters = _copied(self.root.rng_counters)
+        with root.temporary():
+            skip = len(root.path)
+            scopes = [
+                functools.reduce(lambda s, name: s.push(name, reuse=True), scope.path[skip:], root)
+                for scope in self.scopes
+            ]
+            clone, *given = set_module_scopes(self.module, args, kwargs, scopes)
+            self._clone, self._within = clone, (root, *given)
+            wrap_method_once(self.function)(clone, *given[0], **given[1])
+        return self._result
+
+    def inside(
+        self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
+    ) -> Any:
+        """A method call within the pure function; the first one on the clone is its body.
+
+        Interceptors outside this one, and the capture of the method's result, surround that call
+        a second time. So what counts is taken here, before they see it.
+        """
+        if context.module is not self._clone or _function(context) is not self.function:
+            return next_fun(*args, **kwargs)
+        self._clone = None  # further calls are recursion
+        root, args, kwargs = self._within
+        before = _flat(root.mutable_variables())
+        result = next_fun(*args, **kwargs)
+        after = _flat(root.mutable_variables())
+        changed = {p: v for p, v in after.items() if p not in before or v is not before[p]}
+        self._result, self._counters = (result, changed), _copied(root.rng_counters)
+        return result
+
+    def finish(self, result: Any, changed: dict[tuple[str, ...], Any]) -> Any:
+        """Writes variables and counters back through the scope; the call's result."""
+        given = _flat(self.variables)
+        for path, value in changed.items():
+            value = as_given(value, given.get(path))
+            for name in reversed(path[2:]):
+                value = {name: value}
+            self.root.put_variable(path[0], path[1], value)
+        _update(self.root.rng_counters, self._counters)
+        return result
+
+
+def _function(context: InterceptorContext) -> Callable[..., Any]:
+    return context.orig_method.func  # type: ignore[attr-defined]  # functools.partial(f, module)
+
+
+def _flat(variables: Any) -> dict[tuple[str, ...], Any]:
+    return flatten_dict(unfreeze(variables))
+
+
+def _copied(counters: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Counters of a scope hold those of its children: keys stay, dicts are new."""
+    return {k: _copied(v) if isinstance(v, dict) else v for k, v in counters.items()}
+
+
+def _update(counters: dict[Any, Any], new: Mapping[Any, Any]) -> None:
+    """In place, since child scopes refer to the inner dicts."""
+    for k, v in new.items():
+        if isinstance(v, dict):
+            _update(counters.setdefault(k, {}), v)
+        else:
+            counters[k] = v
+
+
+@contextlib.contextmanager
+def _floats(scope: Any) -> Iterator[None]:
+    """A scope whose own raw parameters are dequantized, for a `setup` outside of any transform.
+
+    `setup` of a bound module comes before the method, and its `self.param` compares the shape of
+    a parameter's first leaf. Private, since otherwise a dict of the caller's would be changed.
+    """
+    params = scope._collection("params")
+    own = {k: v for k, v in params.items() if any(map(is_qtensor, leaves(v)))}
+    own = {k: v for k, v in own.items() if not isinstance(v, Mapping)}
+    if own:
+        scope._variables["params"] = {**params, **dequantize_params(own)}
+    try:
+        yield
+    finally:
+        if own:
+            scope._variables["params"] = params
+
+
+def _unconcerned(sites: Sites, recipe: Recipe | None) -> bool:
+    """Whether a call has no site to quantize, but another call of the model may.
+
+    Of a leaf that this call computes with and cannot quantize, the recipe's user must hear.
+    """
+    used = {site.param for site in sites.sites if site.param is not None}
+    if not used or recipe is None:
+        return not used
+    rules = {path: recipe.match(path) for path in sites.leaves}
+    matched = {p for p, r in rules.items() if r and (r.weights or r.lookup) is not None}
+    return not matched & used and bool(matched - used - set(sites.met))

@@ -1,0 +1,90 @@
+"""A Linen model with the methods of its float self, computing with quantized variables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from jaxquant.interpret.calls import trace_call
+from jaxquant.interpret.record import sites_of
+from jaxquant.interpret.serve import serve
+from jaxquant.linen.pure import arrays_only, as_given, quantize_call
+from jaxquant.ptq import ptq
+from jaxquant.qtensor import is_qtensor
+from jaxquant.recipe import Recipe
+from jaxquant.report import Report
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedModel:
+    """A Linen model that computes with quantized variables; `quantized` makes it.
+
+    Attributes:
+      model: the model, as it was given.
+      recipe: for variables that are still float when they come in; `None` leaves those alone.
+    """
+
+    model: nn.Module
+    recipe: Recipe | None = None
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Initializes float variables, just as `model.init` does."""
+        return self.model.init(rngs, *args, **kwargs)
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Applies the model, with all keywords that `model.apply` has.
+
+        Raises:
+          ValueError: nothing is quantized, or what `jaxquant.quantize_params` refuses.
+        """
+        fn, rebuild = arrays_only(self.model.apply)
+        call = trace_call(fn, variables, args, kwargs)
+        if self.recipe is not None:
+            call = quantize_call(call, variables, self.recipe, sites_of(call))
+        result = rebuild(serve(call, self.recipe)[0])
+        if kwargs.get("mutable", False) is False and not kwargs.get("capture_intermediates"):
+            return result
+        out, mutated = result
+        given = dict(jax.tree.leaves_with_path(variables, is_leaf=is_qtensor))
+        return out, jax.tree.map_with_path(
+            lambda path, new: as_given(new, given.get(path)), mutated, is_leaf=is_qtensor
+        )
+
+    def ptq(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, Report]:
+        """Quantizes variables by the recipe: `jaxquant.ptq(model.apply, variables, recipe, ...)`.
+
+        Args:
+          variables: float variables; collections that no contraction uses stay as they are.
+          *args: what else `model.apply` is called with.
+          **kwargs: its keywords, and those of `jaxquant.ptq`.
+
+        Raises:
+          ValueError: there is no recipe, or as `jaxquant.ptq`.
+        """
+        if self.recipe is None:
+            raise ValueError("ptq: this model has no recipe; expected quantized(model, recipe)")
+        return ptq(self.model.apply, variables, self.recipe, *args, **kwargs)
+
+
+def quantized(model: nn.Module, recipe: Recipe | None = None) -> QuantizedModel:
+    """The model with `init` and `apply` that compute as `jaxquant.quantized(model.apply)`.
+
+    Variables may hold `QTensor`s; with a recipe, float variables that it matches are quantized as
+    part of the computation, which is how to try a recipe without storing anything.
+
+    Args:
+      model: an unbound Linen module; it is not changed.
+      recipe: for variables that come in float.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
+    >>> model, x = nn.Dense(8), jnp.ones((2, 32))
+    >>> qmodel = quantized(model, jq.w8a8())
+    >>> qvariables, report = qmodel.ptq(model.init(jax.random.key(0), x), x)
+    >>> jax.jit(qmodel.apply)(qvariables, x).shape, report["params/kernel"].bits_per_weight
+    ((2, 8), 9.0)
+    """
+    return QuantizedModel(model, recipe)

@@ -1,0 +1,39 @@
+"""The quantized array: a pytree of codes and scales, and how arrays become one and come back."""
+
+from jaxquant.qtensor import export as _export  # noqa: F401 - registers QTensor with jax.export
+from jaxquant.qtensor.quantize import dequantize, encode_array, quantize
+from jaxquant.qtensor.scales import scaled_codes, scales_over, store_scale
+from jaxquant.qtensor.storage import (
+    blocked,
+    from_storage,
+    pad_to,
+    spread,
+    storage_codes,
+    storage_scale,
+    storage_values,
+    to_storage,
+    unblocked,
+)
+from jaxquant.qtensor.tensor import QTensor, Use, is_qtensor, with_use
+
+__all__ = [
+    "QTensor",
+    "Use",
+    "blocked",
+    "dequantize",
+    "encode_array",
+    "from_storage",
+    "is_qtensor",
+    "pad_to",
+    "quantize",
+    "scaled_codes",
+    "scales_over",
+    "spread",
+    "storage_codes",
+    "storage_scale",
+    "storage_values",
+    "store_scale",
+    "to_storage",
+    "unblocked",
+    "with_use",
+]

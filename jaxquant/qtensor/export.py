@@ -1,0 +1,48 @@
+"""How `jax.export` writes the structure of a `QTensor` into its artifacts, and reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import jax.export
+
+from jaxquant.numerics import Format
+from jaxquant.qtensor.tensor import QTensor, Use
+from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
+
+# `jax.export` keeps the structure of arguments in the artifact. Static data are written as JSON:
+# reading an artifact must run no code, as unpickling would.
+_STATIC = {c.__name__: c for c in (Format, PerTensor, PerChannel, PerGroup, PerBlock, QSpec, Use)}
+
+
+def _to_json(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return [_to_json(item) for item in x]
+    if isinstance(x, re.Pattern):
+        return {"regex": x.pattern, "flags": x.flags}
+    if type(x) in _STATIC.values():
+        fields = {f.name: _to_json(getattr(x, f.name)) for f in dataclasses.fields(x)}
+        return {"type": type(x).__name__, **fields}
+    return x
+
+
+def _from_json(x: Any) -> Any:
+    if isinstance(x, list):
+        return tuple(_from_json(item) for item in x)
+    if isinstance(x, dict):
+        if "regex" in x:
+            return re.compile(x["regex"], x["flags"])
+        fields = {name: _from_json(value) for name, value in x.items() if name != "type"}
+        return _STATIC[x["type"]](**fields)
+    return x
+
+
+jax.export.register_pytree_node_serialization(
+    QTensor,
+    serialized_name="jaxquant.QTensor",
+    serialize_auxdata=lambda aux: json.dumps(_to_json(aux)).encode(),
+    deserialize_auxdata=lambda data: _from_json(json.loads(data)),
+)

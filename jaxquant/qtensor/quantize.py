@@ -1,0 +1,163 @@
+"""`quantize` and `dequantize`: arrays to `QTensor`s and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxquant.numerics import pack
+from jaxquant.qtensor.scales import scaled_codes, scales_over
+from jaxquant.qtensor.storage import (
+    blocked,
+    from_storage,
+    spread,
+    storage_scale,
+    storage_values,
+    to_storage,
+    unblocked,
+)
+from jaxquant.qtensor.tensor import QTensor
+from jaxquant.spec import PerBlock, PerChannel, PerGroup, QSpec
+
+
+def quantize(
+    w: Array,
+    spec: QSpec,
+    *,
+    key: Array | None = None,
+    minor: tuple[int, ...] = (),
+    batch_axes: int = 0,
+) -> QTensor:
+    """Quantizes an array by `spec`.
+
+    `q = clip(round(w / S) + Z)` for integers; the nearest value of the format for the others.
+
+    Args:
+      w: float array `[*batch, *core]`.
+      spec: format, granularity and range rule; axes must be named in it (see `QSpec.at`).
+      key: PRNG key for stochastic rounding, unbiased between the two neighbours; `None` rounds
+        to nearest, ties to even.
+      minor: axes to store last, contiguous: those that will be contracted. Values are the same.
+      batch_axes: how many leading axes are batch axes, encoded one by one; axes in `spec` and
+        `minor` then count within the rest.
+
+    Raises:
+      ValueError: `w` is not a float array, holds non-finite values, or lacks an axis of `spec`.
+
+    >>> import jax, jaxquant as jq
+    >>> w = jax.random.normal(jax.random.key(0), (256, 8))
+    >>> q = jq.quantize(w, jq.QSpec("int4", granularity=jq.PerGroup(128, axis=0)))
+    >>> q.codes.shape, q.scale.shape, q.bits_per_weight
+    ((8, 128), (8, 2), 4.25)
+    >>> bool(abs(jq.dequantize(q) - w).max() <= 0.5 * q.scale.max() * 1.001)
+    True
+    """
+    w = jnp.asarray(w)
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"quantize: expected a float array, got {w.dtype.name}{list(w.shape)}")
+    if not 0 <= batch_axes <= w.ndim:
+        raise ValueError(f"quantize: batch_axes={batch_axes} of an array of rank {w.ndim}")
+    spec.resolve(w.shape[batch_axes:], minor)  # raises here, outside any trace
+    finite = _all_finite(w)  # traced where `w` is, or where a trace is under way
+    if not isinstance(finite, jax.core.Tracer) and not bool(finite):
+        raise ValueError(f"quantize: non-finite values in {w.dtype.name}{list(w.shape)}")
+    return _quantize(w, key, spec, minor, batch_axes)
+
+
+@jax.jit
+def _all_finite(w: Array) -> Array:
+    return jnp.isfinite(w).all()
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _quantize(
+    w: Array, key: Array | None, spec: QSpec, minor: tuple[int, ...], batch_axes: int
+) -> QTensor:
+    if not batch_axes:
+        return _encode(w, key, spec, minor)
+    rows = w.reshape(-1, *w.shape[batch_axes:])
+    keys = None if key is None else jax.random.split(key, rows.shape[0])
+    stacked = jax.vmap(lambda row, k: _encode(row, k, spec, minor))(rows, keys)
+    return jax.tree.map(lambda a: a.reshape(w.shape[:batch_axes] + a.shape[1:]), stacked)
+
+
+def encode_array(w: Array, spec: QSpec) -> QTensor:
+    """`quantize` without its checks: for activations, which may be non-finite."""
+    return _encode(w, None, spec, ())
+
+
+def _encode(w: Array, key: Array | None, spec: QSpec, minor: tuple[int, ...]) -> QTensor:
+    fmt, placed = spec.format, spec.resolve(w.shape, minor)
+    blank = QTensor(
+        codes=w,
+        scale=w,
+        zero_point=None,
+        codebook=None,
+        global_scale=None,
+        spec=_negative_axes(spec, w.ndim),
+        core=w.shape,
+        axes=placed.axes,
+        blocks=placed.blocks,
+        dtype=w.dtype.name,
+    )
+    x = blocked(blank, to_storage(blank, w.astype(jnp.float32)))
+    scale, zero, global_scale = scales_over(x, tuple(range(1, x.ndim, 2)), spec)
+    effective = scale.astype(jnp.float32)
+    if global_scale is not None:
+        effective = effective * global_scale
+    codes = scaled_codes(x, effective, zero, fmt, key=key).reshape(blank.padded)
+    if fmt.packed:
+        codes = pack(codes, fmt.bits)
+    return dataclasses.replace(
+        blank,
+        codes=codes,
+        scale=scale.reshape(blank.groups),
+        zero_point=None if zero is None else zero.reshape(blank.groups).astype(fmt.storage),
+        global_scale=global_scale,
+    )
+
+
+def _negative_axes(spec: QSpec, ndim: int) -> QSpec:
+    """The spec with axes counted from the end, as static data of a `QTensor` must be."""
+
+    def neg(axes: int | Sequence[int] | None) -> tuple[int, ...]:
+        axes = (axes,) if isinstance(axes, int) else tuple(axes or ())
+        return tuple(a % ndim - ndim for a in axes)
+
+    gran = spec.granularity
+    if isinstance(gran, PerChannel):
+        gran = PerChannel(neg(gran.axes))
+    elif isinstance(gran, PerGroup):
+        gran = PerGroup(gran.size, neg(gran.axis))
+    elif isinstance(gran, PerBlock) and gran.axes is not None:
+        rows, cols = neg(gran.axes)
+        gran = PerBlock(gran.rows, gran.cols, (rows, cols))
+    return QSpec(spec.format, gran, spec.symmetric, spec.range, spec.scale_dtype, spec.global_scale)
+
+
+def dequantize(q: QTensor, dtype: Any = None) -> Array:
+    """The float array that `q` stands for: `S (q - Z)` or `S codebook[q]`.
+
+    Computed in float32 and cast to `dtype`, by default the dtype `q` was made from; float16
+    saturates at its largest finite value instead of overflowing.
+
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> q = jq.quantize(
+    ...     jnp.array([[-1.0, 0.0, 1.0]]), jq.QSpec("int2", jq.PerTensor(), range="qmax")
+    ... )
+    >>> jq.dequantize(q)
+    Array([[-1.,  0.,  1.]], dtype=float32)
+    """
+    dtype = jnp.dtype(q.dtype if dtype is None else dtype)
+    scaled = blocked(q, storage_values(q)) * spread(q, storage_scale(q))
+    values = from_storage(q, unblocked(q, scaled))
+    if dtype == jnp.float16:
+        top = float(jnp.finfo(dtype).max)
+        values = jnp.clip(values, -top, top)
+    return values.astype(dtype)

@@ -1,0 +1,109 @@
+"""Between an array in its own order and the order, blocks and bytes it is stored in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+from jaxquant.numerics import decode, unpack
+from jaxquant.qtensor.tensor import QTensor
+
+
+def to_storage(q: QTensor, w: Array) -> Array:
+    """Lays a core array out as `q` stores it: axes permuted, merged, padded with zeros."""
+    order = [a % w.ndim for merged in q.axes for a in merged]
+    w = jnp.transpose(w, order) if order != list(range(w.ndim)) else w
+    w = w.reshape(q.storage)
+    return pad_to(w, q.padded)
+
+
+def pad_to(w: Array, shape: tuple[int, ...]) -> Array:
+    """Pads with zeros at the end of each axis up to `shape`."""
+    if w.shape == shape:
+        return w
+    return jnp.pad(w, [(0, n - m) for n, m in zip(shape, w.shape, strict=True)])
+
+
+def blocked(q: QTensor, x: Array) -> Array:
+    """`[*batch, p0, p1, ...] -> [*batch, g0, b0, g1, b1, ...]`, `g b = p`."""
+    lead = x.ndim - len(q.axes)
+    pairs = (n for pair in zip(q.groups, q.blocks, strict=True) for n in pair)
+    shape = (*x.shape[:lead], *pairs)
+    placed = _placed(x)
+    if placed is None:
+        return x.reshape(shape)
+    halves = (
+        (s, None) if g > 1 else (None, s) for g, s in zip(q.groups, placed[lead:], strict=True)
+    )
+    return lax.reshape(x, shape, out_sharding=P(*placed[:lead], *(s for h in halves for s in h)))
+
+
+def unblocked(q: QTensor, x: Array) -> Array:
+    """Inverse of `blocked`."""
+    lead = x.ndim - 2 * len(q.axes)
+    shape = (*x.shape[:lead], *q.padded)
+    placed = _placed(x)
+    if placed is None:
+        return x.reshape(shape)
+    pairs = zip(placed[lead::2], placed[lead + 1 :: 2], strict=True)
+    return lax.reshape(x, shape, out_sharding=P(*placed[:lead], *(g or b for g, b in pairs)))
+
+
+def _placed(x: Array) -> tuple[Any, ...] | None:
+    """The sharding of each axis under an explicit mesh, where a reshape must be told its own."""
+    spec = jax.typeof(x).sharding.spec
+    return None if all(s is None for s in spec) else (*spec, *(None,) * (x.ndim - len(spec)))
+
+
+def spread(q: QTensor, s: Array) -> Array:
+    """`[*batch, g0, g1, ...] -> [*batch, g0, 1, g1, 1, ...]`, to meet `blocked` codes."""
+    lead = s.shape[: s.ndim - len(q.axes)]
+    return s.reshape(*lead, *(n for g in q.groups for n in (g, 1)))
+
+
+def storage_codes(q: QTensor) -> Array:
+    """Unpacked codes `[*batch, *padded storage]`, in the format's storage dtype."""
+    fmt = q.spec.format
+    if not fmt.packed:
+        return q.codes
+    return unpack(q.codes, fmt.bits, q.padded[-1], fmt.signed and fmt.is_integer)
+
+
+def storage_scale(q: QTensor) -> Array:
+    """Scales `[*batch, *groups]` in float32, the global scale multiplied in."""
+    scale = q.scale.astype(jnp.float32)
+    if q.global_scale is None:
+        return scale
+    lead = q.global_scale.shape
+    return scale * q.global_scale.reshape(lead + (1,) * (scale.ndim - len(lead)))
+
+
+def storage_values(q: QTensor) -> Array:
+    """`q - Z` or `codebook[q]` in float32, unscaled, `[*batch, *padded storage]`."""
+    codes = storage_codes(q)
+    if q.codebook is not None:
+        flat = codes.reshape(*q.batch, -1).astype(jnp.int32)
+        return jnp.take_along_axis(q.codebook, flat, axis=-1).reshape(codes.shape)
+    values = decode(codes, q.spec.format, jnp.float32)
+    if q.zero_point is None:
+        return values
+    zero = spread(q, q.zero_point.astype(jnp.float32))
+    return unblocked(q, blocked(q, values) - zero)
+
+
+def from_storage(q: QTensor, x: Array) -> Array:
+    """Inverse of `to_storage`, batch axes allowed: unpads, splits, permutes."""
+    nb = x.ndim - len(q.axes)
+    for axis, (have, want) in enumerate(zip(q.padded, q.storage, strict=True)):
+        if have != want:
+            x = lax.slice_in_dim(x, 0, want, axis=nb + axis)
+    order = [a for merged in q.axes for a in merged]
+    x = x.reshape(*x.shape[:nb], *(q.core[a] for a in order))
+    rank = len(q.core)
+    place = [nb + order.index(a - rank) for a in range(rank)]
+    perm = list(range(nb)) + place
+    return jnp.transpose(x, perm) if perm != list(range(x.ndim)) else x

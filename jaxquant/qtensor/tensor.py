@@ -1,0 +1,162 @@
+"""`QTensor`, the quantized array as a pytree."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxquant.numerics import packed_bytes
+from jaxquant.spec import QSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """How contractions use a quantized parameter: what the recipe said of the other operand.
+
+    Attributes:
+      activations: spec that the other operand is quantized to at run time; `None` keeps it float.
+      attention: for the recipe's rules that set `attention` or `skip`, in order, the pattern and
+        the spec (`None` to skip), so that contractions without a parameter find theirs.
+    """
+
+    activations: QSpec | None = None
+    attention: tuple[tuple[Any, QSpec | None], ...] = ()
+
+
+_DATA = ("codes", "scale", "zero_point", "codebook", "global_scale")
+_META = ("spec", "core", "axes", "blocks", "dtype", "use")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_META)
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """An array stored as codes and scales: `r = S (q - Z)`, or `r = S codebook[q]`.
+
+    A pytree: its arrays are leaves and everything else is static, describing the trailing *core*
+    axes only, by negative index. Any number of leading batch axes may stand before them, and
+    every leaf carries all of those, so that `jax.tree.map(lambda a: a[0], q)` is the first layer
+    of a stacked tensor and `scan`, `vmap`, sharding and checkpoints need to know nothing of it.
+    The constructor does not validate, since tree operations pass placeholders; see `validate`.
+
+    Attributes:
+      codes: `[*batch, *storage]`; sub-byte formats are packed along the last axis as uint8.
+      scale: `[*batch, *groups]`, one per block of `blocks[s]` indices of each storage axis `s`.
+      zero_point: like `scale`, in the codes' integer dtype; `None` where `Z = 0`.
+      codebook: `[*batch, levels]` of a learned codebook; `None` where the format holds it.
+      global_scale: `[*batch]` float32, multiplies `scale`; `None` where there is none.
+      spec: the `QSpec` it was encoded with.
+      core: sizes of the core axes in the array's own order.
+      axes: for each storage axis, the core axes (negative) flattened into it.
+      blocks: for each storage axis, how many indices share one scale.
+      dtype: name of the dtype that `dequantize` returns.
+      use: what contractions do with the other operand.
+    """
+
+    codes: Array
+    scale: Array
+    zero_point: Array | None
+    codebook: Array | None
+    global_scale: Array | None
+    spec: QSpec
+    core: tuple[int, ...]
+    axes: tuple[tuple[int, ...], ...]
+    blocks: tuple[int, ...]
+    dtype: str
+    use: Use = Use()
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Sizes of the leading axes that the static data do not describe."""
+        return tuple(self.codes.shape[: self.codes.ndim - len(self.axes)])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array this stands for."""
+        return self.batch + self.core
+
+    @property
+    def ndim(self) -> int:
+        """Rank of the array this stands for."""
+        return self.codes.ndim - len(self.axes) + len(self.core)
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: codes, scales, zero points and codebooks."""
+        return sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over values, scales included."""
+        return 8.0 * self.nbytes / self.size if self.size else 0.0
+
+    @property
+    def storage(self) -> tuple[int, ...]:
+        """Sizes of the storage axes before padding and packing."""
+        return tuple(math.prod(self.core[a] for a in merged) for merged in self.axes)
+
+    @property
+    def padded(self) -> tuple[int, ...]:
+        """Sizes of the storage axes, padded so that blocks are full."""
+        return tuple(-(-n // b) * b for n, b in zip(self.storage, self.blocks, strict=True))
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Number of scales along each storage axis."""
+        return tuple(-(-n // b) for n, b in zip(self.storage, self.blocks, strict=True))
+
+    def __repr__(self) -> str:
+        codes = f"{jnp.dtype(self.codes.dtype).name}{list(self.codes.shape)}"
+        scale = f"{jnp.dtype(self.scale.dtype).name}{list(self.scale.shape)}"
+        return (
+            f"QTensor({self.spec.format.name}{list(self.shape)} for {self.dtype}, "
+            f"codes={codes}, scale={scale})"
+        )
+
+    def validate(self) -> QTensor:
+        """Returns itself if arrays and static data agree.
+
+        Raises:
+          ValueError: what was expected and what came.
+        """
+        fmt, batch = self.spec.format, self.batch
+        last = self.padded[-1:] if self.axes else ()
+        if fmt.packed and self.axes:
+            last = (packed_bytes(self.padded[-1], fmt.bits),)
+        want: dict[str, tuple[tuple[int, ...], Any]] = {
+            "codes": (batch + self.padded[:-1] + last, np.uint8 if fmt.packed else fmt.storage),
+            "scale": (batch + self.groups, self.spec.scale_dtype),
+        }
+        if self.zero_point is not None:
+            want["zero_point"] = (batch + self.groups, fmt.storage)
+        if self.global_scale is not None:
+            want["global_scale"] = (batch, np.float32)
+        for name, (shape, dtype) in want.items():
+            got = getattr(self, name)
+            if tuple(got.shape) != shape or jnp.dtype(got.dtype) != jnp.dtype(dtype):
+                raise ValueError(
+                    f"QTensor.{name}: expected {jnp.dtype(dtype).name}{list(shape)}, "
+                    f"got {jnp.dtype(got.dtype).name}{list(got.shape)}"
+                )
+        return self
+
+
+def is_qtensor(x: Any) -> TypeGuard[QTensor]:
+    """Whether `x` is a `QTensor`; for the `is_leaf` argument of tree functions."""
+    return isinstance(x, QTensor)
+
+
+def with_use(q: QTensor, use: Use) -> QTensor:
+    """`q` with other instructions for the contractions that meet it."""
+    return dataclasses.replace(q, use=use)

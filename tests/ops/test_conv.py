@@ -1,0 +1,133 @@
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxquant import PerChannel, PerGroup, PerTensor, QSpec, quantize
+from jaxquant.ops import conv_general_dilated, fake
+from jaxquant.qtensor import dequantize
+from tests.ops.cases import jit, normal
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+CASES = {
+    "same": ((2, 9, 8, 4), (3, 2, 4, 8), {"window_strides": (1, 1), "padding": "SAME"}),
+    "strided": ((2, 9, 8, 4), (3, 2, 4, 8), {"window_strides": (2, 3), "padding": "VALID"}),
+    "dilated": (
+        (2, 9, 8, 4),
+        (3, 2, 4, 8),
+        {"window_strides": (1, 2), "padding": "SAME", "rhs_dilation": (2, 3)},
+    ),
+    "transposed": (
+        (2, 5, 4, 4),
+        (3, 2, 4, 8),
+        {"window_strides": (1, 1), "padding": ((2, 2), (0, 1)), "lhs_dilation": (2, 2)},
+    ),
+    "grouped": (
+        (2, 9, 8, 4),
+        (3, 2, 2, 6),
+        {"window_strides": (2, 1), "padding": ((1, 2), (0, 0)), "feature_group_count": 2},
+    ),
+    "depthwise": (
+        (2, 9, 8, 4),
+        (3, 2, 1, 8),
+        {
+            "window_strides": (2, 1),
+            "padding": ((1, 2), (0, 3)),
+            "feature_group_count": 4,
+            "rhs_dilation": (1, 2),
+            "lhs_dilation": (2, 1),
+        },
+    ),
+    "cropped": (
+        (1, 9, 8, 4),
+        (3, 2, 4, 8),
+        {"window_strides": (1, 1), "padding": ((-1, 0), (0, -2))},
+    ),
+    "point": ((2, 5, 5, 4), (1, 1, 4, 8), {"window_strides": (1, 1), "padding": "VALID"}),
+    "empty": ((0, 5, 5, 4), (3, 3, 4, 8), {"window_strides": (1, 1), "padding": "SAME"}),
+}
+ACTIVATIONS = [
+    None, QSpec("int8"), QSpec("uint8", PerTensor(), range="qmax"), QSpec("int8", symmetric=False),
+]  # fmt: skip
+WEIGHTS = {
+    "channel": QSpec("int8", PerChannel(3)),
+    "int4 tensor": QSpec("int4", PerTensor()),
+    "asymmetric": QSpec("uint8", PerChannel(3), symmetric=False),
+    "mxfp": QSpec("float4_e2m1fn", PerChannel(3)),
+    "group": QSpec("int4", PerGroup(4, (0, 1, 2))),
+    "nf4": QSpec("nf4", PerChannel(3)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_dequantized_convolution(case):
+    x_shape, w_shape, conv = CASES[case]
+    x, w = normal(1, *x_shape), normal(2, *w_shape)
+    chosen = WEIGHTS if case in ("same", "depthwise") else ("channel", "asymmetric")
+    for i, name in enumerate(chosen):
+        q = quantize(w, WEIGHTS[name], minor=(0, 1, 2) if i % 2 else ())
+
+        @jit
+        def every(x, q):
+            return [
+                (
+                    conv_general_dilated(x, q, **conv, dimension_numbers=NHWC, activations=spec),
+                    lax.conv_general_dilated(
+                        x if spec is None else fake(x, spec, (1, 2, 3)),
+                        dequantize(q),
+                        **conv,
+                        dimension_numbers=NHWC,
+                    ),
+                )
+                for spec in ACTIVATIONS
+            ]
+
+        reach = 4.0 * 3.0 * w[..., 0].size
+        for y, expected in every(x, q):
+            assert y.shape == expected.shape
+            np.testing.assert_allclose(y, expected, rtol=0, atol=2e-7 * reach)
+
+
+@pytest.mark.parametrize(
+    "layout", [("NCH", "OIH", "NCH"), ("NHC", "HIO", "NHC"), ("HNC", "IHO", "CNH")]
+)
+def test_other_layouts_and_dtypes(layout):
+    sizes = {"N": 2, "C": 4, "H": 9}
+    x = normal(1, *(sizes[c] for c in layout[0]), dtype=jnp.bfloat16)
+    kernel = {"O": 6, "I": 4, "H": 3}
+    w = normal(2, *(kernel[c] for c in layout[1]), dtype=jnp.bfloat16)
+    q = quantize(w, QSpec("int8", PerChannel(layout[1].index("O"))))
+    window = [a for a in range(3) if layout[0][a] != "N"]
+    for spec, preferred in itertools.product((None, QSpec("int8")), (None, jnp.float32)):
+        rest = {"dimension_numbers": layout, "preferred_element_type": preferred}
+        y = conv_general_dilated(x, q, (2,), "SAME", **rest, activations=spec)
+        fx = x if spec is None else fake(x, spec, window)
+        expected = lax.conv_general_dilated(fx, dequantize(q), (2,), "SAME", **rest)
+        assert y.dtype == expected.dtype
+        np.testing.assert_allclose(
+            y.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.02, atol=0.1
+        )
+
+
+def test_kernels_on_the_left_and_batch_groups():
+    x, w = normal(1, 4, 3, 8), normal(2, 4, 3, 3)
+    q = quantize(w, QSpec("int8", PerChannel(0)))
+    y = conv_general_dilated(q, x, (1,), "SAME", activations=None)
+    np.testing.assert_array_equal(y, lax.conv_general_dilated(dequantize(q), x, (1,), "SAME"))
+    rest = {"window_strides": (1,), "padding": "SAME", "batch_group_count": 2}
+    y = conv_general_dilated(x, q, **rest, activations=None)
+    np.testing.assert_allclose(
+        y, lax.conv_general_dilated(x, dequantize(q), **rest), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_what_is_not_finite_comes_through():
+    x = normal(1, 2, 8, 4).at[0, 1, 1].set(jnp.nan)
+    q = quantize(normal(2, 3, 4, 6), QSpec("int8", PerChannel(2)))
+    y = conv_general_dilated(
+        x, q, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"), activations=QSpec("int8")
+    )
+    assert np.isnan(y[0]).all()
+    assert np.isfinite(y[1]).all()
