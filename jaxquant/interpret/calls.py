@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.errors import FlaxError
 
 from jaxquant.interpret import _compat
 from jaxquant.interpret.evaluate import Interpreter, abstract
@@ -114,10 +115,11 @@ def trace_call(
     stand_ins = [abstract(leaf) for leaf in leaves]
     try:
         closed, out_shape = jax.make_jaxpr(call, return_shape=True)(*stand_ins)
-    except (KeyError, IndexError, AttributeError) as error:
+    except (KeyError, IndexError, AttributeError, FlaxError) as error:
         raise ValueError(
-            f"the function does not fit these params: {type(error).__name__}: {error}. "
-            f"Their leaves are {', '.join(p for p in paths if p) or 'none'}"
+            "the function does not fit these params, or fails by itself: "
+            f"{type(error).__name__}: {error}. The params' leaves are "
+            f"{', '.join(p for p in paths if p) or 'none'}"
         ) from error
     jaxpr, consts = _compat.opened(closed)
     return Call(jaxpr, consts, leaves, paths, jax.tree.structure(out_shape))

@@ -43,7 +43,7 @@ class Contraction:
     lhs: Value
     rhs: Value
     rest: tuple[Value, ...]
-    scope: str
+    scope: tuple[str, ...]
 
 
 class Policy(Protocol):
@@ -51,7 +51,7 @@ class Policy(Protocol):
 
     inline_rules: bool
 
-    def contract(self, site: Contraction) -> Any:
+    def contract(self, ip: Interpreter, site: Contraction) -> Any:
         """The contraction's result."""
 
     def lookup(self, eqn: Any, key: str, operand: Value) -> None:
@@ -192,9 +192,9 @@ class Interpreter:
         keys = tuple(self.key(base, part) for part, base in enumerate(bases))
         # what comes after is named by the scope of this site, or the parent of its parameter
         near = bases[0].rpartition("/")[0] if params else bases[0]
-        site = Contraction(eqn, keys, lhs, rhs, tuple(signed[2:]), where)
+        site = Contraction(eqn, keys, lhs, rhs, tuple(signed[2:]), scope)
         live = lhs.facts.live or rhs.facts.live
-        return Value(self.policy.contract(site), Facts(None, live, False, frozenset([near])))
+        return Value(self.policy.contract(self, site), Facts(None, live, False, frozenset([near])))
 
     def _lookup(self, eqn: Any, operand: Value, scope: tuple[str, ...]) -> None:
         origin = operand.facts.origin

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxquant.interpret import _compat, layout
 from jaxquant.interpret.calls import Call, trace_call
 from jaxquant.interpret.evaluate import Contraction, Interpreter, abstract, param_first
+from jaxquant.interpret.scopes import site_scope
 from jaxquant.interpret.sites import Site, Sites
 from jaxquant.interpret.values import Facts, Origin, Value
 
@@ -66,10 +67,10 @@ class Recorder:
         self.sites: dict[str, Site] = {}
         self.met: dict[str, str] = {}
 
-    def contract(self, site: Contraction) -> Any:
+    def contract(self, ip: Interpreter, site: Contraction) -> Any:
         """Notes the site and contracts as the function did."""
-        lhs, rhs = site.lhs, site.rhs
-        eqn = site.eqn
+        lhs, rhs, eqn = site.lhs, site.rhs, site.eqn
+        scope = site_scope(site.scope, ip.paths)
         data = [lhs.data, rhs.data, *(v.data for v in site.rest)]
         operands = (tuple(jnp.shape(lhs.data)), tuple(jnp.shape(rhs.data)))
         name = eqn.primitive.name
@@ -88,12 +89,12 @@ class Recorder:
                     scanned=tuple(sorted(origin.scanned)),
                     batched=tuple(a for a in _named(origin, batched) if a not in contracted),
                     operands=operands,
-                    scope=site.scope,
+                    scope=scope,
                 )
         elif name == "dot_general" and both_live(lhs, rhs):
             dtype = str(eqn.outvars[0].aval.dtype)
             self.sites[site.keys[0]] = Site(
-                site.keys[0], name, None, (), dtype, (), (), (), operands, site.scope
+                site.keys[0], name, None, (), dtype, (), (), (), operands, scope
             )
         return _compat.bind(eqn, data)[0]
 

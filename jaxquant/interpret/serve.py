@@ -87,7 +87,7 @@ class Serve:
         # one rule for everything: the key of a site makes no difference
         self.uniform = not self.any_attention or attention[0][0] == "**"
 
-    def contract(self, site: Contraction) -> Any:
+    def contract(self, ip: Interpreter, site: Contraction) -> Any:
         """Contracts on codes where an operand is quantized, else as the function did."""
         lhs, rhs, eqn = site.lhs, site.rhs, site.eqn
         name, p = eqn.primitive.name, eqn.params
@@ -102,11 +102,11 @@ class Serve:
         if name == "dot_general":
             return ops.dot_general(left, right, **p)
         if name == "conv_general_dilated":
-            known = {k: v for k, v in p.items() if k != "out_sharding"}
-            if p.get("out_sharding") is not None:  # explicit meshes: left to the float convolution
-                dense = [dequantize(d) if is_qtensor(d) else d for d in (left, right)]
-                return _compat.bind(eqn, dense)[0]
-            return ops.conv_general_dilated(left, right, **known)
+            if p.get("out_sharding") is None:
+                known = {k: v for k, v in p.items() if k != "out_sharding"}
+                return ops.conv_general_dilated(left, right, **known)
+            # JAX itself cannot yet place a convolution on an explicit mesh for certain
+            return _compat.bind(eqn, [ip.dense(v, eqn, site.scope) for v in (lhs, rhs)])[0]
         return ops.ragged_dot_general(left, right, site.rest[0].data, **p)
 
     def _float(self, site: Contraction) -> Any:

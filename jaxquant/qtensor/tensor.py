@@ -74,7 +74,7 @@ class QTensor:
     @property
     def batch(self) -> tuple[int, ...]:
         """Sizes of the leading axes that the static data do not describe."""
-        return tuple(self.codes.shape[: self.codes.ndim - len(self.axes)])
+        return tuple(self.codes.shape[: len(self.codes.shape) - len(self.axes)])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,7 +84,7 @@ class QTensor:
     @property
     def ndim(self) -> int:
         """Rank of the array this stands for."""
-        return self.codes.ndim - len(self.axes) + len(self.core)
+        return len(self.codes.shape) - len(self.axes) + len(self.core)
 
     @property
     def size(self) -> int:
@@ -117,11 +117,16 @@ class QTensor:
         return tuple(-(-n // b) for n, b in zip(self.storage, self.blocks, strict=True))
 
     def __repr__(self) -> str:
-        codes = f"{jnp.dtype(self.codes.dtype).name}{list(self.codes.shape)}"
-        scale = f"{jnp.dtype(self.scale.dtype).name}{list(self.scale.shape)}"
+        # tree functions put anything in the place of arrays, and print what they get
+        def show(x: Any) -> str:
+            if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+                return repr(x)
+            return f"{jnp.dtype(x.dtype).name}{list(x.shape)}"
+
+        whole = list(self.shape) if hasattr(self.codes, "shape") else f"[..., {list(self.core)}]"
         return (
-            f"QTensor({self.spec.format.name}{list(self.shape)} for {self.dtype}, "
-            f"codes={codes}, scale={scale})"
+            f"QTensor({self.spec.format.name}{whole} for {self.dtype}, "
+            f"codes={show(self.codes)}, scale={show(self.scale)})"
         )
 
     def validate(self) -> QTensor:
