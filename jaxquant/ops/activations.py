@@ -82,7 +82,7 @@ def fake(x: Array, spec: QSpec, contracted: Sequence[int]) -> Array:
       spec: any granularity; axes left open follow from `contracted`.
       contracted: axes of `x` that will be summed over.
 
-    >>> fake(jnp.array([[1.0, -2.0]]), QSpec("int8"), (1,)).tolist()
-    [[1.003921627998352, -2.0078432559967041]]
+    >>> fake(jnp.array([[1.0, -127.0]]), QSpec("int8", range="qmax"), (1,)).tolist()
+    [[1.0, -127.0]]
     """
     return dequantize(encode_array(x, spec.at(tuple(contracted), x.ndim)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,9 +42,16 @@ def contract(
     `sum q_x q_w - z_w sum q_x - z_x sum q_w + n z_x z_w`. Then come the scales, and the sum over
     groups. Float values are summed in float32.
     """
-    if not is_integer(x):
-        return _batched(x, w, precision, sharding)
     rows = lowering.static_size(x.values.shape, x.free)
+    if not is_integer(x):
+        if not x.groups or sharding is not None:
+            return _batched(x, w, precision, sharding)
+        if lowering.batch_grows(rows, lowering.static_size(x.values.shape, x.inner)):
+            return _in_float(x, w, precision)
+        return lowering.by_platform(
+            cpu=lambda: _in_float(x, w, precision),
+            default=lambda: _batched(x, w, precision, None),
+        )
     if rows == 1:
         two = sharding.one_more() if sharding else None
         product = contract(_two_rows(x), w, precision, two)
@@ -199,15 +207,31 @@ def _group(op: Operand, index: Array | int) -> Operand:
     )
 
 
-def _in_float(x: Operand, w: Operand) -> Array:
+def _in_float(x: Operand, w: Operand, precision: Any = None) -> Array:
     """One float product of what the codes stand for; the scale of `x` still goes last."""
-    left = dataclasses.replace(x, values=dequantized(dataclasses.replace(x, scale=None)))
-    numbers = (
-        ((*x.groups, *x.inner), (*w.groups, *w.inner)),
-        (x.batch, w.batch),
+    dtype = jnp.float32 if is_integer(x) else x.values.dtype
+    bare = dequantized(dataclasses.replace(x, scale=None)).astype(dtype)
+    left, x_over = _joined(bare, (*x.groups, *x.inner))
+    right, w_over = _joined(dequantized(w).astype(dtype), (*w.groups, *w.inner))
+    if len(x_over) != len(w_over):
+        left, x_over = bare, (*x.groups, *x.inner)
+        right, w_over = dequantized(w).astype(dtype), (*w.groups, *w.inner)
+    out = lax.dot_general(
+        left,
+        right,
+        ((x_over, w_over), (x.batch, w.batch)),
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )
-    out = lax.dot_general(left.values, dequantized(w), numbers)
     if x.scale is None:
         return out
     whole = dataclasses.replace(x, groups=(), inner=(*x.groups, *x.inner))
     return out * align(x.scale, whole, 0, len(w.free))
+
+
+def _joined(a: Array, over: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
+    """Neighbouring last axes as one: a CPU takes one contracted axis several times faster."""
+    first = a.ndim - len(over)
+    if over != tuple(range(first, a.ndim)):
+        return a, over
+    return a.reshape(*a.shape[:first], math.prod(a.shape[first:])), (first,)

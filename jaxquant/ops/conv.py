@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,47 +15,11 @@ from jax.typing import DTypeLike
 from jaxquant.ops import lowering
 from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared_axes
 from jaxquant.ops.backward import straight_through
+from jaxquant.ops.convolve import Conv, pad, padding, window_sum
 from jaxquant.ops.dot_general import FROM_USE
 from jaxquant.ops.operands import Placement, int8_codes, integer_range, place, result_dtype
 from jaxquant.qtensor import QTensor, dequantize, storage_codes, storage_scale, storage_values
 from jaxquant.spec import PerTensor, QSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class _Conv:
-    """The static part of one call."""
-
-    strides: tuple[int, ...]
-    padding: Any
-    lhs_dilation: tuple[int, ...] | None
-    rhs_dilation: tuple[int, ...] | None
-    numbers: lax.ConvDimensionNumbers
-    groups: int
-    batch_groups: int
-    precision: Any
-    preferred: Any
-    activations: QSpec | None
-
-    def __call__(self, x: Array, w: Array) -> Array:
-        """The convolution; operands of two float dtypes become one."""
-        if x.dtype != w.dtype:
-            dtype = result_dtype(x.dtype, w.dtype, None)
-            x, w = x.astype(dtype), w.astype(dtype)
-        return lax.conv_general_dilated(
-            x, w, self.strides, self.padding, self.lhs_dilation, self.rhs_dilation, self.numbers,
-            self.groups, self.batch_groups, self.precision, self.preferred,
-        )  # fmt: skip
-
-    def per_batch(self, s: Array) -> Array:
-        """`[n]` or `[1]` of the image's batch, laid out for the result."""
-        return self._expand(s, self.numbers.out_spec[0])
-
-    def per_channel(self, s: Array) -> Array:
-        """`[out]` or `[1]` of the kernel, laid out for the result."""
-        return self._expand(s, self.numbers.out_spec[1])
-
-    def _expand(self, s: Array, axis: int) -> Array:
-        return lax.expand_dims(s, [a for a in range(len(self.numbers.out_spec)) if a != axis])
 
 
 def conv_general_dilated(
@@ -117,7 +80,7 @@ def conv_general_dilated(
     >>> conv_general_dilated(x, q, (2, 2), "SAME", activations=jq.QSpec("int8")).shape
     (1, 8, 8, 8)
     """
-    conv = _Conv(
+    conv = Conv(
         tuple(window_strides),
         padding if isinstance(padding, str) else tuple(map(tuple, padding)),
         None if lhs_dilation is None else tuple(lhs_dilation),
@@ -146,7 +109,7 @@ def conv_general_dilated(
     return straight_through(functools.partial(_forward, conv), conv)(lhs, rhs)
 
 
-def _forward(conv: _Conv, x: Array, q: QTensor) -> Array:
+def _forward(conv: Conv, x: Array, q: QTensor) -> Array:
     spec, window = conv.activations, conv.numbers.lhs_spec[1:]
     at = _placed(conv, x, q)
     if spec is not None and not (at is not None and _same_kind(q, spec, at, window, x.ndim)):
@@ -164,7 +127,7 @@ def _forward(conv: _Conv, x: Array, q: QTensor) -> Array:
     sizes = tuple(q.shape[a] for a in order)
     if spec is None:
         values = storage_values(q).reshape(sizes).astype(x.dtype)
-        out = _sum(kernel, x, values)
+        out = window_sum(kernel, x, values)
     else:
         codes, shift = int8_codes(storage_codes(q), q.spec.format)
         zero = None if q.zero_point is None else jnp.ravel(q.zero_point).astype(jnp.int32) - shift
@@ -178,7 +141,7 @@ def _forward(conv: _Conv, x: Array, q: QTensor) -> Array:
     return out.astype(result_dtype(x.dtype, q.dtype, conv.preferred))
 
 
-def _placed(conv: _Conv, x: Array, q: QTensor) -> Placement | None:
+def _placed(conv: Conv, x: Array, q: QTensor) -> Placement | None:
     """Where the kernel's axes lie, if one scale belongs to each output channel or to all."""
     at = place(q, conv.numbers.rhs_spec[1:], ())
     if at is None or conv.batch_groups != 1 or q.spec.format.bits > 8 or len(at.keep) != 1:
@@ -206,27 +169,27 @@ def _same_kind(q: QTensor, spec: QSpec, at: Placement, window: Sequence[int], nd
     return fits and integer_range(spec.format) is not None
 
 
-def _integer(conv: _Conv, x: Array, codes: Array, zero: Array | None, spec: QSpec) -> Array:
+def _integer(conv: Conv, x: Array, codes: Array, zero: Array | None, spec: QSpec) -> Array:
     """`s_x sum (q_x - z_x)(q_w - z_w)`, float32."""
     numbers = conv.numbers
     crop = None
     if has_zero(spec):
         # padding is the value 0, not the code 0: quantized with the rest, it becomes the zero
         # point; what is cropped counts for the range all the same
-        pads, conv = _padding(conv, x, codes)
-        x = _pad(x, [(max(low, 0), max(high, 0), inner) for low, high, inner in pads])
+        pads, conv = padding(conv, x, codes)
+        x = pad(x, [(max(low, 0), max(high, 0), inner) for low, high, inner in pads])
         crop = [(min(low, 0), min(high, 0), 0) for low, high, _ in pads]
     image = numbers.lhs_spec[0]
     everything = isinstance(spec.granularity, PerTensor)
     shared = tuple(a for a in range(x.ndim) if everything or a != image)
     qx, sx, zx = quantize_activation(x, spec, shared)
-    qx = qx if crop is None else _pad(qx, crop)
+    qx = qx if crop is None else pad(qx, crop)
     terms = math.prod(codes.shape[a] for a in numbers.rhs_spec[1:])
-    total = _sum(conv, qx, codes)
+    total = window_sum(conv, qx, codes)
     outputs = codes.shape[numbers.rhs_spec[0]]
     if zero is not None:
         shape = [conv.groups if a == numbers.rhs_spec[0] else n for a, n in enumerate(codes.shape)]
-        windows = _sum(conv, qx, jnp.ones(shape, jnp.int8))
+        windows = window_sum(conv, qx, jnp.ones(shape, jnp.int8))
         axis = numbers.out_spec[1]
         windows = jnp.repeat(windows, outputs // conv.groups, axis=axis)
         total = total - conv.per_channel(zero.astype(jnp.float32)) * windows
@@ -237,64 +200,3 @@ def _integer(conv: _Conv, x: Array, codes: Array, zero: Array | None, spec: QSpe
             sums = sums - terms * zero.astype(jnp.float32)
         total = total - conv.per_batch(zx) * conv.per_channel(sums)
     return total * conv.per_batch(jnp.ravel(sx))
-
-
-def _sum(conv: _Conv, x: Array, w: Array) -> Array:
-    """The convolution in float32, of integers exactly: GPU kernels have no other result."""
-    whole = jnp.issubdtype(x.dtype, jnp.integer)
-    kind = jnp.dtype(jnp.int32 if whole else jnp.float32)
-    exact = dataclasses.replace(conv, preferred=kind, precision=None if whole else conv.precision)
-
-    def direct() -> Array:
-        return exact(x, w).astype(jnp.float32)
-
-    spec = conv.numbers.rhs_spec
-    taps = math.prod(w.shape[a] for a in spec[2:])
-    if lowering.taps_win(conv.groups, w.shape[spec[1]], taps):
-        return lowering.by_platform(cpu=lambda: _taps(conv, x, w), default=direct)
-    return direct()
-
-
-def _taps(conv: _Conv, x: Array, w: Array) -> Array:
-    """A depthwise convolution as one shifted product for each window position, summed."""
-    pads, conv = _padding(conv, x, w)
-    x = _pad(x, pads)
-    image, kernel = conv.numbers.lhs_spec, conv.numbers.rhs_spec
-    channels, outputs = x.shape[image[1]], w.shape[kernel[0]]
-    w = jnp.transpose(w, (*kernel[2:], kernel[0], kernel[1]))  # [*window, out, 1]
-    dilation = conv.rhs_dilation or (1,) * len(conv.strides)
-    x = jnp.repeat(x.astype(jnp.float32), outputs // channels, axis=image[1])
-    total: Array | None = None
-    for tap in itertools.product(*(range(n) for n in w.shape[:-2])):
-        start, stop, step = [0] * x.ndim, list(x.shape), [1] * x.ndim
-        for i, a in enumerate(image[2:]):
-            reach = x.shape[a] - ((w.shape[i] - 1) * dilation[i] + 1)
-            start[a] = tap[i] * dilation[i]
-            stop[a] = start[a] + reach + 1
-            step[a] = conv.strides[i]
-        weights = w[tap][:, 0].astype(jnp.float32)
-        weights = lax.expand_dims(weights, [a for a in range(x.ndim) if a != image[1]])
-        product = lax.slice(x, start, stop, step) * weights
-        total = product if total is None else total + product
-    assert total is not None
-    return jnp.transpose(total, [image[conv.numbers.out_spec.index(a)] for a in range(x.ndim)])
-
-
-def _padding(conv: _Conv, x: Array, w: Array) -> tuple[list[tuple[int, int, int]], _Conv]:
-    """For each axis of the image what `lax.pad` takes, and the convolution without padding."""
-    spatial = conv.numbers.lhs_spec[2:]
-    dilation = conv.rhs_dilation or (1,) * len(spatial)
-    kernel = [w.shape[a] for a in conv.numbers.rhs_spec[2:]]
-    window = [(n - 1) * d + 1 for n, d in zip(kernel, dilation, strict=True)]
-    pads = conv.padding
-    if isinstance(pads, str):
-        pads = lax.padtype_to_pads([x.shape[a] for a in spatial], window, conv.strides, pads)
-    inside = conv.lhs_dilation or (1,) * len(spatial)
-    config = [(0, 0, 0)] * x.ndim
-    for a, (low, high), d in zip(spatial, pads, inside, strict=True):
-        config[a] = (low, high, d - 1)
-    return config, dataclasses.replace(conv, padding="VALID", lhs_dilation=None)
-
-
-def _pad(x: Array, config: Sequence[tuple[int, int, int]]) -> Array:
-    return lax.pad(x, jnp.zeros((), x.dtype), config)

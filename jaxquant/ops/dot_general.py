@@ -51,12 +51,13 @@ class _Call:
 
     def reference(self, x: Array, w: Array) -> Array:
         """The contraction in float."""
-        contract_, batch = (self.x_contract, self.w_contract), (self.x_batch, self.w_batch)
-        a, b, turn = (w, x, -1) if self.flipped else (x, w, 1)
+        if self.flipped:
+            contracted, batch = (self.w_contract, self.x_contract), (self.w_batch, self.x_batch)
+        else:
+            contracted, batch = (self.x_contract, self.w_contract), (self.x_batch, self.w_batch)
         return lax.dot_general(
-            a,
-            b,
-            (contract_[::turn], batch[::turn]),
+            *((w, x) if self.flipped else (x, w)),
+            (contracted, batch),
             precision=self.precision,
             preferred_element_type=self.preferred,
             out_sharding=self.out_sharding,
@@ -225,9 +226,10 @@ def _weight_only(call: _Call, x: Operand, q: QTensor, at: Placement) -> Array:
         return contract(x, right, call.precision, sharding)
 
     rows = lowering.static_size(x.values.shape, (*x.batch, *x.free))
+    group = lowering.static_size(x.values.shape, x.inner) if x.groups else None
     terms = math.prod(at.padded[s] for s in at.contract)
     fits = lowering.fits_int32(terms, False, q.zero_point is not None or has_zero(q.spec))
-    if _limits(q) is None or not fits or not lowering.limbs_win(rows):
+    if _limits(q) is None or not fits or not lowering.limbs_win(rows, group):
         return converted()
     return lowering.by_platform(
         cpu=lambda: contract_limbs(x, _int8(q, at), sharding), default=converted

@@ -46,13 +46,15 @@ def fits_int32(terms: Any, x_zero: bool, w_zero: bool) -> bool:
     return not isinstance(terms, int) or terms * largest < 2**31
 
 
-def limbs_win(rows: int) -> bool:
+def limbs_win(rows: int, group: int | None = None) -> bool:
     """Whether a CPU contracts float rows faster as two int8 limbs than with converted codes.
 
     At 2048 x 2048, limbs / converted: 1 row 0.6 / 1.9 (JAX 0.10), 0.4 / 1.5 (0.12); 64 rows
-    0.8 / 1.3, 0.3 / 1.3; 512 rows 1.0 / 0.9, 0.5 / 1.3.
+    0.8 / 1.3, 0.3 / 1.3; 512 rows 1.0 / 0.9, 0.5 / 1.3. In groups the partial sums cost more than
+    the limbs save, but at few rows of large groups: 1536 x 1536 in groups of 128, limbs /
+    dequantized: 1 row 2.5 / 3.5, 16 rows 1.6 / 2.2, 64 rows 2.3 / 1.4 (JAX 0.12).
     """
-    return rows <= 512
+    return rows <= 512 if group is None else rows <= 16 and group >= 128
 
 
 def group_form(rows: int, group: int) -> str:
@@ -70,11 +72,22 @@ def group_form(rows: int, group: int) -> str:
     return "float" if group < 64 < rows else "loop"
 
 
+def batch_grows(rows: int, group: int) -> bool:
+    """Whether partial sums of every group would take more room than the dequantized weight.
+
+    Partial sums of `rows` rows are `rows / group` the values of the weight, in float32. A CPU
+    dequantizes first in any case: at 1536 x 1536, groups of 64 and 128, batch / dequantized: 1 row
+    2.1 / 1.2, 64 rows 1.7 to 2.6 / 1.1, 512 rows 2.0 to 5.4 / 1.2 (JAX 0.12); 1.8 to 6.2 /
+    1.0 to 3.0 (0.10).
+    """
+    return 2 * rows > group
+
+
 def taps_win(groups: int, inputs: int, taps: int) -> bool:
     """Whether a CPU convolves faster by one shifted product for each window position.
 
     True of depthwise convolutions, of which a float32 holds every integer sum. 28 x 28 x 128,
-    window 3 x 3, against XLA's float32 one: int8 1.1 (JAX 0.10), 4.9 (0.12); shifted products 0.06, 0.04.
-    Convolutions in larger groups are faster in int8: 0.6 to 0.8.
+    window 3 x 3, against XLA's float32 one: int8 1.1 (JAX 0.10), 4.9 (0.12); shifted products
+    0.06, 0.04. Convolutions in larger groups are faster in int8: 0.6 to 0.8.
     """
     return groups > 1 and inputs == 1 and taps <= 64

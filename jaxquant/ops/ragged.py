@@ -50,7 +50,7 @@ def ragged_dot_general(
     """
     numbers = ragged_dot_dimension_numbers
     spec = rhs.use.activations if activations is FROM_USE else activations
-    ((xc, wc), (xb, wb)) = numbers.dot_dimension_numbers
+    ((xc, wc), (xb, _)) = numbers.dot_dimension_numbers
     kept = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
 
     def reference(x: Array, w: Array) -> Array:

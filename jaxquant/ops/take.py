@@ -63,19 +63,14 @@ def gather(
     limit = jnp.broadcast_to(limit, indices.shape)
     q = constant(q)
 
-    def take(a: Array | None, axes: Sequence[int]) -> Array | None:
-        """Rows of one leaf, `[*rows, *other axes]`; it need not have all of the axes."""
-        if a is None:
-            return None
-        columns = [i for i, s in enumerate(axes) if s < a.ndim and (s < lead or a.ndim > lead + 1)]
-        if a.ndim <= lead + (a is q.codebook):
-            columns = [i for i, s in enumerate(axes) if s < lead]
+    def take(a: Array, own: int) -> Array:
+        """Rows of one leaf, `[*rows, *other axes]`; `own` is how many storage axes it has."""
+        columns = [i for i, s in enumerate(where) if s < own]
         if not columns:
             return jnp.broadcast_to(a.reshape((1,) * len(rows) + a.shape), rows + a.shape)
-        at = tuple(axes[i] for i in columns)
-        others = a.ndim - len(at)
+        at = tuple(where[i] for i in columns)
         numbers = lax.GatherDimensionNumbers(
-            offset_dims=tuple(range(len(rows), len(rows) + others)),
+            offset_dims=tuple(range(len(rows), len(rows) + a.ndim - len(at))),
             collapsed_slice_dims=tuple(sorted(at)),
             start_index_map=at,
         )
@@ -83,6 +78,7 @@ def gather(
         picked = jnp.stack([indices[..., i] for i in columns], axis=-1)
         return lax.gather(a, picked, numbers, sizes, mode="clip")
 
+    total = len(held)
     rank = len(q.core)
     gone = [a - lead for a in taken if a >= lead]  # core axes from 0
     stay = [a for a in range(rank) if a not in gone]
@@ -90,11 +86,11 @@ def gather(
     core = [s for s in range(len(q.axes)) if s + lead not in where]
     part = dataclasses.replace(
         q,
-        codes=take(q.codes, where),
-        scale=take(q.scale, where),
-        zero_point=take(q.zero_point, where),
-        codebook=take(q.codebook, where),
-        global_scale=take(q.global_scale, where),
+        codes=take(q.codes, total),
+        scale=take(q.scale, total),
+        zero_point=None if q.zero_point is None else take(q.zero_point, total),
+        codebook=None if q.codebook is None else take(q.codebook, lead),
+        global_scale=None if q.global_scale is None else take(q.global_scale, lead),
         core=tuple(q.core[a] for a in stay),
         axes=tuple(tuple(renamed[a] for a in q.axes[s]) for s in core),
         blocks=tuple(q.blocks[s] for s in core),

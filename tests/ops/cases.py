@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, quantize
 from jaxquant.ops import fake
-from jaxquant.qtensor import QTensor, dequantize
+from jaxquant.qtensor import QTensor
 
 K, N = 48, 20
 
@@ -75,7 +75,7 @@ def rounded(x: jax.Array, spec: QSpec | None, contracted: tuple[int, ...]) -> ja
 
 
 def assert_near(y, x, w, expected, bound: float) -> None:
-    """Equal up to `bound` of what a result could reach at most; `w` is `[k, n]`, rows last-but-one."""
+    """Equal up to `bound` of what a result could reach at most; `w` is `[k, n]`."""
     assert y.dtype == expected.dtype
     assert y.shape == expected.shape
     reach = np.abs(np.asarray(x, np.float64)).max() * np.abs(np.asarray(w, np.float64)).sum(0).max()

@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export, lax
+from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxquant import PerChannel, PerGroup, QSpec, quantize
 from jaxquant.ops import conv_general_dilated, dot_general, dot_general_dynamic, lowering
 from jaxquant.qtensor import dequantize
-from tests.ops.cases import EXACT, LIMBS, MATRIX, assert_near, jit, normal, weights
-from tests.ops.cases import K, N
+from tests.ops.cases import EXACT, LIMBS, MATRIX, K, N, assert_near, jit, normal, weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 INT8_DOT = re.compile(
