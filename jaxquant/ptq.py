@@ -11,9 +11,9 @@ from jax import Array
 from jaxquant.interpret.calls import Call, trace_call
 from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.serve import serve
-from jaxquant.interpret.sites import Sites
 from jaxquant.numerics import compute_dtype
 from jaxquant.params import quantize_params
+from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe
 from jaxquant.report import Event, Report
 
@@ -67,7 +67,7 @@ def ptq(
         )
     qparams, report = quantize_params(params, recipe, sites=sites, key=key)
     events = _replay(fn, qparams, args, kwargs, recipe)
-    return qparams, report.with_events([*events, *_dtypes(sites, platforms)])
+    return qparams, report.with_events([*events, *_dtypes(qparams, platforms)])
 
 
 def _replay(
@@ -86,11 +86,12 @@ def _replay(
     return tuple(events)
 
 
-def _dtypes(sites: Sites, platforms: Sequence[str] | None) -> list[Event]:
-    """Where a platform computes in another dtype than the model's."""
+def _dtypes(qparams: Any, platforms: Sequence[str] | None) -> list[Event]:
+    """Where a platform computes float contractions in another dtype than the model's."""
+    leaves = [q for q in jax.tree.leaves(qparams, is_leaf=is_qtensor) if is_qtensor(q)]
     events = []
     for platform in platforms or (jax.default_backend(),):
-        for dtype in sorted({site.dtype for site in sites.sites}):
+        for dtype in sorted({q.dtype for q in leaves if q.use.activations is None}):
             instead, reason = compute_dtype(dtype, platform)
             if reason is not None:
                 message = f"{dtype} contractions are computed in {instead.name}: {reason}"

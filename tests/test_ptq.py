@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -117,12 +118,19 @@ def test_stochastic_rounding_needs_its_key_and_repeats(params) -> None:
     assert not np.array_equal(first["head"]["w"].codes, other["head"]["w"].codes)
 
 
-def test_float16_on_a_tpu_is_reported(params) -> None:
+@pytest.mark.parametrize("recipe", [jq.w8a16(), jq.w4a16(group=16), jq.nf4(group=16)], ids=repr)
+def test_float16_is_computed_in_bfloat16_on_a_tpu_and_the_report_says_so(params, recipe) -> None:
     half = jax.tree.map(lambda a: a.astype(jnp.float16), params)
-    _, report = jq.ptq(fn, half, jq.w8a16(), x.astype(jnp.float16), platforms=["cpu", "tpu"])
+    rows = x.astype(jnp.float16)
+    qparams, report = jq.ptq(fn, half, recipe, rows, platforms=["cpu", "tpu"])
     policy = [e for e in report.events if e.kind == "compute dtype"]
     assert [e.where for e in policy] == ["tpu"]
     assert re.search("bfloat16", policy[0].message)
+    for platform, dtype in (("tpu", "bf16"), ("cuda", "f16")):
+        made = jax.export.export(jax.jit(jq.quantized(fn)), platforms=[platform])(qparams, rows)
+        dots = re.findall(r"dot_general.*: \(tensor<[0-9x]*x(\w+)>", made.mlir_module())
+        assert dots == [dtype] * 2
+        assert made.out_avals[0].dtype == jnp.float16
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (1, 1), (1, 8), (8, 1)])

@@ -219,11 +219,14 @@ def _weight_only(call: _Call, x: Operand, q: QTensor, at: Placement) -> Array:
     """Float activations, unscaled codes; the dequantized matrix is never made."""
     sharding = _sharding(call, x, at)
 
-    def converted() -> Array:
+    def computed(dtype: Any) -> Array:
         # codes less zero points are exact in any float dtype
-        values = storage_values(q).astype(x.values.dtype)
-        right = dataclasses.replace(weight(q, at, values), zero=None)
-        return contract(x, right, call.precision, sharding)
+        right = dataclasses.replace(weight(q, at, storage_values(q).astype(dtype)), zero=None)
+        left = dataclasses.replace(x, values=x.values.astype(dtype))
+        return contract(left, right, call.precision, sharding)
+
+    def converted() -> Array:
+        return lowering.by_compute_dtype(x.values.dtype, computed)
 
     rows = lowering.static_size(x.values.shape, (*x.batch, *x.free))
     group = lowering.static_size(x.values.shape, x.inner) if x.groups else None

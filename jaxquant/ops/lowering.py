@@ -5,11 +5,14 @@ Numbers are ratios to float32 on two CPU cores, medians of one process; see `doc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax import Array, lax
+
+from jaxquant.numerics import compute_dtype
 
 MANY = 1 << 30
 """Stands for a number of rows that is symbolic."""
@@ -32,6 +35,15 @@ def static_size(shape: Sequence[Any], axes: Sequence[int]) -> int:
 def by_platform(cpu: Callable[[], Array], default: Callable[[], Array]) -> Array:
     """The value of `cpu()` where the program runs on a CPU, elsewhere of `default()`."""
     return lax.platform_dependent(cpu=cpu, default=default)
+
+
+def by_compute_dtype(dtype: Any, make: Callable[[Any], Array]) -> Array:
+    """`make(dtype)`, or of the dtype that a platform computes in instead (float16 on a TPU)."""
+    instead = {p: compute_dtype(dtype, p)[0] for p in ("cpu", "cuda", "rocm", "tpu")}
+    changed = {p: functools.partial(make, d) for p, d in instead.items() if d != dtype}
+    if not changed:
+        return make(dtype)
+    return lax.platform_dependent(default=functools.partial(make, dtype), **changed)
 
 
 def fits_int32(terms: Any, x_zero: bool, w_zero: bool) -> bool:
