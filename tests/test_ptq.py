@@ -36,7 +36,8 @@ def test_every_leaf_is_in_the_report(params) -> None:
     assert "add" in report["enc/b"].action
     assert report["enc/w"].sqnr_db > 40
     assert report.bytes_after == sum(
-        leaf.nbytes for leaf in jax.tree.leaves(qparams, is_leaf=lambda a: isinstance(a, jq.QTensor))
+        leaf.nbytes
+        for leaf in jax.tree.leaves(qparams, is_leaf=lambda a: isinstance(a, jq.QTensor))
     )
     assert isinstance(qparams["enc"]["b"], jax.Array)
 

@@ -129,11 +129,32 @@ def test_inside_shard_map(params) -> None:
     def plain(p, h):
         return jnp.tanh(h @ p["up"]) @ p["down"]
 
-    @jax.shard_map(mesh=mesh, in_specs=({"up": P(None, "model"), "down": P("model")}, P()), out_specs=P())
+    specs = {"up": P(None, "model"), "down": P("model")}
+
+    @jax.shard_map(mesh=mesh, in_specs=(specs, P()), out_specs=P())
     def parallel(p, h):
         return lax.psum(jnp.tanh(h @ p["up"]) @ p["down"], "model")
 
     qparams, report = jq.ptq(parallel, weights, jq.w8a16(), h)
     assert not report.events
     want = jax.jit(jq.quantized(plain))(qparams, h)
-    np.testing.assert_allclose(jax.jit(jq.quantized(parallel))(qparams, h), want, rtol=2e-4, atol=2e-4)
+    got = jax.jit(jq.quantized(parallel))(qparams, h)
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("spec", [P("model", None), P(None, "model")], ids=str)
+@pytest.mark.parametrize("name", RECIPES)
+def test_out_sharding_is_honoured_and_gradients_follow(name: str, spec, params) -> None:
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        w = jax.device_put(params["up"][0], NamedSharding(mesh, spec))
+        h = jnp.ones((8, D))
+        product = lambda p, h: jnp.dot(h, p["w"], out_sharding=P("data", None))  # noqa: E731
+        qparams, _ = jq.ptq(product, {"w": w}, RECIPES[name], h)
+        loss = lambda fn, p: lambda h: jnp.sum(jnp.sin(fn(p, h)))  # noqa: E731
+        got = jax.jit(jq.quantized(product))(qparams, h)
+        assert jax.typeof(got).sharding.spec == P("data", None)
+        grad = jax.jit(jax.grad(loss(jq.quantized(product), qparams)))(h)
+        dense = jq.dequantize_params(qparams)
+        want = jax.jit(jax.grad(loss(product, dense)))(h)
+        np.testing.assert_allclose(grad, want, rtol=2e-2, atol=2e-2)

@@ -192,12 +192,15 @@ def rows(q: QTensor, indices: Array, axis: int, mode: Any) -> QTensor | None:
     at = place_of(q, axis)
     if at is None or (not nb and q.codebook is not None):
         return None
-    if not nb and q.blocks[at] > 1 and q.groups[at] > 1:
+    shared = not nb and q.groups[at] == 1 and q.shape[axis] != 1
+    if not nb and q.blocks[at] > 1 and not shared:
         return None
+    if shared and mode == lax.GatherScatterMode.FILL_OR_DROP:
+        return None  # a scale that all rows share has none that could be out of bounds
 
     def gather(x: Array) -> Array:
         x = jnp.moveaxis(x, at, 0)
-        if x.shape[0] == 1 and q.shape[axis] != 1:  # one scale for all rows
+        if x.shape[0] == 1 and q.shape[axis] != 1:
             return jnp.broadcast_to(x, lead + x.shape[1:])
         dims = lax.GatherDimensionNumbers(
             offset_dims=tuple(range(len(lead), len(lead) + x.ndim - 1)),

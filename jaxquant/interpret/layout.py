@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxquant import ops
 from jaxquant.interpret import _compat, cuts, moves
 from jaxquant.interpret.values import Origin, Value
 from jaxquant.qtensor import QTensor, is_qtensor
@@ -223,10 +224,13 @@ def _split(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
 
 
 def _gather(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
-    axis = gathered_axis(eqn.params, q.shape)
-    if axis is None or not rows_lead(eqn):
-        return None
-    return _one(cuts.rows(q, data[1], axis, eqn.params["mode"]))
+    p, axis = eqn.params, gathered_axis(eqn.params, q.shape)
+    moved = None
+    if axis is not None and rows_lead(eqn) and p.get("fill_value") is None:
+        moved = cuts.rows(q, data[1], axis, p["mode"])
+    # else the rows taken are dequantized, and no others
+    found = ops.gather(q, data[1], **p) if moved is None else moved
+    return None if found is None else [found]
 
 
 def _barrier(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:

@@ -16,10 +16,8 @@ from flax.linen.transforms import get_module_scopes, set_module_scopes
 from flax.traverse_util import flatten_dict
 
 from jaxquant.interpret.calls import trace_call
-from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.serve import serve
-from jaxquant.interpret.sites import Sites
-from jaxquant.linen.pure import arrays_only, as_given, leaves, quantize_call
+from jaxquant.linen.pure import arrays_only, as_given, leaves, prepared
 from jaxquant.params import dequantize_params
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe
@@ -35,15 +33,15 @@ def interceptor(recipe: Recipe | None = None) -> Interceptor:
     `init`, and for a float call that uses none of what the recipe matches.
 
     What is jitted must enter the context itself: `jax.jit` goes on doing what a function did when
-    it was first traced. Where the outermost method is decorated with `nn.jit`, this cannot be
-    had; `quantized(model, recipe).apply` is the door to take there.
+    it was first traced. Of `nn.jit` around the outermost method the same is true, so float
+    variables are refused there; `quantized(model, recipe).apply` is the door to take.
 
     Args:
       recipe: for float variables, quantized as part of the computation; `None` if the variables
         hold `QTensor`s already.
 
     Raises:
-      ValueError: at the call, as `QuantizedModel.apply`.
+      ValueError: at the call, as `QuantizedModel.apply`; float variables within `nn.jit`.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
     >>> model, x = nn.Dense(8), jnp.ones((2, 32))
@@ -70,15 +68,14 @@ def interceptor(recipe: Recipe | None = None) -> Interceptor:
                 return next_fun(*args, **kwargs)
         local.outermost = call = _Outermost(context, args, kwargs)
         try:
+            if recipe is not None:
+                call.check_not_cached()
             fn, rebuild = arrays_only(call.pure)
             traced = trace_call(fn, call.variables, (call.rngs, *call.args), call.kwargs)
-            held = any(map(is_qtensor, traced.leaves))
-            sites = None if held and recipe is None else sites_of(traced)
-            if not held and sites is not None and _unconcerned(sites, recipe):
+            ready = prepared(traced, call.variables, recipe)
+            if ready is None:
                 return next_fun(*args, **kwargs)
-            if recipe is not None and sites is not None:
-                traced = quantize_call(traced, call.variables, recipe, sites)
-            return call.finish(*rebuild(serve(traced, recipe)[0]))
+            return call.finish(*rebuild(serve(ready, recipe)[0]))
         finally:
             local.outermost = None
 
@@ -106,7 +103,17 @@ class _Outermost:
         self.rngs = {name: lazy.rng for name, lazy in self.root.rngs.items()}
         self._clone: nn.Module | None = None
 
-    def pure(self, variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def check_not_cached(self) -> None:
+        """Float variables look alike to `nn.jit`'s cache, which float calls of the model share."""
+        jitted = any("jit(" in part for part in self.root.debug_path)
+        if jitted and not any(map(is_qtensor, leaves(self.variables))):
+            raise ValueError(
+                f"{type(self.module).__name__} is called within nn.jit, whose cache does not tell "
+                "a quantized call of float variables from a float one; use "
+                "jaxquant.linen.quantized(model, recipe).apply, or quantize the variables first"
+            )
+
+    def pure(self, variables: Any, rngs: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """The call on stand-ins: its result, and the variables that it changed, by path."""
         mutable = self.root.mutable
         root = Scope(
@@ -200,16 +207,3 @@ def _floats(scope: Any) -> Iterator[None]:
     finally:
         if own:
             scope._variables["params"] = params
-
-
-def _unconcerned(sites: Sites, recipe: Recipe | None) -> bool:
-    """Whether a call has no site to quantize, but another call of the model may.
-
-    Of a leaf that this call computes with and cannot quantize, the recipe's user must hear.
-    """
-    used = {site.param for site in sites.sites if site.param is not None}
-    if not used or recipe is None:
-        return not used
-    rules = {path: recipe.match(path) for path in sites.leaves}
-    matched = {p for p, r in rules.items() if r and (r.weights or r.lookup) is not None}
-    return not matched & used and bool(matched - used - set(sites.met))

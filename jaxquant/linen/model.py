@@ -10,9 +10,8 @@ import flax.linen as nn
 import jax
 
 from jaxquant.interpret.calls import trace_call
-from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.serve import serve
-from jaxquant.linen.pure import arrays_only, as_given, quantize_call
+from jaxquant.linen.pure import arrays_only, as_given, prepared
 from jaxquant.ptq import ptq
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe
@@ -40,11 +39,17 @@ class QuantizedModel:
 
         Raises:
           ValueError: nothing is quantized, or what `jaxquant.quantize_params` refuses.
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
+        >>> x, qmodel = jnp.ones((2, 32)), quantized(nn.Dense(8), jq.w8a8())
+        >>> y, seen = qmodel.apply(qmodel.init(jax.random.key(0), x), x, capture_intermediates=True)
+        >>> jax.tree.map(jnp.shape, seen)
+        {'intermediates': {'__call__': ((2, 8),)}}
         """
         fn, rebuild = arrays_only(self.model.apply)
-        call = trace_call(fn, variables, args, kwargs)
-        if self.recipe is not None:
-            call = quantize_call(call, variables, self.recipe, sites_of(call))
+        call = prepared(trace_call(fn, variables, args, kwargs), variables, self.recipe)
+        if call is None:
+            return self.model.apply(variables, *args, **kwargs)
         result = rebuild(serve(call, self.recipe)[0])
         if kwargs.get("mutable", False) is False and not kwargs.get("capture_intermediates"):
             return result
@@ -64,6 +69,12 @@ class QuantizedModel:
 
         Raises:
           ValueError: there is no recipe, or as `jaxquant.ptq`.
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
+        >>> x, qmodel = jnp.ones((2, 32)), quantized(nn.Dense(8), jq.w4a16(group=16))
+        >>> qvariables, _ = qmodel.ptq(qmodel.init(jax.random.key(0), x), x)
+        >>> qvariables["params"]["kernel"].bits_per_weight
+        6.0
         """
         if self.recipe is None:
             raise ValueError("ptq: this model has no recipe; expected quantized(model, recipe)")

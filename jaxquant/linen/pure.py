@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxquant.interpret.calls import Call, is_traced
+from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.sites import Sites
 from jaxquant.params import quantize_params
 from jaxquant.qtensor import is_qtensor
@@ -32,12 +33,39 @@ def arrays_only(fn: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..
     return call, rebuild
 
 
-def quantize_call(call: Call, variables: Any, recipe: Recipe, sites: Sites) -> Call:
-    """The call with float variables quantized: in the program if they are traced."""
+def prepared(call: Call, variables: Any, recipe: Recipe | None) -> Call | None:
+    """The call with float variables quantized, in the program if they are traced.
+
+    `None` if it is a float call that has no site to quantize where another call of the model may.
+
+    Raises:
+      ValueError: as `jaxquant.quantize_params`.
+    """
+    held = any(map(is_qtensor, call.leaves))
+    if recipe is None and held:
+        return call
+    sites = sites_of(call)
+    if not held and _unconcerned(sites, recipe):
+        return None
+    if recipe is None:
+        return call
     with jax.ensure_compile_time_eval():  # for concrete arrays that a jitted function closes over
         qvariables, _ = quantize_params(variables, recipe, sites=sites)
     new = [leaf for leaf in leaves(qvariables) if is_traced(leaf)]
     return dataclasses.replace(call, leaves=new + call.leaves[len(new) :])
+
+
+def _unconcerned(sites: Sites, recipe: Recipe | None) -> bool:
+    """Whether all that the recipe matches lies elsewhere.
+
+    Of a leaf that the call computes with and cannot quantize, the recipe's user must hear.
+    """
+    used = {site.param for site in sites.sites if site.param is not None}
+    if recipe is None or not sites.leaves:
+        return not used
+    rules = {path: recipe.match(path) for path in sites.leaves}
+    matched = {p for p, r in rules.items() if r and (r.weights or r.lookup) is not None}
+    return not matched & used and bool(matched - used - set(sites.met))
 
 
 def as_given(value: Any, given: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant.ops import lowering
+from jaxquant.ops.nibbles import halves, unpacked
 from jaxquant.ops.operands import Operand, align
 
 
@@ -34,13 +36,17 @@ class Sharding:
 
 
 def contract(
-    x: Operand, w: Operand, precision: Any = None, sharding: Sharding | None = None
+    x: Operand,
+    w: Operand,
+    precision: Any = None,
+    sharding: Sharding | None = None,
+    on_cpu: bool = False,
 ) -> Array:
     """`sum_k s_x (q_x - z_x) s_w (q_w - z_w)`, float32 `[batch, free of x, free of w]`.
 
     With int8 values each group's sum is an int32, exact, zero points included:
     `sum q_x q_w - z_w sum q_x - z_x sum q_w + n z_x z_w`. Then come the scales, and the sum over
-    groups. Float values are summed in float32.
+    groups. Float values are summed in float32. `on_cpu` says that the platform is a CPU already.
     """
     rows = lowering.static_size(x.values.shape, x.free)
     if not is_integer(x):
@@ -52,21 +58,39 @@ def contract(
             cpu=lambda: _in_float(x, w, precision),
             default=lambda: _batched(x, w, precision, None),
         )
+    choose = _on_cpu if on_cpu else lowering.by_platform
     if rows == 1:
         two = sharding.one_more() if sharding else None
-        product = contract(_two_rows(x), w, precision, two)
+        product = contract(_two_rows(x), w, precision, two, on_cpu)
         return lax.index_in_dim(product, 0, len(x.batch), keepdims=False)
+    form = "plain"
     if x.groups:
         form = lowering.group_form(rows, lowering.static_size(x.values.shape, x.inner))
-        if form == "loop" and len(x.groups) == 1:
-            return lowering.by_platform(
-                cpu=lambda: _loop(x, w), default=lambda: _batched(x, w, precision, sharding)
-            )
-        if form == "float":
-            return lowering.by_platform(
-                cpu=lambda: _in_float(x, w), default=lambda: _batched(x, w, precision, sharding)
-            )
-    return _batched(x, w, precision, sharding)
+        form = "batch" if form == "loop" and len(x.groups) > 1 else form
+
+    def batched() -> Array:
+        return _batched(x, unpacked(w), precision, sharding)
+
+    if form == "loop":
+        return choose(cpu=lambda: _loop(x, w), default=batched)
+    if form == "float":
+        return choose(cpu=lambda: _in_float(x, unpacked(w)), default=batched)
+    if form == "plain" and w.packed is not None:
+        return choose(cpu=lambda: _by_halves(x, w), default=batched)
+    return batched()
+
+
+def _on_cpu(cpu: Callable[[], Array], default: Callable[[], Array]) -> Array:
+    """The choice where the platform is known already."""
+    return cpu()
+
+
+def _by_halves(x: Operand, w: Operand) -> Array:
+    """One product, of packed codes as they lie."""
+    if w.packed is None:
+        return _batched(x, w, None, None)
+    (x0, w0), (x1, w1) = halves(x, w)
+    return _batched(x0, w0, None, None) + _batched(x1, w1, None, None)
 
 
 def contract_limbs(x: Operand, w: Operand, sharding: Sharding | None = None) -> Array:
@@ -86,7 +110,7 @@ def contract_limbs(x: Operand, w: Operand, sharding: Sharding | None = None) -> 
         [high.astype(jnp.int8), (q - 128.0 * high).astype(jnp.int8)], axis=_first_free(x)
     )
     two = dataclasses.replace(_new_axis(x), values=both)
-    product = contract(two, w, None, sharding.one_more() if sharding else None)
+    product = contract(two, w, None, sharding.one_more() if sharding else None, on_cpu=True)
     first, second = (lax.index_in_dim(product, i, len(x.batch), keepdims=False) for i in (0, 1))
     whole = dataclasses.replace(x, groups=(), inner=over)
     scale = jnp.where(finite, scale, jnp.nan)
@@ -180,9 +204,9 @@ def _loop(x: Operand, w: Operand) -> Array:
     """Groups one after the other: each product is a plain matrix product of few terms."""
 
     def step(total: Array, i: Array) -> tuple[Array, None]:
-        return total + _batched(_group(x, i), _group(w, i), None, None), None
+        return total + _by_halves(_group(x, i), _group(w, i)), None
 
-    first = _batched(_group(x, 0), _group(w, 0), None, None)
+    first = _by_halves(_group(x, 0), _group(w, 0))
     return lax.scan(step, first, jnp.arange(1, x.values.shape[x.groups[0]]))[0]
 
 
@@ -204,6 +228,7 @@ def _group(op: Operand, index: Array | int) -> Operand:
         moved(op.free),
         (),
         moved(op.inner),
+        op.packed,
     )
 
 

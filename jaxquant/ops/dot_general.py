@@ -7,12 +7,13 @@ import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxquant.ops import lowering
+from jaxquant.ops import lowering, nibbles
 from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared_axes
 from jaxquant.ops.backward import straight_through
 from jaxquant.ops.contract import Sharding, contract, contract_limbs
@@ -242,6 +243,8 @@ def _weight_only(call: _Call, x: Operand, q: QTensor, at: Placement) -> Array:
 def _int8(q: QTensor, at: Placement) -> Operand:
     limits = _limits(q)
     assert limits is not None
+    if lowering.one_device() and nibbles.fits(q, at):
+        return weight(q, at, q.codes, limits[2], packed=q.spec.format)
     codes, shift = int8_codes(storage_codes(q), q.spec.format)
     return weight(q, at, codes, limits[2], shift)
 
@@ -259,4 +262,6 @@ def _finish(call: _Call, x: Array, q: QTensor, at: Placement, out: Array) -> Arr
     tail = [lead + kept.index(a) for a in sorted(kept)]
     middle = list(range(nb, lead))
     order = [*range(nb), *(tail + middle if call.flipped else middle + tail)]
-    return jnp.transpose(out, order).astype(result_dtype(x.dtype, q.dtype, call.preferred))
+    out = jnp.transpose(out, order).astype(result_dtype(x.dtype, q.dtype, call.preferred))
+    # scales that are sharded along kept axes spread their sharding to what they multiply
+    return out if call.out_sharding is None else jax.sharding.reshard(out, call.out_sharding)

@@ -46,6 +46,11 @@ def by_compute_dtype(dtype: Any, make: Callable[[Any], Array]) -> Array:
     return lax.platform_dependent(default=functools.partial(make, dtype), **changed)
 
 
+def one_device() -> bool:
+    """Whether nothing can be sharded, so that taking parts of an axis moves no data."""
+    return jax.device_count() == 1
+
+
 def fits_int32(terms: Any, x_zero: bool, w_zero: bool) -> bool:
     """Whether an int32 holds the sum of `terms` products of int8 values less their zero points.
 
@@ -79,7 +84,7 @@ def group_form(rows: int, group: int) -> str:
     A loop takes slices of the codes. If those are sharded along the groups, the compiler gathers
     them, so with several devices groups are a batch.
     """
-    if jax.device_count() > 1:
+    if not one_device():
         return "batch"
     return "float" if group < 64 < rows else "loop"
 

@@ -16,7 +16,7 @@ from jaxquant.numerics import Format, decode
 from jaxquant.qtensor import QTensor, storage_scale
 
 _DATA = ("values", "scale", "zero")
-_META = ("batch", "free", "groups", "inner")
+_META = ("batch", "free", "groups", "inner", "packed")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_META)
@@ -32,6 +32,8 @@ class Operand:
       free: axes of the result, ascending, as `lax.dot_general` gives them.
       groups: contracted axes that partial sums are kept apart for, since scales differ.
       inner: contracted axes that are summed first.
+      packed: the 4-bit format whose codes `values` holds packed along its last axis, which is
+        inner; `None` where `values` are numbers.
     """
 
     values: Array
@@ -41,6 +43,7 @@ class Operand:
     free: tuple[int, ...]
     groups: tuple[int, ...] = ()
     inner: tuple[int, ...] = ()
+    packed: Format | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +158,14 @@ def align(a: Array, op: Operand, before: int, after: int) -> Array:
     return lax.expand_dims(a, new)
 
 
-def weight(q: QTensor, at: Placement, values: Array, unit: float = 1.0, shift: int = 0) -> Operand:
+def weight(
+    q: QTensor,
+    at: Placement,
+    values: Array,
+    unit: float = 1.0,
+    shift: int = 0,
+    packed: Format | None = None,
+) -> Operand:
     """The operand that a QTensor is: `values` are its storage codes in the form to contract.
 
     Codes stay as they lie: contracted axes with groups are only split, `[k] -> [g, b]`. A scale
@@ -179,6 +189,8 @@ def weight(q: QTensor, at: Placement, values: Array, unit: float = 1.0, shift: i
                 a = jnp.repeat(a, at.block(s), axis=s, total_repeat_length=at.padded[s])
         return lax.expand_dims(a, inner_of_groups)
 
+    if packed is not None:
+        shape[-1] //= 2
     inner_of_groups = [g + 1 for g in groups]
     scale = zero = None
     if not at.varies:
@@ -197,6 +209,7 @@ def weight(q: QTensor, at: Placement, values: Array, unit: float = 1.0, shift: i
         tuple(where[s] for s in at.keep),
         tuple(groups),
         tuple(inner),
+        packed,
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxquant.numerics import decode, unpack
@@ -36,10 +38,23 @@ def blocked(q: QTensor, x: Array) -> Array:
     placed = _placed(x)
     if placed is None:
         return x.reshape(shape)
+    mesh = jax.typeof(x).sharding.mesh
+    fits = [
+        g == 1 or g % _shards(mesh, s) == 0 for g, s in zip(q.groups, placed[lead:], strict=True)
+    ]
+    if not all(fits):  # a shard would hold part of a group: nothing says where that should live
+        kept = (s if ok else None for s, ok in zip(placed[lead:], fits, strict=True))
+        placed = (*placed[:lead], *kept)
+        x = jax.sharding.reshard(x, NamedSharding(mesh, P(*placed)))
     halves = (
         (s, None) if g > 1 else (None, s) for g, s in zip(q.groups, placed[lead:], strict=True)
     )
     return lax.reshape(x, shape, out_sharding=P(*placed[:lead], *(s for h in halves for s in h)))
+
+
+def _shards(mesh: Any, names: Any) -> int:
+    names = names if isinstance(names, tuple) else () if names is None else (names,)
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def unblocked(q: QTensor, x: Array) -> Array:

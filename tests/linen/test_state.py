@@ -244,6 +244,32 @@ def test_nothing_to_quantize(methods: Models, recipe: Any, message: str) -> None
             door(methods.float, x)
 
 
+def test_float_variables_within_nn_jit() -> None:
+    model, rows = Decorated(), normal(6, 32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), rows)
+    variables = jax.tree.map(lambda a: normal(*a.shape), variables)
+    with pytest.raises(ValueError, match=r"within nn\.jit"):
+        intercepted(model, RECIPE)(variables, rows)
+    exact = model.apply(variables, rows)
+    y = linen.quantized(model, RECIPE).apply(variables, rows)
+    assert 0 < error(y, exact) < 0.03
+    assert same(model.apply(variables, rows), exact)
+
+
+def test_modules_of_two_binds(methods: Models) -> None:
+    class Calls(nn.Module):
+        def __call__(self, other, x):
+            return other(x)
+
+    other = methods.model.bind(methods.quantized)
+    bound = Calls().bind({"params": {}})
+    with (
+        nn.intercept_methods(linen.interceptor()),
+        pytest.raises(ValueError, match="modules of one apply"),
+    ):
+        bound(other, x)
+
+
 def test_an_error_leaves_no_trace(methods: Models) -> None:
     interceptor = linen.interceptor()
     with nn.intercept_methods(interceptor):

@@ -173,6 +173,32 @@ def test_float16_does_not_overflow_inside():
         np.testing.assert_allclose(y, 48.0, rtol=0.01)
 
 
+@pytest.mark.parametrize("name", ["int4", "uint4", "float4_e2m1fn"])
+@pytest.mark.parametrize("minor", [(0,), (1,)], ids=["", "packed along the result"])
+def test_packed_codes_are_contracted_as_they_lie(monkeypatch, name, minor):
+    """As a CPU alone does: two products of half the terms, no codes put in order."""
+    monkeypatch.setattr(lowering, "one_device", lambda: True)
+    x, w = normal(1, 5, 192), normal(0, 192, 16)
+    for granularity in (PerChannel(1), PerGroup(64, 0)):
+        symmetric = name != "uint4"
+        q = quantize(w, QSpec(name, granularity, symmetric=symmetric), minor=minor)
+        for rows in (x, x[:1]):
+
+            @jit
+            def every(x, q):
+                return [
+                    (dot_general(x, q, MATRIX, activations=s), reference(x, q, spec=s), bound)
+                    for s, bound in (
+                        (QSpec("int8"), EXACT),
+                        (QSpec("uint8", symmetric=False), EXACT),
+                        (None, LIMBS),
+                    )
+                ]
+
+            for y, expected, bound in every(rows, q):
+                assert_near(y, rows, dequantize(q), expected, bound)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("spec", [None, QSpec("int8"), QSpec("uint8", symmetric=False)])
 def test_what_is_not_finite_comes_through(bad, spec):
