@@ -124,9 +124,7 @@ def measure(
             encoders[name] = (jax.jit(jq.quantized(model.apply)), qvariables)
             bars.update(task, description=f"{name}: embedding")
             found = embed(encoders[name], batches, lambda task=task: bars.advance(task))
-            rows.append(
-                Row(name, how, report.bytes_after, weights, cosines(found, reference))
-            )
+            rows.append(Row(name, how, report.bytes_after, weights, cosines(found, reference)))
         if rounds:
             task = bars.add_task("timing", total=rounds * len(encoders))
             seconds = interleaved_medians(encoders, last, rounds, lambda: bars.advance(task))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-from typing import Literal, Union
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -86,7 +86,7 @@ class PerBlock:
                 raise ValueError(f"block size: expected positive integers, got {self}")
 
 
-Granularity = Union[PerTensor, PerChannel, PerGroup, PerBlock]
+Granularity = PerTensor | PerChannel | PerGroup | PerBlock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,10 +143,10 @@ class QSpec:
 
     def __init__(
         self,
-        format: str | Format | BlockFormat,  # noqa: A002 - the field's own word
+        format: str | Format | BlockFormat,
         granularity: Granularity | None = None,
         symmetric: bool = True,
-        range: Range = "half",  # noqa: A002
+        range: Range = "half",
         scale_dtype: str | None = None,
         global_scale: bool = False,
     ) -> None:
@@ -227,7 +227,7 @@ class QSpec:
         order = [a for a in builtins.range(-ndim, 0) if a not in minor and a not in grouped]
         order += [a for a in minor if a not in grouped]
         size = {a: shape[a] for a in builtins.range(-ndim, 0)}
-        axes = [(a,) for a in order]
+        axes: list[tuple[int, ...]] = [(a,) for a in order]
         if isinstance(gran, PerTensor):
             blocks = [size[a] for a in order]
         elif isinstance(gran, PerChannel):

@@ -41,12 +41,14 @@ def contract(
     precision: Any = None,
     sharding: Sharding | None = None,
     on_cpu: bool = False,
+    narrow: bool = False,
 ) -> Array:
     """`sum_k s_x (q_x - z_x) s_w (q_w - z_w)`, float32 `[batch, free of x, free of w]`.
 
     With int8 values each group's sum is an int32, exact, zero points included:
     `sum q_x q_w - z_w sum q_x - z_x sum q_w + n z_x z_w`. Then come the scales, and the sum over
-    groups. Float values are summed in float32. `on_cpu` says that the platform is a CPU already.
+    groups. Float values are summed in float32. `on_cpu` says that the
+    platform is a CPU already, `narrow` that `w` is stored in less than a byte.
     """
     rows = lowering.static_size(x.values.shape, x.free)
     if not is_integer(x):
@@ -61,11 +63,12 @@ def contract(
     choose = _on_cpu if on_cpu else lowering.by_platform
     if rows == 1:
         two = sharding.one_more() if sharding else None
-        product = contract(_two_rows(x), w, precision, two, on_cpu)
+        product = contract(_two_rows(x), w, precision, two, on_cpu, narrow)
         return lax.index_in_dim(product, 0, len(x.batch), keepdims=False)
     form = "plain"
     if x.groups:
-        form = lowering.group_form(rows, lowering.static_size(x.values.shape, x.inner))
+        group = lowering.static_size(x.values.shape, x.inner)
+        form = lowering.group_form(rows, group, narrow)
         form = "batch" if form == "loop" and len(x.groups) > 1 else form
 
     def batched() -> Array:
@@ -93,7 +96,9 @@ def _by_halves(x: Operand, w: Operand) -> Array:
     return _batched(x0, w0, None, None) + _batched(x1, w1, None, None)
 
 
-def contract_limbs(x: Operand, w: Operand, sharding: Sharding | None = None) -> Array:
+def contract_limbs(
+    x: Operand, w: Operand, sharding: Sharding | None = None, narrow: bool = False
+) -> Array:
     """`contract` of a float `x` with an int8 `w`, `x` as two int8 numbers of 15 bits together.
 
     `x ~ S (128 q_hi + q_lo)` with one `S = amax / 16319` for each row, so the error of a result is
@@ -110,7 +115,8 @@ def contract_limbs(x: Operand, w: Operand, sharding: Sharding | None = None) -> 
         [high.astype(jnp.int8), (q - 128.0 * high).astype(jnp.int8)], axis=_first_free(x)
     )
     two = dataclasses.replace(_new_axis(x), values=both)
-    product = contract(two, w, None, sharding.one_more() if sharding else None, on_cpu=True)
+    spec = sharding.one_more() if sharding else None
+    product = contract(two, w, None, spec, on_cpu=True, narrow=narrow)
     first, second = (lax.index_in_dim(product, i, len(x.batch), keepdims=False) for i in (0, 1))
     whole = dataclasses.replace(x, groups=(), inner=over)
     scale = jnp.where(finite, scale, jnp.nan)

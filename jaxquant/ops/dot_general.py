@@ -213,7 +213,9 @@ def _quantized(call: _Call, x: Operand, q: QTensor, at: Placement, spec: QSpec) 
     codes, scale, zero = quantize_activation(x.values, spec, shared)
     left = dataclasses.replace(x, values=codes, scale=scale, zero=zero)
     right = _int8(q, at) if _limits(q) else weight(q, at, storage_codes(q))
-    return contract(left, right, call.precision, _sharding(call, x, at))
+    narrow = q.spec.format.packed
+    sharding = _sharding(call, x, at)
+    return contract(left, right, call.precision, sharding, narrow=narrow)
 
 
 def _weight_only(call: _Call, x: Operand, q: QTensor, at: Placement) -> Array:
@@ -231,12 +233,13 @@ def _weight_only(call: _Call, x: Operand, q: QTensor, at: Placement) -> Array:
 
     rows = lowering.static_size(x.values.shape, (*x.batch, *x.free))
     group = lowering.static_size(x.values.shape, x.inner) if x.groups else None
+    packed, narrow = nibbles.fits(q, at), q.spec.format.packed
     terms = math.prod(at.padded[s] for s in at.contract)
     fits = lowering.fits_int32(terms, False, q.zero_point is not None or has_zero(q.spec))
-    if _limits(q) is None or not fits or not lowering.limbs_win(rows, group):
+    if _limits(q) is None or not fits or not lowering.limbs_win(rows, group, packed):
         return converted()
     return lowering.by_platform(
-        cpu=lambda: contract_limbs(x, _int8(q, at), sharding), default=converted
+        cpu=lambda: contract_limbs(x, _int8(q, at), sharding, narrow), default=converted
     )
 
 

@@ -63,30 +63,32 @@ def fits_int32(terms: Any, x_zero: bool, w_zero: bool) -> bool:
     return not isinstance(terms, int) or terms * largest < 2**31
 
 
-def limbs_win(rows: int, group: int | None = None) -> bool:
+def limbs_win(rows: int, group: int | None = None, packed: bool = False) -> bool:
     """Whether a CPU contracts float rows faster as two int8 limbs than with converted codes.
 
     At 2048 x 2048, limbs / converted: 1 row 0.6 / 1.9 (JAX 0.10), 0.4 / 1.5 (0.12); 64 rows
-    0.8 / 1.3, 0.3 / 1.3; 512 rows 1.0 / 0.9, 0.5 / 1.3. In groups the partial sums cost more than
-    the limbs save, but at few rows of large groups: 1536 x 1536 in groups of 128, limbs /
-    dequantized: 1 row 2.5 / 3.5, 16 rows 1.6 / 2.2, 64 rows 2.3 / 1.4 (JAX 0.12).
+    0.8 / 1.3, 0.3 / 1.3; 512 rows 1.0 / 0.9, 0.5 / 1.3. In groups of 128 partial sums cost more
+    than limbs save, but where 4-bit codes need no unpacking: 1 row 1.1 / 2.3 (0.10), 1.4 / 3.0
+    (0.12), 8 rows 2.6 / 2.3, 2.7 / 2.2; int8 1 row 1.6 / 1.3, 1.5 / 1.0.
     """
-    return rows <= 512 if group is None else rows <= 16 and group >= 128
+    return rows <= 512 if group is None else packed and rows <= 4 and group >= 128
 
 
-def group_form(rows: int, group: int) -> str:
+def group_form(rows: int, group: int, packed: bool = False) -> str:
     """How a CPU sums int8 products in groups: `"loop"`, `"batch"` or `"float"`.
 
     At 2048 x 2048, groups of 128, loop / batch / dequantized float: 2 rows 1.0 / 3.2 / 4.0,
-    16 rows 0.6 / 1.1 / 1.5, 256 rows 0.6 / - / 0.9 (JAX 0.12), 1.5 / - / 1.1 (0.10). Groups of 32
-    cost the loop one pass over the result each: 128 rows 3.5 / - / 1.2 (0.10), 0.8 / - / 1.4.
+    16 rows 0.6 / 1.1 / 1.5, 256 rows 0.6 / - / 0.9 (JAX 0.12), 1.5 / - / 1.1 (0.10). Groups of 64,
+    4 bits, loop / dequantized: 1 row 2.6 / 4.8, 32 rows 1.3 / 1.7, 128 rows 1.3 / 1.3 (0.12).
+    Groups of 32 cost the loop one pass over the result each: 128 rows 3.5 / 1.2 (0.10), 0.8 / 1.4;
+    4-bit codes, which then have to be unpacked as well (`packed`), 1 row 5.4 / 2.8.
 
     A loop takes slices of the codes. If those are sharded along the groups, the compiler gathers
     them, so with several devices groups are a batch.
     """
     if not one_device():
         return "batch"
-    return "float" if group < 64 < rows else "loop"
+    return "float" if group < 64 and (packed or rows > 64) else "loop"
 
 
 def batch_grows(rows: int, group: int) -> bool:

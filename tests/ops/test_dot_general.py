@@ -107,7 +107,7 @@ def test_either_side_any_axes(side, granularity):
     ],
 )
 def test_every_form_of_few_and_many_rows(monkeypatch, rows, form, name):
-    monkeypatch.setattr(lowering, "group_form", lambda rows, group: form)
+    monkeypatch.setattr(lowering, "group_form", lambda *sizes: form)
     q, x = weights(name), normal(1, rows, K)
     for spec in (None, QSpec("uint8", symmetric=False)):
         y = jit(lambda x, q, s=spec: dot_general(x, q, MATRIX, activations=s))(x, q)
