@@ -111,11 +111,12 @@ def dot_general(
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference" (2018), section 2.
 
-    >>> import jaxquant as jq
-    >>> w = jnp.array([[1.0, -2.0], [0.5, 4.0]])
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> w = jnp.array([[127.0, -2.0], [0.0, 127.0]])
     >>> q = jq.quantize(w, jq.QSpec("int8", jq.PerChannel(1), range="qmax"))
-    >>> dot_general(jnp.array([[2.0, 0.0]]), q, (((1,), (0,)), ((), ())), activations=None)
-    Array([[ 2.0000..., -4.0000...]], dtype=float32)
+    >>> x, rows = jnp.array([[127.0, 3.0]]), jq.QSpec("int8", range="qmax")
+    >>> dot_general(x, q, (((1,), (0,)), ((), ())), activations=rows).tolist()
+    [[16129.0, 127.0]]
     """
     (lc, rc), (lb, rb) = dimension_numbers
     if isinstance(lhs, QTensor) and isinstance(rhs, QTensor):

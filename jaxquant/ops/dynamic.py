@@ -53,7 +53,7 @@ def dot_general_dynamic(
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference" (2018), section 2.
 
-    >>> import jaxquant as jq
+    >>> import jax.numpy as jnp, jaxquant as jq
     >>> p, v = jnp.array([[0.25, 0.75]]), jnp.array([[4.0], [-8.0]])
     >>> u8, i8 = jq.QSpec("uint8", range="qmax"), jq.QSpec("int8", range="qmax")
     >>> y = dot_general_dynamic(p, v, (((1,), (0,)), ((), ())), lhs_spec=u8, rhs_spec=i8)

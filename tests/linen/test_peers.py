@@ -1,4 +1,4 @@
-"""What does not run, or is silently wrong, in other libraries (see `docs`), each as a test."""
+"""What does not run, or is silently wrong, in other libraries, each as a test."""
 
 from __future__ import annotations
 

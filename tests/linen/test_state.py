@@ -13,7 +13,17 @@ from flax.core import freeze
 
 import jaxquant as jq
 from jaxquant import linen
-from tests.linen.models import Boxed, Setup, Stateful, Transformer, error, intercepted, normal, same
+from tests.linen.models import (
+    Boxed,
+    Decorated,
+    Setup,
+    Stateful,
+    Transformer,
+    error,
+    intercepted,
+    normal,
+    same,
+)
 
 RECIPE = jq.w8a8()
 x = normal(8, 32)

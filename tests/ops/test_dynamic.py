@@ -35,7 +35,8 @@ def test_equals_the_product_of_the_rounded(shape):
     @jit
     def every(a, b):
         out = {}
-        for name, (left, right) in SPECS.items():
+        for name in SPECS if shape == "scores" else ("int8", "asymmetric"):
+            left, right = SPECS[name]
             y = dot_general_dynamic(a, b, numbers, lhs_spec=left, rhs_spec=right)
             fa, fb = fake(a, left, numbers[0][0]), fake(b, right, numbers[0][1])
             out[name] = y, lax.dot_general(fa, fb, numbers)

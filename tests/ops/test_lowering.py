@@ -46,7 +46,7 @@ def test_operands_are_int8(platform, rows, name):
 
 
 def test_weight_only_is_int8_on_a_cpu_and_unscaled_elsewhere():
-    q, x = weights("int4 group"), normal(1, 7, K)
+    q, x = weights("uint8"), normal(1, 7, K)
 
     def call(x, q):
         return dot_general(x, q, MATRIX, activations=None)
