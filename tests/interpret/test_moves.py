@@ -16,15 +16,12 @@ from jaxquant.interpret import cuts, moves
 SPECS = {
     "int8 per tensor": QSpec("int8", PerTensor()),
     "int8 per channel": QSpec("int8", PerChannel(-1)),
-    "int8 per channel 0": QSpec("int8", PerChannel(0)),
     "uint8 asymmetric": QSpec("uint8", PerChannel((0, 2)), symmetric=False),
     "int4 groups": QSpec("int4", PerGroup(4, axis=1)),
     "int4 groups of two axes": QSpec("int4", PerGroup(8, axis=(0, 1))),
     "int3 uneven groups": QSpec("int3", PerGroup(5, axis=1)),
     "nf4 groups": QSpec("nf4", PerGroup(4, axis=1)),
     "fp8 blocks": QSpec("float8_e4m3fn", PerBlock(2, 4, axes=(0, 1))),
-    "mxfp4": QSpec("float4_e2m1fn", PerGroup(4, axis=2), scale_dtype="float8_e8m0fnu"),
-    "fp6": QSpec("float6_e3m2fn", PerChannel(1)),
     "nvfp4": QSpec("nvfp4", PerGroup(4, axis=1)),
 }
 SHAPE = (6, 8, 4)

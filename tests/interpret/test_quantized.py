@@ -62,7 +62,12 @@ def test_w8a8_contracts_on_int8_and_stays_close_to_float(name: str) -> None:
     close(call(qparams, *program.args), plain(program, program.params), 0.04)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+GROUPED = ["mlp", "transposed weight", "tied both ways", "several contracted axes", "batch axis"]
+GROUPED += ["scan", "scan over the last axis", "python loop over a stack", "fused and split"]
+GROUPED += ["fused and reshaped", "joined", "embedding", "experts", "convolutions", "attention"]
+
+
+@pytest.mark.parametrize("name", GROUPED)
 def test_groups_that_do_not_divide(name: str) -> None:
     program = PROGRAMS[name]
     recipe = jq.Recipe([jq.Rule("**", weights=jq.int6(group=12))])
