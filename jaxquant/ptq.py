@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax import Array
 
-from jaxquant.interpret.calls import Call, trace_call
+from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.serve import serve
 from jaxquant.numerics import compute_dtype
@@ -78,9 +79,8 @@ def _replay(
     events: list[Event] = []
 
     def run(leaves: list[Any]) -> None:
-        events[:] = serve(Call(call.jaxpr, call.consts, leaves, call.paths, call.out_tree), recipe)[
-            1
-        ]
+        inner = dataclasses.replace(call, leaves=leaves)
+        events[:] = serve(inner, recipe, audit=True)[1]
 
     jax.eval_shape(run, call.leaves)
     return tuple(events)

@@ -76,8 +76,8 @@ def _result(value: Value) -> Any:
     """Params that are handed on stay as they are; rows or slices of one are ordinary arrays."""
     if not is_qtensor(value.data):
         return value.data
-    origin, whole = value.facts.origin, tuple((a,) for a in range(value.data.ndim))
-    if origin is not None and (origin.shape, origin.axes) == (value.data.shape, whole):
+    origin = value.facts.origin
+    if origin is None or not origin.moved:
         return dequantize(value.data) if value.facts.live else value.data
     return dequantize(value.data)
 
@@ -115,7 +115,9 @@ def trace_call(
     stand_ins = [abstract(leaf) for leaf in leaves]
     try:
         closed, out_shape = jax.make_jaxpr(call, return_shape=True)(*stand_ins)
-    except (KeyError, IndexError, AttributeError, FlaxError) as error:
+    except jax.errors.JAXTypeError:
+        raise  # the function asks for the value of something traced: no matter of its params
+    except (KeyError, IndexError, AttributeError, TypeError, FlaxError) as error:
         raise ValueError(
             "the function does not fit these params, or fails by itself: "
             f"{type(error).__name__}: {error}. The params' leaves are "

@@ -117,6 +117,8 @@ def _unchanged(jaxpr: Any, first: int, count: int, offset: int) -> list[bool]:
 
 
 def _carried(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
+    if value.facts.origin is not None:
+        ip.policy.meets(eqn, value)
     if is_qtensor(value.data):
         value = Value(ip.dense(value, eqn, scope), value.facts)
     return Value(value.data, dataclasses.replace(value.facts, origin=None, live=True, nonneg=False))

@@ -121,6 +121,8 @@ def _slice(x: Array, start: Any, size: int, stride: int, axis: int) -> Array:
     if isinstance(start, int):
         limit = start + (size - 1) * stride + 1 if size else start
         return lax.slice_in_dim(x, start, limit, stride, axis)
+    # the primitive clamps a start that is out of range, where jnp-like slicing would wrap it
+    start = jnp.clip(start, 0, x.shape[axis] - size)
     return lax.dynamic_slice_in_dim(x, start, size, axis)
 
 

@@ -185,6 +185,8 @@ class Interpreter:
             for v, p in zip(operands, positive, strict=True)
         ]
         lhs, rhs = signed[0], signed[1]
+        if lhs.is_param and rhs.is_param and not (lhs.facts.live or rhs.facts.live):
+            return self._product(eqn, operands, scope)
         where = site_scope(scope, self.paths)
         origins = [v.facts.origin for v in param_first(lhs, rhs) if v.facts.origin]
         params = [o.path for o in origins[0].parts] if origins else []
@@ -195,6 +197,13 @@ class Interpreter:
         site = Contraction(eqn, keys, lhs, rhs, tuple(signed[2:]), scope)
         live = lhs.facts.live or rhs.facts.live
         return Value(self.policy.contract(self, site), Facts(None, live, False, frozenset([near])))
+
+    def _product(self, eqn: Any, operands: list[Value], scope: tuple[str, ...]) -> Value:
+        """A product of two parameters is nobody's site: both are computed with in float."""
+        for v in operands[:2]:
+            self.policy.meets(eqn, v)
+        out = _compat.bind(eqn, [self.dense(v, eqn, scope) for v in operands])[0]
+        return Value(out, merge([v.facts for v in operands]))
 
     def _lookup(self, eqn: Any, operand: Value, scope: tuple[str, ...]) -> None:
         origin = operand.facts.origin
@@ -216,8 +225,8 @@ class Interpreter:
             return value.data
         path = value.facts.origin.path if value.facts.origin else "a quantized value"
         name = eqn.primitive.name
-        if value.facts.live:  # rows taken from a table: only these are dequantized
-            return dequantize(value.data)
+        if value.facts.origin is not None and value.facts.origin.looked_up:
+            return dequantize(value.data)  # rows taken from a table, and no others
         self.report("dequantized", path, name, f"by {name} in {self.where(scope)}")
         return dequantize(value.data)
 

@@ -56,6 +56,8 @@ def origin_of(eqn: Any, operands: list[Value]) -> Origin | None:
     origin = sources[0] if sources else None
     if name == "concatenate":
         return _joined(sources)
+    if name == "stack":
+        return _stacked(_joined(sources), params["axis"])
     if name == "mul" and origin is None and len(sources) == 2:
         origin, operands = sources[1], operands[::-1]
     if origin is None:
@@ -89,7 +91,11 @@ def origin_of(eqn: Any, operands: list[Value]) -> Origin | None:
             axes = origin.axes
     elif name == "convert_element_type" and jnp.issubdtype(params["new_dtype"], jnp.floating):
         axes = origin.axes
-    return None if axes is None else dataclasses.replace(origin, axes=axes)
+    if axes is None:
+        return None
+    moved = origin.moved or name not in _IDENTITY
+    looked_up = origin.looked_up or (name == "gather" and eqn.invars[1].aval.ndim > 1)
+    return dataclasses.replace(origin, axes=axes, moved=moved, looked_up=looked_up)
 
 
 def _joined(sources: list[Origin | None]) -> Origin | None:
@@ -101,7 +107,14 @@ def _joined(sources: list[Origin | None]) -> Origin | None:
         return None
     parts = [p for o in found for p in o.parts]
     alone = [dataclasses.replace(p, joined=()) for p in parts]
-    return dataclasses.replace(first, joined=tuple(p for p in alone if p.path != first.path))
+    others = tuple(p for p in alone if p.path != first.path)
+    return dataclasses.replace(first, joined=others, moved=True)
+
+
+def _stacked(origin: Origin | None, axis: int) -> Origin | None:
+    if origin is None:
+        return None
+    return dataclasses.replace(origin, axes=(*origin.axes[:axis], (), *origin.axes[axis:]))
 
 
 _IDENTITY = {"copy", "copy_p", "stop_gradient", "name", "pvary", "pcast"}
@@ -142,10 +155,13 @@ def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
     """Results of a layout primitive on quantized operands; `None` if it is none or cannot be."""
     name, params = eqn.primitive.name, eqn.params
     data = [v.data for v in operands]
-    if name == "concatenate":
+    if name in ("concatenate", "stack"):
         if not all(is_qtensor(d) for d in data):
             return None
-        return _one(cuts.concatenate(data, params["dimension"]))
+        axis = params["dimension"] if name == "concatenate" else params["axis"]
+        if name == "stack":
+            data = [moves.expand(d, [axis]) for d in data]
+        return _one(cuts.concatenate(data, axis))
     if name == "mul" and len(data) == 2 and not is_qtensor(data[0]):
         data = data[::-1]
     q = data[0]
@@ -166,7 +182,8 @@ def _one(q: QTensor | None) -> list[Any] | None:
 
 
 def _scaled(name: str, q: QTensor, data: list[Any]) -> list[Any] | None:
-    if jnp.shape(data[1]) != ():
+    # a traced factor may be trained, and the scales of a QTensor have no gradient
+    if jnp.shape(data[1]) != () or isinstance(data[1], jax.core.Tracer):
         return None
     factor = jnp.asarray(data[1]).astype(jnp.float32)
     return [cuts.rescale(q, factor if name == "mul" else 1.0 / factor)]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.numerics import Format, get
+from jaxquant.numerics import Format, decode, get
 from jaxquant.qtensor import QTensor, storage_codes, storage_scale
 from jaxquant.spec import PerTensor, QSpec
 
@@ -141,8 +141,6 @@ def plain(q: QTensor) -> QTensor | None:
     codes, nb = storage_codes(q), len(q.batch)
     widened = _widened(fmt) if fmt.packed else fmt
     if fmt.packed and fmt.is_float:
-        from jaxquant.numerics import decode
-
         codes = decode(codes, fmt, jnp.float32).astype(widened.storage)
     sizes: list[int] = []
     groups: list[int] = []

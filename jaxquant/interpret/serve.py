@@ -6,10 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxquant import ops
 from jaxquant.interpret import _compat
 from jaxquant.interpret.calls import Call, trace_call
-from jaxquant.interpret.evaluate import Contraction, Interpreter
+from jaxquant.interpret.evaluate import CONTRACTIONS, Contraction, Interpreter
 from jaxquant.interpret.record import both_live
 from jaxquant.interpret.values import Facts, Value
 from jaxquant.numerics import get
@@ -25,7 +28,8 @@ def quantized(fn: Callable[..., Any], recipe: Recipe | None = None) -> Callable[
     `fn` is traced with a float stand-in for every `QTensor` and evaluated so that contractions
     whose operand is one run on its codes: `(q_x . q_w) S_x S_w` with integer activations,
     `(x . q_w) S_w` otherwise. Nothing of `fn` is changed; the result has `fn`'s own signature and
-    works under `jit`, `grad` (with respect to float arguments), `vmap` and `jax.export`.
+    works under `jit`, `grad` (reverse mode, with respect to float arguments), `vmap` and
+    `jax.export`.
 
     Args:
       fn: any traceable function; params are its first argument.
@@ -50,8 +54,14 @@ def quantized(fn: Callable[..., Any], recipe: Recipe | None = None) -> Callable[
     return wrapped
 
 
-def serve(call: Call, recipe: Recipe | None = None) -> tuple[Any, tuple[Event, ...]]:
-    """Evaluates a traced call with its quantized leaves; the result, and what was reported."""
+def serve(
+    call: Call, recipe: Recipe | None = None, *, audit: bool = False
+) -> tuple[Any, tuple[Event, ...]]:
+    """Evaluates a traced call with its quantized leaves; the result, and what was reported.
+
+    With `audit`, for a report: each call of a jitted helper is looked at by itself, and so is
+    each contraction that was to run on integers.
+    """
     found = [leaf for leaf in call.leaves if is_qtensor(leaf)]
     if not found:
         raise ValueError(
@@ -59,7 +69,7 @@ def serve(call: Call, recipe: Recipe | None = None) -> tuple[Any, tuple[Event, .
             "qparams, report = jaxquant.ptq(fn, params, recipe, *args)"
         )
     rules = _attention(found) if recipe is None else recipe.attention
-    interpreter = Interpreter(Serve(rules), call.param_paths)
+    interpreter = Interpreter(Serve(rules, audit), call.param_paths)
     # whatever a quantized leaf meets, asking for its gradient is a mistake that must be heard
     leaves = [ops.constant(leaf) if is_qtensor(leaf) else leaf for leaf in call.leaves]
     return call.run(interpreter, leaves), tuple(interpreter.events)
@@ -80,12 +90,15 @@ class Serve:
 
     inline_rules = True
 
-    def __init__(self, attention: tuple[tuple[Any, QSpec | None], ...]) -> None:
+    def __init__(
+        self, attention: tuple[tuple[Any, QSpec | None], ...], audit: bool = False
+    ) -> None:
         self.attention = attention
+        self.audit = audit
         specs = {spec for _, spec in attention}
         self.any_attention = any(spec is not None for spec in specs)
         # one rule for everything: the key of a site makes no difference
-        self.uniform = not self.any_attention or attention[0][0] == "**"
+        self.uniform = not audit and (not self.any_attention or attention[0][0] == "**")
 
     def contract(self, ip: Interpreter, site: Contraction) -> Any:
         """Contracts on codes where an operand is quantized, else as the function did."""
@@ -99,15 +112,20 @@ class Serve:
                 left = dequantize(left)
             else:
                 right = dequantize(right)
-        if name == "dot_general":
-            return ops.dot_general(left, right, **p)
-        if name == "conv_general_dilated":
-            if p.get("out_sharding") is None:
-                known = {k: v for k, v in p.items() if k != "out_sharding"}
-                return ops.conv_general_dilated(left, right, **known)
+        if name == "conv_general_dilated" and p.get("out_sharding") is not None:
             # JAX itself cannot yet place a convolution on an explicit mesh for certain
             return _compat.bind(eqn, [ip.dense(v, eqn, site.scope) for v in (lhs, rhs)])[0]
-        return ops.ragged_dot_general(left, right, site.rest[0].data, **p)
+        if name == "dot_general":
+            op = functools.partial(ops.dot_general, **p)
+        elif name == "conv_general_dilated":
+            known = {k: v for k, v in p.items() if k != "out_sharding"}
+            op = functools.partial(ops.conv_general_dilated, **known)
+        else:
+            op = functools.partial(ops.ragged_dot_general, **p)
+        operands = (left, right, *(v.data for v in site.rest))
+        if self.audit:
+            _audit(ip, site, op, operands)
+        return op(*operands)
 
     def _float(self, site: Contraction) -> Any:
         lhs, rhs = site.lhs, site.rhs
@@ -138,6 +156,30 @@ class Serve:
         if not ip.contracts(jaxpr):
             return False
         return self.any_attention or any(is_qtensor(v.data) for v in operands)
+
+
+def _audit(ip: Interpreter, site: Contraction, op: Callable[..., Any], operands: Any) -> None:
+    """Reports a contraction that was to run on integers and on no platform does."""
+    (q,) = (d for d in operands if is_qtensor(d))
+    spec = q.use.activations
+    if spec is None or not spec.format.is_integer:
+        return
+    jaxpr, _ = _compat.opened(jax.make_jaxpr(op)(*operands))
+    if not _on_integers(jaxpr):
+        message = f"{q.spec.format.name} weights, {spec.format.name} activations in this form"
+        ip.report("contracted in float", site.keys[0], site.eqn.primitive.name, message)
+
+
+def _on_integers(jaxpr: Any) -> bool:
+    """Whether a jaxpr holds a contraction with integer operands, at any depth."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in CONTRACTIONS:
+            dtypes = [v.aval.dtype for v in eqn.invars[:2]]
+            if all(jnp.issubdtype(d, jnp.integer) for d in dtypes):
+                return True
+        if any(_on_integers(inner) for inner in _compat.inner_jaxprs(eqn)):
+            return True
+    return False
 
 
 def unsigned(spec: QSpec) -> QSpec:

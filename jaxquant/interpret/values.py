@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxquant.interpret import _compat
 from jaxquant.qtensor import is_qtensor
 
@@ -20,6 +22,8 @@ class Origin:
       axes: for each axis of the value, the parameter's axes it holds; `()` for a new one.
       scanned: axes of the parameter that loops have taken away.
       joined: other parameters concatenated to this one, with the same axes.
+      moved: whether any operation has moved values, be it only to other places.
+      looked_up: whether these are rows taken from a table.
     """
 
     path: str
@@ -28,6 +32,8 @@ class Origin:
     axes: tuple[tuple[int, ...], ...]
     scanned: tuple[int, ...] = ()
     joined: tuple[Origin, ...] = ()
+    moved: bool = False
+    looked_up: bool = False
 
     @property
     def parts(self) -> tuple[Origin, ...]:
@@ -79,11 +85,12 @@ def merge(facts: list[Facts], nonneg: bool = False) -> Facts:
 
 _KEEP = {
     *("broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice", "rev"),
-    *("dynamic_slice", "gather", "convert_element_type", "copy", "copy_p", "stop_gradient", "name"),
-    *("optimization_barrier", "sharding_constraint", "reshard", "reduce_sum", "reduce_max"),
+    *("dynamic_slice", "gather", "copy", "copy_p", "stop_gradient", "name"),
+    *("sharding_constraint", "reshard", "reduce_sum", "reduce_max"),
     *("reduce_min", "cumsum", "cummax", "reduce_precision", "sqrt", "reduce_window_sum", "split"),
-    *("reduce_window_max", "sort", "real", "pvary", "reduce_prod", "pcast"),
+    *("reduce_window_max", "real", "pvary", "reduce_prod", "pcast"),
 }
+_ENTERED = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
 _ALL = {"add", "add_any", "mul", "div", "min", "concatenate", "pad", "dynamic_update_slice", "rem"}
 _ALWAYS = {"exp", "exp2", "abs", "logistic", "square", "erfc", "iota", "is_finite", "argmax"}
 
@@ -94,12 +101,19 @@ def nonneg(eqn: Any, operands: list[bool]) -> list[bool]:
     `operands` say the same of its inputs (literals included). Conservative: `False` when unknown.
     """
     name = eqn.primitive.name
-    if name in _ALWAYS:
+    if len(eqn.outvars) > 1 and name not in (*_ENTERED, "split", "optimization_barrier", "sort"):
+        known = False
+    elif name in _ALWAYS:
         known = True
     elif name in _KEEP:
         known = bool(operands) and operands[0]
     elif name in _ALL:
         known = all(operands)
+    elif name in ("optimization_barrier", "sort") and len(operands) == len(eqn.outvars):
+        return list(operands)
+    elif name == "convert_element_type":
+        # a narrower integer may wrap around
+        known = operands[0] and jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
     elif name == "max":
         known = any(operands)
     elif name == "select_n":
@@ -108,7 +122,7 @@ def nonneg(eqn: Any, operands: list[bool]) -> list[bool]:
         known = eqn.params["y"] % 2 == 0 or operands[0]
     elif name == "pow":
         known = operands[0]
-    elif name in ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint"):
+    elif name in _ENTERED:
         inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
         return _nonneg_jaxpr(_compat.opened(inner)[0], operands)
     else:

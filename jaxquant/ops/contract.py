@@ -243,10 +243,14 @@ def _in_float(x: Operand, w: Operand, precision: Any = None) -> Array:
     dtype = jnp.float32 if is_integer(x) else x.values.dtype
     bare = dequantized(dataclasses.replace(x, scale=None)).astype(dtype)
     left, x_over = _joined(bare, (*x.groups, *x.inner))
-    right, w_over = _joined(dequantized(w).astype(dtype), (*w.groups, *w.inner))
+    weights = dequantized(w)
+    if dtype == jnp.float16:  # a scale rounded up may lead beyond what float16 holds
+        top = float(jnp.finfo(dtype).max)
+        weights = jnp.clip(weights, -top, top)
+    right, w_over = _joined(weights.astype(dtype), (*w.groups, *w.inner))
     if len(x_over) != len(w_over):
         left, x_over = bare, (*x.groups, *x.inner)
-        right, w_over = dequantized(w).astype(dtype), (*w.groups, *w.inner)
+        right, w_over = weights.astype(dtype), (*w.groups, *w.inner)
     out = lax.dot_general(
         left,
         right,

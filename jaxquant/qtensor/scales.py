@@ -72,8 +72,9 @@ def store_scale(scale: Array, spec: QSpec) -> Array:
         exponent = jnp.where(mantissa > 0.5, exponent, exponent - 1)
         power = jnp.exp2(jnp.clip(exponent, -126, 126).astype(jnp.float32))
         return jnp.where(scale == 0, 1.0, power).astype(spec.scale_dtype)
-    # (qmax + 1) * S must stay finite
-    top = min(float(info.max), float(jnp.finfo(jnp.float32).max) / 2.0**16)
+    # the largest code times S must stay finite
+    largest = max(abs(spec.format.min), spec.format.max)
+    top = min(float(info.max), float(jnp.finfo(jnp.float32).max) / max(largest, 1.0))
     size = jnp.clip(jnp.abs(scale), float(info.tiny), top)
     signed = jnp.where(scale < 0, -size, size)
     return jnp.where(scale == 0, 1.0, signed).astype(spec.scale_dtype)
