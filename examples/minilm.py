@@ -51,26 +51,15 @@ PUBLISHED_SENTENCES = (
 )
 PUBLISHED = np.array([[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]])
 
-
-def with_int8_embeddings(recipe: jq.Recipe) -> jq.Recipe:
-    """The recipe with embedding tables in int8.
-
-    Half of the model is its word table. Four bits there would cost more accuracy than they save
-    bytes worth having, and a row that is looked up costs no arithmetic.
-    """
-    tables = jq.Rule("**/embeddings/*/embedding", weights=jq.int8())
-    return jq.Recipe([tables, *recipe.rules])
-
-
 # Name: what it stores and computes with, and the recipe.
 PRESETS: dict[str, tuple[str, jq.Recipe]] = {
     "w8a8": ("int8 / int8", jq.w8a8()),
     "w8a16": ("int8 / float", jq.w8a16()),
-    "nf4": ("nf4 g64 / float", with_int8_embeddings(jq.nf4(group=64))),
-    "w4a16": ("int4 g64 / float", with_int8_embeddings(jq.w4a16(group=64))),
-    "w4a8": ("int4 g64 / int8", with_int8_embeddings(jq.w4a8(group=64))),
+    "nf4": ("nf4 g64 / float", jq.nf4(group=64)),
+    "w4a16": ("int4 g64 / float", jq.w4a16(group=64)),
+    "w4a8": ("int4 g64 / int8", jq.w4a8(group=64)),
     "fp8": ("float8 / float8", jq.fp8()),
-    "mxfp4": ("mxfp4 / float", with_int8_embeddings(jq.mxfp4())),
+    "mxfp4": ("mxfp4 / float", jq.mxfp4()),
 }
 QUICK = ("w8a8", "w4a16")
 

@@ -7,7 +7,7 @@ from float ones by a recipe. See the README for five-line examples.
 from jaxquant import linen, nnx
 from jaxquant.encoders import rtn
 from jaxquant.interpret import Site, Sites, quantized, trace
-from jaxquant.numerics import BlockFormat, Format
+from jaxquant.numerics import BlockFormat, Format, codebook_format
 from jaxquant.numerics.table import formats
 from jaxquant.params import combine, dequantize_params, partition, quantize_params
 from jaxquant.ptq import ptq
@@ -52,6 +52,7 @@ __all__ = [
     "Rule",
     "Site",
     "Sites",
+    "codebook_format",
     "combine",
     "dequantize",
     "dequantize_params",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jaxquant.interpret.calls import is_traced, trace_call
 from jaxquant.interpret.serve import serve
 from jaxquant.ptq import ptq as ptq_function
 from jaxquant.qtensor import is_qtensor
-from jaxquant.recipe import Recipe
+from jaxquant.recipe import Recipe, Rule, as_recipe
 from jaxquant.report import Report
 
 _TAG = "jaxquant"  # of the update contexts below
@@ -23,7 +23,7 @@ _TAG = "jaxquant"  # of the update contexts below
 
 def ptq(
     model: nnx.Module,
-    recipe: Recipe,
+    recipe: Recipe | Rule | Iterable[Rule],
     *args: Any,
     method: str = "__call__",
     key: Array | None = None,
@@ -38,7 +38,7 @@ def ptq(
 
     Args:
       model: the float model, or a quantized one to quantize more of.
-      recipe: rules on key paths, such as `jaxquant.w8a8()`.
+      recipe: rules on key paths, such as `jaxquant.w8a8()`; a rule or several make one.
       *args: what to trace the method with.
       method: name of the method to trace; parameters that it does not use stay float.
       key: PRNG key for encoders that round stochastically.
@@ -48,9 +48,9 @@ def ptq(
       The quantized model, see `Quantized`, and a report on every parameter.
 
     Raises:
-      ValueError: `model` is no NNX module, lacks the method or has variables that are references;
-        a rule matches nothing, nothing is quantized, or a parameter is not finite or cannot be
-        quantized as its rule says.
+      ValueError: `recipe` is none; `model` is no NNX module, lacks the method or has variables that
+        are references; a rule matches nothing, nothing is quantized, or a parameter is not finite
+        or cannot be quantized as its rule says.
 
     >>> import jax, jax.numpy as jnp, jaxquant.nnx, jaxquant as jq
     >>> from flax import nnx
@@ -62,6 +62,7 @@ def ptq(
     >>> bool(abs(nnx.jit(qmodel)(x) - model(x)).max() < 0.03)
     True
     """
+    recipe = as_recipe(recipe, "nnx.ptq", model)
     model = model.model if isinstance(model, Quantized) else model
     if not isinstance(model, nnx.Module):
         raise ValueError(f"nnx.ptq: expected an nnx.Module, got {type(model).__name__}")

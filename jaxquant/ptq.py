@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,20 +12,23 @@ from jax import Array
 from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.serve import serve
+from jaxquant.interpret.sites import Sites
 from jaxquant.numerics import compute_dtype
 from jaxquant.params import quantize_params
 from jaxquant.qtensor import is_qtensor
-from jaxquant.recipe import Recipe
-from jaxquant.report import Event, Report
+from jaxquant.recipe import Recipe, Rule, as_recipe, attention_spec
+from jaxquant.report import Event, Report, shown
+
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def ptq(
     fn: Callable[..., Any],
     params: Any,
-    recipe: Recipe,
+    recipe: Recipe | Rule | Iterable[Rule],
     *args: Any,
     key: Array | None = None,
-    platforms: Sequence[str] | None = None,
+    platforms: str | Sequence[str] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Report]:
     """Quantizes the params of `fn(params, *args, **kwargs)` by a recipe.
@@ -37,18 +40,20 @@ def ptq(
     Args:
       fn: any traceable function whose first argument is a params pytree.
       params: its float parameters; the tree itself is not changed.
-      recipe: rules on key paths, such as `jaxquant.w8a8()`.
+      recipe: rules on key paths, such as `jaxquant.w8a8()`; a rule or several make one.
       *args: the other arguments to trace with.
       key: PRNG key for encoders that round stochastically.
-      platforms: platforms to check for missing dtypes, by default the current one.
+      platforms: platforms to check for missing dtypes, of `cpu`, `cuda`, `rocm` and `tpu` (`gpu`
+        is both of the middle); by default the current one.
       **kwargs: keyword arguments of `fn`.
 
     Returns:
       The quantized params, which `quantized(fn)` takes, and a report on every leaf.
 
     Raises:
-      ValueError: a rule matches nothing, nothing is quantized, a leaf is not finite or cannot be
-        quantized as its rule says, or `fn` does not fit `params`.
+      ValueError: `recipe` is none, a platform is unknown, a rule matches nothing, nothing is
+        quantized, a leaf is not finite or cannot be quantized as its rule says, or `fn` does not
+        fit `params`.
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
@@ -59,16 +64,21 @@ def ptq(
     >>> report["up"].bits_per_weight
     5.0
     """
+    recipe = as_recipe(recipe, "ptq", params)
+    names = _named(platforms)
+    if not callable(fn):
+        raise ValueError(f"ptq: expected a function of params first, got a {type(fn).__name__}")
     call = trace_call(fn, params, args, kwargs)
     sites = sites_of(call)
     if not sites.sites:
         raise ValueError(
             "ptq: the function contracts nothing with its params, so there is nothing to quantize; "
-            f"params: {', '.join(call.param_paths) or 'none'}"
+            f"params: {', '.join(map(shown, call.param_paths)) or 'none'}"
         )
     qparams, report = quantize_params(params, recipe, sites=sites, key=key)
     events = _replay(fn, qparams, args, kwargs, recipe)
-    return qparams, report.with_events([*events, *_dtypes(qparams, platforms)])
+    report = dataclasses.replace(report, attention=_attention(sites, qparams, recipe))
+    return qparams, report.with_events([*events, *_dtypes(qparams, names)])
 
 
 def _replay(
@@ -86,11 +96,37 @@ def _replay(
     return tuple(events)
 
 
-def _dtypes(qparams: Any, platforms: Sequence[str] | None) -> list[Event]:
+def _attention(sites: Sites, qparams: Any, recipe: Recipe) -> tuple[tuple[str, str | None], ...]:
+    """Sites without a parameter, and the format that `quantized(fn)` computes them in."""
+    leaves = jax.tree.leaves(qparams, is_leaf=is_qtensor)
+    # leaves quantized earlier may carry the rules of an earlier recipe
+    carried = {q.use.attention for q in leaves if is_qtensor(q) and q.use.attention}
+    rules = next(iter(carried)) if len(carried) == 1 else recipe.attention
+    found = [
+        (site.key, attention_spec(rules, site.key)) for site in sites.sites if site.param is None
+    ]
+    return tuple((key, None if spec is None else spec.format.name) for key, spec in found)
+
+
+def _named(platforms: str | Sequence[str] | None) -> tuple[str, ...]:
+    if platforms is None:
+        return (jax.default_backend(),)
+    given = (platforms,) if isinstance(platforms, str) else tuple(platforms)
+    names = [n for name in given for n in (("cuda", "rocm") if name == "gpu" else (name,))]
+    for name in names:
+        if name not in _PLATFORMS:
+            raise ValueError(
+                f"ptq: platforms: unknown platform {name!r}; known: {', '.join(_PLATFORMS)}, "
+                "and gpu for cuda and rocm"
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def _dtypes(qparams: Any, platforms: Sequence[str]) -> list[Event]:
     """Where a platform computes float contractions in another dtype than the model's."""
     leaves = [q for q in jax.tree.leaves(qparams, is_leaf=is_qtensor) if is_qtensor(q)]
     events = []
-    for platform in platforms or (jax.default_backend(),):
+    for platform in platforms:
         for dtype in sorted({q.dtype for q in leaves if q.use.activations is None}):
             instead, reason = compute_dtype(dtype, platform)
             if reason is not None:

@@ -7,8 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-_WIDTH = 118  # of the printed table
-_PATH = 24  # a path is never shortened below this
+_LISTED = 3  # keys named of those that one line speaks of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +99,8 @@ class Report:
       recipe: name of the recipe.
       events: what the interpreter had to do, see `Event`.
       notes: remarks on the whole.
+      attention: contractions without a parameter, as of attention scores: key of the site, and the
+        name of the format that both operands are quantized to, `None` where they stay float.
 
     >>> leaf = LeafReport("w", (4, 8), "float32", "int8 per channel", True, 128, 64, 45.0)
     >>> Report((leaf,)).ratio
@@ -110,6 +111,7 @@ class Report:
     recipe: str = ""
     events: tuple[Event, ...] = ()
     notes: tuple[str, ...] = ()
+    attention: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def quantized(self) -> int:
@@ -163,6 +165,7 @@ class Report:
             "ratio": self.ratio,
             "bits_per_weight": self.bits_per_weight,
             "leaves": [leaf.to_dict() for leaf in self.leaves],
+            "attention": [{"site": key, "format": name} for key, name in self.attention],
             "events": [dataclasses.asdict(event) for event in self.events],
             "notes": list(self.notes),
         }
@@ -180,24 +183,22 @@ class Report:
             f"x {self.ratio:.3f}",
         )
         widths = [max(len(row[i]) for row in (head, *rows, total)) for i in range(len(head))]
-        room = max(_PATH, _WIDTH - sum(widths[1:]) - 2 * (len(head) - 1))
-        widths[0] = min(widths[0], room)
-        rows = [(_shorten(row[0], room), *row[1:]) for row in rows]
         lines = [_line(row, widths) for row in (head, *rows)]
         rule = "-" * max(map(len, lines))
         lines = [lines[0], rule, *lines[1:], rule, _line(total, widths)]
-        lines += [f"{leaf.path}: {n}" for leaf in self.leaves for n in leaf.notes]
+        lines += _attention(self.attention)
+        lines += [f"{shown(leaf.path)}: {n}" for leaf in self.leaves for n in leaf.notes]
         lines += list(self.notes)
         lines += [str(event) for event in self.events]
         return "\n".join(lines)
 
 
 def _row(leaf: LeafReport) -> tuple[str, ...]:
-    sqnr = ""
-    if leaf.sqnr_db is not None:
+    sqnr = "-" if leaf.quantized else ""
+    if leaf.sqnr_db is not None and not math.isnan(leaf.sqnr_db):
         sqnr = "exact" if leaf.sqnr_db == math.inf else f"{leaf.sqnr_db:.1f}"
     return (
-        leaf.path,
+        shown(leaf.path),
         f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]",
         leaf.action,
         _bytes(leaf.bytes_before),
@@ -230,13 +231,30 @@ def _bytes(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.{1 if value < 99.95 else 0}f} {unit}"
 
 
-def _shorten(path: str, width: int) -> str:
-    """Takes the middle out of a path that is too long; both ends tell more.
+def _attention(attention: Iterable[tuple[str, str | None]]) -> list[str]:
+    """At most one line; of each format the first few keys and how many there are.
 
-    >>> _shorten("encoder/layer_0/attention/query/kernel", 24)
-    'encoder/la…/query/kernel'
+    >>> _attention([("a", "int8"), ("a#1", "int8"), ("b", None)])
+    ['attention: 2 contractions int8 (a, a#1); 1 left float (b)']
     """
-    if len(path) <= width:
-        return path
-    tail = (width - 1) * 3 // 5
-    return f"{path[: width - 1 - tail]}…{path[-tail:]}"
+    keys: dict[str | None, list[str]] = {}
+    for key, name in attention:
+        keys.setdefault(name, []).append(shown(key))
+    parts: list[str] = []
+    for name in sorted(keys, key=lambda name: name is None):  # what stays float comes last
+        found = keys[name]
+        more = ", ..." if len(found) > _LISTED else ""
+        words = "left float" if name is None else name
+        if not parts:
+            words = f"contraction{'s' if len(found) > 1 else ''} {words}"
+        parts.append(f"{len(found)} {words} ({', '.join(found[:_LISTED])}{more})")
+    return ["attention: " + "; ".join(parts)] if parts else []
+
+
+def shown(path: str) -> str:
+    """A key path as printed: that of a tree which is one array has no parts.
+
+    >>> shown("a/b"), shown("")
+    ('a/b', '(root)')
+    """
+    return path or "(root)"

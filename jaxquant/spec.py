@@ -18,6 +18,10 @@ def _axes(value: int | tuple[int, ...] | None) -> tuple[int, ...] | None:
     return (value,) if isinstance(value, int) else value if value is None else tuple(value)
 
 
+def _positive(size: object) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size > 0
+
+
 @dataclasses.dataclass(frozen=True)
 class PerTensor:
     """One scale for the whole array.
@@ -59,7 +63,7 @@ class PerGroup:
     axis: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.size, int) or self.size <= 0:
+        if not _positive(self.size):
             raise ValueError(f"group size: expected a positive integer, got {self.size!r}")
 
 
@@ -82,7 +86,7 @@ class PerBlock:
 
     def __post_init__(self) -> None:
         for size in (self.rows, self.cols):
-            if not isinstance(size, int) or size <= 0:
+            if not _positive(size):
                 raise ValueError(f"block size: expected positive integers, got {self}")
 
 
@@ -150,6 +154,11 @@ class QSpec:
         scale_dtype: str | None = None,
         global_scale: bool = False,
     ) -> None:
+        if isinstance(format, (list, tuple)) or hasattr(format, "__array__"):
+            raise ValueError(
+                f"format: expected a name or a Format, got a {type(format).__name__}; values of a "
+                "codebook become a format by jq.codebook_format(values, name='mine')"
+            )
         fmt = get(format)
         if isinstance(fmt, BlockFormat):
             if granularity is None:

@@ -206,7 +206,7 @@ def test_gradients_with_respect_to_float_parameters(x):
     model = nnx.LoRALinear(
         64, 32, lora_rank=8, rngs=nnx.Rngs(0), b_initializer=nnx.initializers.lecun_normal()
     )
-    qmodel, _ = jq.nnx.ptq(model, W8A8.after(jq.Rule("lora/*", skip=True)), x)
+    qmodel, _ = jq.nnx.ptq(model, W8A8.prepend(jq.Rule("lora/*", skip=True)), x)
 
     def loss(model):
         return (model(x) ** 2).mean()
@@ -242,6 +242,8 @@ def test_shapes_alone_are_enough():
 def test_mistakes(model, x):
     with pytest.raises(ValueError, match=r"expected an nnx.Module, got dict"):
         jq.nnx.ptq({}, W8A8, x)
+    with pytest.raises(ValueError, match=r"nnx.ptq: expected a Recipe .* call it"):
+        jq.nnx.ptq(model, jq.w8a8, x)
     with pytest.raises(ValueError, match=r"Net has no method 'encode'"):
         jq.nnx.ptq(model, W8A8, x, method="encode")
     with pytest.raises(ValueError, match=r"'body/\*'.*matches no parameter"):

@@ -88,9 +88,16 @@ def test_oldest_constraints_are_the_lower_bounds():
     assert pins == {bound.replace(">=", "==") for bound in PROJECT["dependencies"]}
 
 
-def test_ci_runs_the_test_command_of_the_readme():
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("test", 'pip install -e ".[dev]" && pytest'),
+        ("demo", 'pip install -e ".[demo]" && jaxquant demo'),
+    ],
+)
+def test_ci_runs_the_commands_of_the_readme(name, expected):
     command = subprocess.run(
-        ["bash", ".ci/run", "--print-test-command"],
+        ["bash", ".ci/run", f"--print-{name}-command"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -100,4 +107,4 @@ def test_ci_runs_the_test_command_of_the_readme():
         r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
     )
     assert command in "".join(shell_blocks).splitlines()
-    assert re.sub(r"\s+#.*", "", command) == 'pip install -e ".[dev]" && pytest'
+    assert re.sub(r"\s+#.*", "", command) == expected

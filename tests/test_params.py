@@ -75,7 +75,7 @@ def test_scales_follow_the_contractions(params):
     assert qparams["conv"].axes == ((-4,), (-3,), (-2,), (-1,))  # as XLA wants kernels
     assert report["q"].action == "int8 per channel, activations int8"
     assert report["emb"].action == "int8 per channel (looked up)"
-    assert report["scale"].action == "kept: no contraction reaches it (met mul)"
+    assert report["scale"].action == "kept: no contraction (met mul)"
     assert report.quantized == 5
     for path, q in qparams.items():
         if isinstance(q, QTensor):
@@ -135,7 +135,51 @@ def test_quantized_leaves_stay(params):
     assert twice["head"] is once["head"]
     assert report["head"].action == "kept: already quantized (int8)"
     assert not report["head"].quantized
-    assert jq.quantize_params(twice, jq.w8a8(), sites=SITES)[1].quantized == 0
+    with pytest.raises(ValueError, match=r"quantizes nothing: all that it could .*; head: kept"):
+        jq.quantize_params(twice, jq.w8a8(), sites=SITES)
+    rest = {path: q for path, q in twice.items() if isinstance(q, QTensor)}
+    with pytest.raises(ValueError, match="quantizes nothing: all leaves are quantized already"):
+        jq.quantize_params(rest, jq.w8a8())
+
+
+def test_a_tree_that_is_one_array():
+    _, report = jq.quantize_params(jnp.ones((8, 2)), weights("**", PerChannel(1)))
+    assert "(root)" in str(report)
+    with pytest.raises(ValueError, match=r"no parameter; nearest: \(root\)"):
+        jq.quantize_params(jnp.ones((8, 2)), weights("w", PerChannel(1)))
+    with pytest.raises(ValueError, match=r"^\(root\) \(float array"):
+        jq.quantize_params(jnp.ones((8, 2)), weights("**", PerChannel(3)))
+
+
+def test_values_beyond_float32_leave_the_ratio_open():
+    def encoder(w, spec, **options):
+        q, info = jq.rtn()(w, spec, **options)
+        return q, info._replace(error=jnp.float32(jnp.inf))
+
+    rule = Rule("w", weights=QSpec("int8", PerChannel(1)), encoder=encoder)
+    _, report = jq.quantize_params({"w": jnp.ones((8, 2))}, [rule])
+    assert report["w"].sqnr_db is None
+    assert "not measured" in report["w"].notes[0]
+    for value in (3e38, 1e-38, 0.0):
+        _, report = jq.quantize_params(
+            {"w": jnp.full((8, 2), value)}, Rule("w", weights=rule.weights)
+        )
+        str(report)
+
+
+def test_nearest_paths_share_parts(params):
+    tree = {
+        "mlp": {"kernel": params["head"], "bias": params["scale"]},
+        "klp": {"kernels": params["emb"]},
+    }
+    with pytest.raises(ValueError, match=r"nearest: mlp/kernel, mlp/bias$"):
+        jq.quantize_params(tree, weights("mlp/kernels2", PerTensor()))
+
+
+@pytest.mark.parametrize("recipe", [jq.w8a8, "w8a8", None, jq.int8()], ids=range(4))
+def test_recipes_are_checked_first(recipe):
+    with pytest.raises(ValueError, match=r"^quantize_params: expected a Recipe"):
+        jq.quantize_params(object(), recipe)
 
 
 def test_a_scale_per_value_saves_nothing():
@@ -164,11 +208,11 @@ def test_explicit_axes_count_in_the_whole_parameter(params):
 MISTAKES = [
     (jq.w8a8(), None, r"^conv .*no sites are given .* would be a guess"),
     (weights("hed", PerTensor()), SITES, r"Rule\('hed'.* matches no parameter; nearest: head"),
-    (jq.w8a8().after(Rule("x/*", skip=True)), SITES, r"Rule\('x/\*', skip=True\) matches no"),
+    (jq.w8a8().prepend(Rule("x/*", skip=True)), SITES, r"Rule\('x/\*', skip=True\) matches no"),
     (
-        jq.w8a8().after(Rule("at", attention=jq.int8())),
+        jq.w8a8().prepend(Rule("at", attention=jq.int8())),
         SITES,
-        "matches no parameter; nearest: attn",
+        "matches no contraction of two activations; nearest: attn",
     ),
     (weights("head#1", PerTensor()), SITES, "matches no parameter"),
     (Recipe([Rule("**", skip=True)]), SITES, "quantizes no parameter.*rule says skip"),
@@ -222,7 +266,7 @@ def test_a_rule_for_leaves_that_are_no_floats():
     params = {"ids": jnp.arange(4), "w": jnp.ones((4, 4)), "c": jnp.ones(4, jnp.complex64)}
     for pattern in ("ids", "c"):
         with pytest.raises(ValueError, match=f"expected float arrays to quantize, got {pattern} "):
-            jq.quantize_params(params, weights(pattern, PerTensor()).after(Rule("w", skip=True)))
+            jq.quantize_params(params, weights(pattern, PerTensor()).prepend(Rule("w", skip=True)))
     _, report = jq.quantize_params(params, weights("**", PerTensor()))
     assert report["ids"].action == "kept: not a float array (int32)"
     assert report["c"].action == "kept: not a float array (complex64)"
@@ -235,7 +279,7 @@ def test_a_rule_without_a_leaf_of_its_own_is_noted(params):
 
 
 def test_rules_for_sites_without_a_parameter(params):
-    skip = jq.w8a8().after(Rule("attn", skip=True))
+    skip = jq.w8a8().prepend(Rule("attn", skip=True))
     qparams, _ = jq.quantize_params(params, skip, sites=SITES)
     assert qparams["head"].use.attention == (("attn", None), ("**", jq.int8()))
     plain, _ = jq.quantize_params(params, skip, sites=SITES, use=False)

@@ -147,3 +147,58 @@ def test_degenerate_shapes(shape: tuple[int, int], recipe: jq.Recipe) -> None:
     jax.tree.map(lambda g, y: np.testing.assert_allclose(g, y, rtol=0.07), got, two(params, rows))
     assert np.isfinite(got[0]).all()
     str(report)
+
+
+@pytest.mark.parametrize("recipe", [jq.w8a8, "w8a8", None, [jq.w8a8()]], ids=range(4))
+def test_recipes_are_checked_before_any_work(recipe) -> None:
+    with pytest.raises(ValueError, match=r"^ptq: expected a Recipe such as"):
+        jq.ptq(None, None, recipe, x)
+
+
+def test_rules_make_a_recipe_and_swapped_arguments_are_named(params) -> None:
+    rule = jq.Rule("head/*", weights=jq.int8())
+    for given in (rule, [rule], jq.Recipe([rule])):
+        assert jq.ptq(fn, params, given, x)[1].quantized == 1
+    with pytest.raises(ValueError, match="ptq: got a Recipe for params"):
+        jq.ptq(fn, jq.w8a8(), params, x)
+    with pytest.raises(ValueError, match="expected a function"):
+        jq.ptq(params, params, jq.w8a8(), x)
+
+
+def test_platforms(params) -> None:
+    half = jax.tree.map(lambda a: a.astype(jnp.float16), params)
+    rows = x.astype(jnp.float16)
+    _, report = jq.ptq(fn, half, jq.w8a16(), rows, platforms="tpu")
+    assert [e.where for e in report.events] == ["tpu"]
+    assert not jq.ptq(fn, half, jq.w8a16(), rows, platforms=["gpu", "cpu"])[1].events
+    with pytest.raises(ValueError, match="unknown platform 'tpuv5'; known: cpu, cuda, rocm, tpu"):
+        jq.ptq(fn, half, jq.w8a16(), rows, platforms=["tpuv5"])
+
+
+def test_attention_is_in_the_report() -> None:
+    def attend(p, x):
+        h = x @ p["w"]
+        return jax.nn.softmax(h @ h.T) @ h
+
+    w = {"w": jnp.eye(8)}
+    rows = jnp.ones((4, 8))
+    _, report = jq.ptq(attend, w, jq.w8a8(), rows)
+    assert [name for _, name in report.attention] == ["int8", "int8"]
+    assert "attention: 2 contractions int8 (" in str(report)
+    _, report = jq.ptq(attend, w, jq.w8a16(), rows)
+    assert "attention: 2 contractions left float (" in str(report)
+
+
+def test_an_event_says_everything_once() -> None:
+    p = {"w": jnp.ones((8, 8)), "v": jnp.ones((8, 8))}
+    rows = jnp.ones((2, 8))
+    _, report = jq.ptq(lambda p, x: x @ p["w"] + (p["w"] * x[:1]).sum(), p, jq.w8a8(), rows)
+    assert str(report.events[0]) == "dequantized by mul at w: in the root"
+
+
+def test_codebooks_of_ones_own(params) -> None:
+    ternary = jq.codebook_format([-1.0, 0.0, 1.0], name="ternary")
+    rule = jq.Rule("head/*", weights=jq.QSpec(ternary, jq.PerGroup(16)))
+    assert jq.ptq(fn, params, rule, x)[1]["head/w"].action == "ternary in groups of 16"
+    with pytest.raises(ValueError, match="codebook_format"):
+        jq.QSpec([-1, 0, 1])

@@ -1,6 +1,7 @@
 """Rules and recipes: what matches what, what is refused, what the presets say."""
 
 import copy
+import inspect
 import pickle
 import re
 
@@ -8,7 +9,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, Recipe, Rule
-from jaxquant.recipe import attention_spec, pattern_matches
+from jaxquant.recipe import as_recipe, attention_spec, pattern_matches
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,9 @@ def test_patterns(pattern, key, expected):
         (lambda: Recipe(["**"]), "expected rules, got"),
         (lambda: jq.int4(group=0), "expected a positive integer, got 0"),
         (lambda: jq.int4(group=8, granularity=PerTensor()), "not both"),
+        (lambda: jq.int4(True), "group is a number of values, got True"),
+        (lambda: jq.int4("per_channel"), "group is a number of values"),
+        (lambda: jq.w4a16(group=True), "group is a number of values, got True"),
         (lambda: jq.w4a16(group=-1), "expected a positive integer"),
     ],
 )
@@ -131,10 +135,48 @@ def test_the_first_match_wins():
 
 
 def test_rules_put_in_front_win():
-    recipe = jq.w8a8().after(Rule("head/*", skip=True), Rule("body/*", weights=jq.int4()))
+    recipe = jq.w8a8().prepend(Rule("head/*", skip=True), Rule("body/*", weights=jq.int4()))
     assert [rule.key for rule in recipe.rules] == ["head/*", "body/*", "**"]
     assert recipe.match("head/kernel").skip
-    assert recipe.name == "w8a8"
+    assert recipe.name == "w8a8 + 2 rules"
+    assert recipe.prepend(Rule("a", skip=True)).name == "w8a8 + 3 rules"
+    assert jq.w8a8().prepend().name == "w8a8"
+    own = Recipe(recipe.rules, "mine + yours").prepend(Rule("a", skip=True))
+    assert own.name == "mine + yours + 1 rule"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Recipe([Rule("a", skip=True)]), Rule("a", skip=True), [Rule("a", skip=True)]],
+    ids=["recipe", "rule", "list"],
+)
+def test_what_makes_a_recipe(value):
+    assert as_recipe(value, "here") == Recipe([Rule("a", skip=True)])
+    assert as_recipe(iter(Recipe(value)), "here") == Recipe([Rule("a", skip=True)])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (jq.w8a8, r"got the function w8a8; call it: jq\.w8a8\(\)"),
+        (dict, "got the class dict$"),
+        ("w8a8", r"got the string 'w8a8'.* jq\.w8a8\(\)"),
+        (None, "got None"),
+        ({"a": 1}, "got a dict"),
+        ([1], "got a list that holds a int"),
+        ([jq.w8a8()], "prepend"),
+        (jq.int8(), "put it in a rule"),
+    ],
+    ids=range(8),
+)
+def test_what_is_no_recipe(value, message):
+    with pytest.raises(ValueError, match=f"^here: expected a Recipe such as jq.w8a8.*{message}"):
+        as_recipe(value, "here")
+
+
+def test_swapped_arguments_are_named():
+    with pytest.raises(ValueError, match="here: got a Recipe for params"):
+        as_recipe({}, "here", jq.w8a8())
 
 
 def test_recipes_are_values():
@@ -146,7 +188,7 @@ def test_recipes_are_values():
     assert make() != jq.w8a8()
     assert pickle.loads(pickle.dumps(make())) == make()
     assert copy.deepcopy(make()) == make()
-    assert repr(jq.w8a8()) == "<Recipe w8a8: 1 rules>"
+    assert repr(jq.w8a8()) == "<Recipe w8a8: 1 rule>"
     assert repr(Rule("a", skip=True)) == "Rule('a', skip=True)"
 
 
@@ -177,6 +219,10 @@ def test_integer_specs(bits):
     assert make() == QSpec(f"int{bits}")
     assert make().granularity == PerChannel()
     assert make(group=32).granularity == PerGroup(32)
+    assert make(32) == make(group=32)
+    assert str(inspect.signature(make)).startswith("(group: 'int | None' = None, *, symmetric:")
+    with pytest.raises(TypeError, match=rf"^int{bits}\(\) got an unexpected .* 'groups'"):
+        make(groups=4)
     spec = make(granularity=PerBlock(2, 4), symmetric=False, scale_dtype="bfloat16")
     assert spec == QSpec(f"int{bits}", PerBlock(2, 4), symmetric=False, scale_dtype="bfloat16")
     assert make(range="qmax").range == "qmax"

@@ -20,6 +20,7 @@ from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
         (lambda: PerGroup(0, 0), "expected a positive integer, got 0"),
         (lambda: PerGroup(-32, 0), "got -32"),
         (lambda: PerGroup(2.5, 0), "got 2.5"),
+        (lambda: PerGroup(True, 0), "got True"),
         (lambda: PerBlock(0, 4), "expected positive integers"),
         (lambda: PerBlock(4, -1), "expected positive integers"),
         (lambda: QSpec("nf4", symmetric=False), "nf4: only integer formats can be asymmetric"),

@@ -32,8 +32,13 @@ class Info(NamedTuple):
 
     @property
     def sqnr_db(self) -> float:
-        """Signal to quantization noise ratio `10 log10(signal / error)`, `inf` where exact."""
+        """Signal to quantization noise ratio `10 log10(signal / error)`, `inf` where exact.
+
+        `nan` where a sum is not finite: float32 does not reach from one to the other.
+        """
         error, signal = float(self.error), float(self.signal)
+        if not (math.isfinite(error) and math.isfinite(signal)):
+            return math.nan
         if error == 0.0:
             return math.inf
         return 10.0 * math.log10(signal / error) if signal > 0.0 else -math.inf

@@ -239,7 +239,12 @@ def _custom_rule(
     if ip.policy.inline_rules:
         kind = eqn.primitive.name.removesuffix("_call")
         where = ip.where(scope)
-        ip.report("inlined", where, kind, f"{kind} with a site inside: its rule is not kept")
+        ip.report(
+            "inlined",
+            where,
+            kind,
+            "a contraction is inside, so its own derivative rule is not kept",
+        )
     return ip.run(jaxpr, consts, _signed(operands, positive), scope)
 
 

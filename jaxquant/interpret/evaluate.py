@@ -227,7 +227,7 @@ class Interpreter:
         name = eqn.primitive.name
         if value.facts.origin is not None and value.facts.origin.looked_up:
             return dequantize(value.data)  # rows taken from a table, and no others
-        self.report("dequantized", path, name, f"by {name} in {self.where(scope)}")
+        self.report("dequantized", path, name, f"in {self.where(scope)}")
         return dequantize(value.data)
 
     def where(self, scope: tuple[str, ...]) -> str:

@@ -17,7 +17,7 @@ from jaxquant.interpret.record import both_live
 from jaxquant.interpret.values import Facts, Value
 from jaxquant.numerics import get
 from jaxquant.qtensor import QTensor, dequantize, is_qtensor
-from jaxquant.recipe import Recipe, attention_spec
+from jaxquant.recipe import Recipe, as_recipe, attention_spec
 from jaxquant.report import Event
 from jaxquant.spec import QSpec
 
@@ -45,6 +45,9 @@ def quantized(fn: Callable[..., Any], recipe: Recipe | None = None) -> Callable[
     >>> jax.jit(jq.quantized(fn))(qparams, x).round(1)
     Array([[0., 1., 2., 3.]], dtype=float32)
     """
+
+    if recipe is not None:
+        recipe = as_recipe(recipe, "quantized")
 
     @functools.wraps(fn)
     def wrapped(params: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,12 +20,12 @@ from jaxquant.interpret.serve import serve
 from jaxquant.linen.pure import arrays_only, as_given, leaves, prepared
 from jaxquant.params import dequantize_params
 from jaxquant.qtensor import is_qtensor
-from jaxquant.recipe import Recipe
+from jaxquant.recipe import Recipe, Rule, as_recipe
 
 Interceptor = Callable[[Callable[..., Any], Any, Any, InterceptorContext], Any]
 
 
-def interceptor(recipe: Recipe | None = None) -> Interceptor:
+def interceptor(recipe: Recipe | Rule | Iterable[Rule] | None = None) -> Interceptor:
     """An interceptor for `flax.linen.intercept_methods` under which models compute quantized.
 
     It acts on the outermost call of a method, whichever that is, of models bound by `bind` too;
@@ -41,7 +41,8 @@ def interceptor(recipe: Recipe | None = None) -> Interceptor:
         hold `QTensor`s already.
 
     Raises:
-      ValueError: at the call, as `QuantizedModel.apply`; float variables within `nn.jit`.
+      ValueError: `recipe` is none; at the call, as `QuantizedModel.apply`; float variables within
+        `nn.jit`.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
     >>> model, x = nn.Dense(8), jnp.ones((2, 32))
@@ -51,6 +52,9 @@ def interceptor(recipe: Recipe | None = None) -> Interceptor:
     >>> bool(jnp.allclose(y, model.apply(variables, x), atol=0.05))
     True
     """
+    if recipe is not None:
+        recipe = as_recipe(recipe, "linen.interceptor")
+    chosen: Recipe | None = recipe
     local = threading.local()  # interceptors are per thread in Flax, too
 
     def intercept(
@@ -68,14 +72,14 @@ def interceptor(recipe: Recipe | None = None) -> Interceptor:
                 return next_fun(*args, **kwargs)
         local.outermost = call = _Outermost(context, args, kwargs)
         try:
-            if recipe is not None:
+            if chosen is not None:
                 call.check_not_cached()
             fn, rebuild = arrays_only(call.pure)
             traced = trace_call(fn, call.variables, (call.rngs, *call.args), call.kwargs)
-            ready = prepared(traced, call.variables, recipe)
+            ready = prepared(traced, call.variables, chosen)
             if ready is None:
                 return next_fun(*args, **kwargs)
-            return call.finish(*rebuild(serve(ready, recipe)[0]))
+            return call.finish(*rebuild(serve(ready, chosen)[0]))
         finally:
             local.outermost = None
 

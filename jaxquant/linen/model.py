@@ -1,9 +1,9 @@
-"""A Linen model with the methods of its float self, computing with quantized variables."""
+"""A Linen model whose `apply` computes with quantized variables."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,13 +14,16 @@ from jaxquant.interpret.serve import serve
 from jaxquant.linen.pure import arrays_only, as_given, prepared
 from jaxquant.ptq import ptq
 from jaxquant.qtensor import is_qtensor
-from jaxquant.recipe import Recipe
+from jaxquant.recipe import Recipe, Rule, as_recipe
 from jaxquant.report import Report
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedModel:
-    """A Linen model that computes with quantized variables; `quantized` makes it.
+    """A Linen model whose `apply` computes with quantized variables; `quantized` makes it.
+
+    `init`, `init_with_output` and `tabulate` are the float model's. All else is asked of `model`;
+    one that is bound computes quantized under `interceptor`.
 
     Attributes:
       model: the model, as it was given.
@@ -33,6 +36,22 @@ class QuantizedModel:
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Initializes float variables, just as `model.init` does."""
         return self.model.init(rngs, *args, **kwargs)
+
+    def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Initializes float variables and computes with them, as `model.init_with_output` does."""
+        return self.model.init_with_output(rngs, *args, **kwargs)
+
+    def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
+        """The summary of the float model that `model.tabulate` gives."""
+        return self.model.tabulate(rngs, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "bind":
+            raise AttributeError(
+                "QuantizedModel has no bind; under nn.intercept_methods(jaxquant.linen."
+                "interceptor()) the methods of model.bind(qvariables) compute quantized"
+            )
+        raise AttributeError(f"QuantizedModel has no {name!r}; ask its model, as in qmodel.model")
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Applies the model, with all keywords that `model.apply` has.
@@ -81,7 +100,9 @@ class QuantizedModel:
         return ptq(self.model.apply, variables, self.recipe, *args, **kwargs)
 
 
-def quantized(model: nn.Module, recipe: Recipe | None = None) -> QuantizedModel:
+def quantized(
+    model: nn.Module, recipe: Recipe | Rule | Iterable[Rule] | None = None
+) -> QuantizedModel:
     """The model with `init` and `apply` that compute as `jaxquant.quantized(model.apply)`.
 
     Variables may hold `QTensor`s; with a recipe, float variables that it matches are quantized as
@@ -91,6 +112,9 @@ def quantized(model: nn.Module, recipe: Recipe | None = None) -> QuantizedModel:
       model: an unbound Linen module; it is not changed.
       recipe: for variables that come in float.
 
+    Raises:
+      ValueError: `model` is no Linen module, or `recipe` none.
+
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
     >>> model, x = nn.Dense(8), jnp.ones((2, 32))
     >>> qmodel = quantized(model, jq.w8a8())
@@ -98,4 +122,14 @@ def quantized(model: nn.Module, recipe: Recipe | None = None) -> QuantizedModel:
     >>> jax.jit(qmodel.apply)(qvariables, x).shape, report["params/kernel"].bits_per_weight
     ((2, 8), 9.0)
     """
-    return QuantizedModel(model, recipe)
+    where = "linen.quantized"
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, nn.Module):
+        raise ValueError(
+            f"{where}: expected the module itself, got its method {model.__name__}; functions, "
+            "such as model.apply, are for jaxquant.quantized"
+        )
+    if not isinstance(model, nn.Module):
+        kind = "a class; make an instance" if isinstance(model, type) else type(model).__name__
+        raise ValueError(f"{where}: expected a Linen module, got {kind}")
+    return QuantizedModel(model, None if recipe is None else as_recipe(recipe, where))

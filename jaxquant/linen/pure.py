@@ -11,7 +11,7 @@ import jax
 from jaxquant.interpret.calls import Call, is_traced
 from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.sites import Sites
-from jaxquant.params import quantize_params
+from jaxquant.params.quantize import apply_recipe
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe
 
@@ -50,7 +50,7 @@ def prepared(call: Call, variables: Any, recipe: Recipe | None) -> Call | None:
     if recipe is None:
         return call
     with jax.ensure_compile_time_eval():  # for concrete arrays that a jitted function closes over
-        qvariables, _ = quantize_params(variables, recipe, sites=sites)
+        qvariables, _ = apply_recipe(variables, recipe, sites=sites, again=held)
     new = [leaf for leaf in leaves(qvariables) if is_traced(leaf)]
     return dataclasses.replace(call, leaves=new + call.leaves[len(new) :])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jaxquant.numerics import FORMATS, BlockFormat
 from jaxquant.params.axes import localize
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe, Rule
+from jaxquant.report import shown
 from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
 
@@ -46,9 +47,11 @@ class Plan:
 
 
 def make_plans(
-    leaves: Sequence[tuple[str, Any]], recipe: Recipe, sites: Sites | None
+    leaves: Sequence[tuple[str, Any]], recipe: Recipe, sites: Sites | None, *, again: bool = False
 ) -> tuple[list[Plan], list[str]]:
     """A plan for every leaf, and notes on the whole.
+
+    With `again`, nothing need be left to quantize.
 
     Raises:
       ValueError: sites of another model; a rule that matches nothing, or only leaves that are not
@@ -59,10 +62,16 @@ def make_plans(
     _check_rules(leaves, recipe, sites)
     uses = _uses(leaves, sites)
     plans = [_plan(path, leaf, recipe.match(path), sites, uses[path]) for path, leaf in leaves]
-    if not any(p.spec is not None for p in plans) and not any(is_qtensor(x) for _, x in leaves):
-        reasons = "; ".join(f"{p.path}: {p.action}" for p in plans[:8]) or "there are no leaves"
+    done = [path for path, leaf in leaves if is_qtensor(leaf)]
+    if not any(p.spec is not None for p in plans) and not (again and done):
+        words = "quantizes no parameter"
+        if done:
+            words = "quantizes nothing: all that it could is quantized already"
+        if done and len(done) == len(leaves):
+            words = "quantizes nothing: all leaves are quantized already"
+        reasons = "; ".join(f"{shown(p.path)}: {p.action}" for p in plans[:8])
         more = f"; and {len(plans) - 8} more" if len(plans) > 8 else ""
-        raise ValueError(f"{recipe!r} quantizes no parameter. {reasons}{more}")
+        raise ValueError(f"{recipe!r} {words}. {reasons or 'there are no leaves'}{more}")
     first = {id(plan.rule) for plan in plans}
     notes = [
         f"rule {rule.key!r} decides no leaf: earlier rules take all that it matches"
@@ -78,7 +87,7 @@ def _check_sites(leaves: Sequence[tuple[str, Any]], sites: Sites) -> None:
     for path in sites.leaves:
         if path not in paths:
             raise ValueError(
-                f"{path}: the sites were traced with this parameter, and params lack it"
+                f"{shown(path)}: the sites were traced with this parameter, and params lack it"
                 f"{_nearest(path, paths)}; trace again with these params"
             )
     for path, leaf in leaves:
@@ -86,13 +95,13 @@ def _check_sites(leaves: Sequence[tuple[str, Any]], sites: Sites) -> None:
             continue  # a Python scalar, static in a trace
         if path not in sites.leaves:
             raise ValueError(
-                f"{path}: not a parameter that the sites were traced with"
+                f"{shown(path)}: not a parameter that the sites were traced with"
                 f"{_nearest(path, sites.leaves)}; trace again with these params"
             )
         expected, got = tuple(sites.leaves[path][0]), tuple(np.shape(leaf))
         if expected != got:
             raise ValueError(
-                f"{path}: expected shape {list(expected)} as traced, got {list(got)}; "
+                f"{shown(path)}: expected shape {list(expected)} as traced, got {list(got)}; "
                 "trace again with these params"
             )
 
@@ -107,9 +116,16 @@ def _check_rules(leaves: Sequence[tuple[str, Any]], recipe: Recipe, sites: Sites
             by_site = rule.attention is not None and (sites is None or any(map(rule.matches, free)))
             by_site |= rule.skip and any(map(rule.matches, keys))
             if not by_site:
+                if rule.attention is not None and rule.weights is None and rule.lookup is None:
+                    raise ValueError(
+                        f"{rule!r} matches no contraction of two activations"
+                        f"{_nearest(rule.key, free, 'such contractions')}"
+                    )
                 raise ValueError(f"{rule!r} matches no parameter{_nearest(rule.key, keys)}")
         elif rule.weights is not None and not any(_is_float(leaf) for _, leaf in matched):
-            found = ", ".join(f"{p} {_dtype(x)}" for p, x in matched[:4] if not is_qtensor(x))
+            found = ", ".join(
+                f"{shown(p)} {_dtype(x)}" for p, x in matched[:4] if not is_qtensor(x)
+            )
             if found:
                 raise ValueError(
                     f"{rule!r}: expected float arrays to quantize, got {found}; "
@@ -154,7 +170,7 @@ def _plan(
     contractions = [site for site in uses if site.primitive != "gather"]
     if sites is not None and not uses:
         met = sites.met.get(path)
-        return kept("no contraction reaches it" + (f" (met {met})" if met else ""))
+        return kept("no contraction" + (f" (met {met})" if met else ""))
     spec = rule.lookup if lookups and rule.lookup is not None else rule.weights
     if spec is None:
         return kept("the rule sets no weights")
@@ -166,7 +182,7 @@ def _plan(
     ndim = len(leaf.shape)
     contracted = ordered[0].contracted if ordered else None
     batch = min((_prefix(site.scanned) for site in uses), default=0)
-    where = f"{path} (float array of shape {list(leaf.shape)}), {rule!r}"
+    where = f"{shown(path)} (float array of shape {list(leaf.shape)}), {rule!r}"
     local = localize(spec, contracted, ndim, batch, where)
     core = leaf.shape[batch:]
     try:
@@ -217,10 +233,22 @@ def _dtype(leaf: Any) -> str:
     return type(leaf).__name__ if dtype is None else str(dtype)
 
 
-def _nearest(key: str, keys: Any) -> str:
-    """The keys most like the one looked for, to show in an error."""
-    near = difflib.get_close_matches(key, list(keys), n=3, cutoff=0.0)
-    return f"; nearest: {', '.join(near)}" if near else "; there are no parameters"
+def _nearest(key: str, keys: Iterable[str], kind: str = "parameters") -> str:
+    """The keys most like the one looked for, to show in an error.
+
+    Those that share most parts of it come first, then those spelled alike.
+
+    >>> _nearest("**/mlp/kernels", ["kernel", "head/kernel", "a/mlp/kernel", "a/mlp/bias"])
+    '; nearest: a/mlp/kernel, a/mlp/bias'
+    """
+    parts = {part for part in key.split("/") if part.strip("*")}
+    shared: dict[int, list[str]] = {}
+    for k in keys:
+        shared.setdefault(len(parts & set(k.split("/"))), []).append(k)
+    if not shared:
+        return f"; there are no {kind}"
+    near = difflib.get_close_matches(key, shared[max(shared)], n=3, cutoff=0.0)
+    return f"; nearest: {', '.join(map(shown, near))}"
 
 
 def describe(spec: QSpec) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,13 +18,13 @@ from jaxquant.interpret.sites import Sites, path_str
 from jaxquant.params.placement import automatic, derive
 from jaxquant.params.plan import Plan, identity, make_plans
 from jaxquant.qtensor import QTensor, Use, is_qtensor, with_use
-from jaxquant.recipe import Recipe, Rule
-from jaxquant.report import LeafReport, Report
+from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.report import LeafReport, Report, shown
 
 
 def quantize_params(
     params: Any,
-    recipe: Recipe | Rule,
+    recipe: Recipe | Rule | Iterable[Rule],
     *,
     sites: Sites | None = None,
     key: Array | None = None,
@@ -37,7 +38,7 @@ def quantize_params(
 
     Args:
       params: a tree of arrays, or of `jax.ShapeDtypeStruct`s to learn the structure only.
-      recipe: the rules.
+      recipe: the rules: a `Recipe`, or what one is made of.
       sites: what `jaxquant.trace` found.
       key: PRNG key for encoders that draw; a leaf's own key is folded from it by its path.
       use: put into each `QTensor` what the recipe says of activations and attention, so that
@@ -58,10 +59,23 @@ def quantize_params(
     >>> qparams["dense"]["kernel"].codes.dtype.name, report["dense/bias"].action
     ('int8', 'kept: no rule matches')
     """
-    recipe = Recipe([recipe]) if isinstance(recipe, Rule) else recipe
+    recipe = as_recipe(recipe, "quantize_params", params)
+    return apply_recipe(params, recipe, sites=sites, key=key, use=use)
+
+
+def apply_recipe(
+    params: Any,
+    recipe: Recipe,
+    *,
+    sites: Sites | None,
+    key: Array | None = None,
+    use: bool = True,
+    again: bool = False,
+) -> tuple[Any, Report]:
+    """`quantize_params`; with `again`, a tree in which nothing is left to quantize is no error."""
     flat, tree = jax.tree.flatten_with_path(params, is_leaf=is_qtensor)
     leaves = [(path_str(path), leaf) for path, leaf in flat]
-    plans, notes = make_plans(leaves, recipe, sites)
+    plans, notes = make_plans(leaves, recipe, sites, again=again)
     _check_finite([(p.path, x) for p, (_, x) in zip(plans, leaves, strict=True) if p.spec])
 
     done: dict[Any, tuple[str, QTensor, Info | None]] = {}
@@ -105,7 +119,7 @@ def _check_finite(leaves: list[tuple[str, Any]]) -> None:
     answers = jax.device_get([_count_bad(x) for _, x in concrete])
     bad = [(p, x, int(n)) for (p, x), n in zip(concrete, answers, strict=True) if n]
     if bad:
-        found = ", ".join(f"{p} ({n} of {math.prod(x.shape)} values)" for p, x, n in bad[:5])
+        found = ", ".join(f"{shown(p)} ({n} of {math.prod(x.shape)} values)" for p, x, n in bad[:5])
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise ValueError(f"expected finite weights, got NaN or infinity in {found}{more}")
 
@@ -137,7 +151,7 @@ def _encode(
             q = jax.device_put(q, derive(leaf.sharding, leaf.shape, q))
         return q, info
     except ValueError as error:
-        raise ValueError(f"{plan.path}: {error}") from error
+        raise ValueError(f"{shown(plan.path)}: {error}") from error
 
 
 def _abstract(leaf: jax.ShapeDtypeStruct, run: Any) -> QTensor:
@@ -160,7 +174,9 @@ def _sqnr(infos: list[Info | None]) -> list[float | None]:
 def _leaf(
     plan: Plan, before: Any, after: Any, shared: str | None, sqnr: float | None
 ) -> LeafReport:
-    notes = plan.notes + (() if shared is None else (f"tied: stored once, at {shared}",))
+    notes = plan.notes + (() if shared is None else (f"tied: stored once, at {shown(shared)}",))
+    if sqnr is not None and math.isnan(sqnr):
+        sqnr, notes = None, (*notes, "SQNR not measured: its sums are not finite in float32")
     dtype = before.dtype if hasattr(before, "dtype") else type(before).__name__
     return LeafReport(
         path=plan.path,

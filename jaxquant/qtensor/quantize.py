@@ -58,6 +58,8 @@ def quantize(
     >>> bool(abs(jq.dequantize(q) - w).max() <= 0.5 * q.scale.max() * 1.001)
     True
     """
+    if not isinstance(spec, QSpec):
+        raise ValueError(f"quantize: expected a QSpec such as jq.QSpec('int8'), got {spec!r}")
     w = jnp.asarray(w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"quantize: expected a float array, got {w.dtype.name}{list(w.shape)}")

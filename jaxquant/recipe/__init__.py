@@ -2,12 +2,13 @@
 
 from jaxquant.recipe.patterns import pattern_matches
 from jaxquant.recipe.presets import fp8, mxfp4, nf4, w4a8, w4a16, w8a8, w8a16
-from jaxquant.recipe.rules import Recipe, Rule, attention_spec
+from jaxquant.recipe.rules import Recipe, Rule, as_recipe, attention_spec
 from jaxquant.recipe.specs import int2, int3, int4, int5, int6, int7, int8, uint8
 
 __all__ = [
     "Recipe",
     "Rule",
+    "as_recipe",
     "attention_spec",
     "fp8",
     "int2",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from jaxquant.encoders import Encoder
 from jaxquant.recipe.patterns import compile_glob, pattern_matches
 from jaxquant.spec import PerChannel, PerTensor, QSpec
 
 Pattern = str | re.Pattern[str]
+
+_ADDED = re.compile(r"\d+ rules?")  # how the name of a recipe ends that rules were prepended to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,14 +161,18 @@ class Recipe:
         """The first rule that matches a key path, or `None`."""
         return next((rule for rule in self.rules if rule.matches(key)), None)
 
-    def after(self, *rules: Rule) -> Recipe:
+    def prepend(self, *rules: Rule) -> Recipe:
         """This recipe with rules put in front, which so win over its own.
 
         >>> import jaxquant as jq
-        >>> jq.w8a8().after(jq.Rule("**/head/*", skip=True)).rules[0].skip
-        True
+        >>> jq.w8a8().prepend(jq.Rule("**/head/*", skip=True))
+        <Recipe w8a8 + 1 rule: 2 rules>
         """
-        return Recipe(rules + self.rules, self.name)
+        name, _, count = self.name.partition(" + ")
+        added = len(rules) + int(count.split()[0] if _ADDED.fullmatch(count) else 0)
+        if count and not _ADDED.fullmatch(count):  # a name of the user's own
+            name = self.name
+        return Recipe(rules + self.rules, f"{name} + {_plural(added)}" if name and added else name)
 
     @property
     def attention(self) -> tuple[tuple[Pattern, QSpec | None], ...]:
@@ -187,8 +194,63 @@ class Recipe:
 
     def __repr__(self) -> str:
         if self.name:
-            return f"<Recipe {self.name}: {len(self.rules)} rules>"
+            return f"<Recipe {self.name}: {_plural(len(self.rules))}>"
         return f"Recipe([{', '.join(map(repr, self.rules))}])"
+
+
+def _plural(count: int) -> str:
+    return f"{count} rule{'' if count == 1 else 's'}"
+
+
+def as_recipe(value: Any, where: str, params: Any = None) -> Recipe:
+    """The recipe that a caller meant: a `Recipe`, or a rule or rules to make one of.
+
+    Args:
+      value: what was given.
+      where: the function it was given to, for errors.
+      params: what was given as params, in case the two were swapped.
+
+    Raises:
+      ValueError: anything else.
+
+    >>> import jaxquant as jq
+    >>> as_recipe(jq.Rule("**", weights=jq.int8()), "ptq")
+    Recipe([Rule('**', weights=QSpec(int8, PerChannel(axes=None)))])
+    >>> as_recipe(jq.w8a8, "ptq")
+    Traceback (most recent call last):
+    ...
+    ValueError: ptq: expected a Recipe such as jq.w8a8(), got the function w8a8; call it: jq.w8a8()
+    """
+    if isinstance(params, (Recipe, Rule)):
+        raise ValueError(
+            f"{where}: got a {type(params).__name__} for params; params come before the recipe"
+        )
+    if isinstance(value, Recipe):
+        return value
+    if isinstance(value, Rule):
+        return Recipe([value])
+    got = f"a {type(value).__name__}"
+    if isinstance(value, (list, tuple, Iterator)):
+        rules = list(value)
+        other = [rule for rule in rules if not isinstance(rule, Rule)]
+        if not other:
+            return Recipe(rules)
+        got += f" that holds a {type(other[0]).__name__}, not rules alone"
+        if any(isinstance(rule, Recipe) for rule in other):
+            got += "; to put rules in front of a recipe use recipe.prepend(*rules)"
+    elif isinstance(value, str):
+        call = re.sub(r"\W", "", value)
+        got = f"the string {value!r}; a preset is a function: jq.{call or 'w8a8'}()"
+    elif isinstance(value, QSpec):
+        got = f"{value!r}; put it in a rule: jq.Rule('**', weights=...)"
+    elif value is None:
+        got = "None"
+    elif callable(value):
+        name = getattr(value, "__name__", type(value).__name__)
+        own = getattr(value, "__module__", "").startswith("jaxquant.")
+        kind = "class" if isinstance(value, type) else "function"
+        got = f"the {kind} {name}" + (f"; call it: jq.{name}()" if own else "")
+    raise ValueError(f"{where}: expected a Recipe such as jq.w8a8(), got {got}")
 
 
 def attention_spec(attention: Iterable[tuple[Pattern, QSpec | None]], key: str) -> QSpec | None:

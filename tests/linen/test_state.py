@@ -283,7 +283,7 @@ def test_modules_of_two_binds(methods: Models) -> None:
 def test_an_error_leaves_no_trace(methods: Models) -> None:
     interceptor = linen.interceptor()
     with nn.intercept_methods(interceptor):
-        with pytest.raises(TypeError):
+        with pytest.raises(ValueError, match="does not fit these params, or fails by itself"):
             methods.model.apply(methods.quantized, normal(3, 5))
         assert methods.model.apply(methods.quantized, x).shape == (8, 16)
 
@@ -291,3 +291,35 @@ def test_an_error_leaves_no_trace(methods: Models) -> None:
 def test_ptq_needs_a_recipe(methods: Models) -> None:
     with pytest.raises(ValueError, match="no recipe"):
         linen.quantized(methods.model).ptq(methods.float, x)
+
+
+@pytest.mark.parametrize("recipe", [jq.w8a8, "w8a8", [jq.w8a8()]], ids=range(3))
+def test_what_is_no_recipe(methods: Models, recipe: Any) -> None:
+    with pytest.raises(ValueError, match=r"^linen\.quantized: expected a Recipe"):
+        linen.quantized(methods.model, recipe)
+    with pytest.raises(ValueError, match=r"^linen\.interceptor: expected a Recipe"):
+        linen.interceptor(recipe)
+
+
+def test_what_is_no_module(methods: Models) -> None:
+    for model, message in ((methods.model.apply, "its method apply"), (nn.Dense, "make an inst")):
+        with pytest.raises(ValueError, match=f"^linen.quantized: expected .*{message}"):
+            linen.quantized(model)
+
+
+def test_other_methods_of_the_float_model() -> None:
+    model = nn.Dense(4)
+    rows, qmodel = normal(2, 8), linen.quantized(model, jq.Rule("**", weights=jq.int8()))
+    y, variables = qmodel.init_with_output(jax.random.key(0), rows)
+    assert same(y, model.apply(variables, rows))
+    assert "Dense" in qmodel.tabulate(jax.random.key(0), rows)
+    with pytest.raises(AttributeError, match="interceptor"):
+        _ = qmodel.bind
+    with pytest.raises(AttributeError, match=r"qmodel\.model"):
+        _ = qmodel.features
+    # quantized variables under a recipe: nothing is left to quantize, and nothing wrong
+    qvariables, _ = qmodel.ptq(variables, rows)
+    rule = jq.Rule("kernel", weights=jq.int8())
+    assert same(
+        linen.quantized(model, rule).apply(qvariables, rows), qmodel.apply(qvariables, rows)
+    )
