@@ -45,7 +45,6 @@ def quantized(fn: Callable[..., Any], recipe: Recipe | None = None) -> Callable[
     >>> jax.jit(jq.quantized(fn))(qparams, x).round(1)
     Array([[0., 1., 2., 3.]], dtype=float32)
     """
-
     if recipe is not None:
         recipe = as_recipe(recipe, "quantized")
 

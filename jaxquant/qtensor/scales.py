@@ -72,9 +72,11 @@ def store_scale(scale: Array, spec: QSpec) -> Array:
         exponent = jnp.where(mantissa > 0.5, exponent, exponent - 1)
         power = jnp.exp2(jnp.clip(exponent, -126, 126).astype(jnp.float32))
         return jnp.where(scale == 0, 1.0, power).astype(spec.scale_dtype)
-    # the largest code times S must stay finite
-    largest = max(abs(spec.format.min), spec.format.max)
-    top = min(float(info.max), float(jnp.finfo(jnp.float32).max) / max(largest, 1.0))
+    # the largest |q - Z| times S must stay finite, after S is rounded to its dtype
+    low, high = spec.format.min, spec.format.max
+    largest = max(abs(low), high) if spec.symmetric else high - low
+    held = float(jnp.finfo(jnp.float32).max) * (1 - 2 * float(info.eps))
+    top = min(float(info.max), held / max(largest, 1.0))
     size = jnp.clip(jnp.abs(scale), float(info.tiny), top)
     signed = jnp.where(scale < 0, -size, size)
     return jnp.where(scale == 0, 1.0, signed).astype(spec.scale_dtype)
