@@ -238,13 +238,8 @@ def _custom_rule(
         return ip._plain(eqn, operands, positive, scope)
     if ip.policy.inline_rules:
         kind = eqn.primitive.name.removesuffix("_call")
-        where = ip.where(scope)
-        ip.report(
-            "inlined",
-            where,
-            kind,
-            "a contraction is inside, so its own derivative rule is not kept",
-        )
+        message = "a contraction is inside, so its own derivative rule is not kept"
+        ip.report("inlined", ip.where(scope), kind, message)
     return ip.run(jaxpr, consts, _signed(operands, positive), scope)
 
 
