@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant import ops
 from jaxquant.interpret import _compat, cuts, moves
+from jaxquant.interpret.runs import factors
 from jaxquant.interpret.values import Origin, Value
 from jaxquant.qtensor import QTensor, is_qtensor
 
@@ -24,7 +25,7 @@ def _origin_reshape(axes: Axes, old: Sequence[int], new: Sequence[int]) -> Axes 
     if 0 in old:
         return None
     out: list[tuple[int, ...]] = [()] * len(new)
-    for olds, news in moves.factors(old, new):
+    for olds, news in factors(old, new):
         held = tuple(p for a in olds for p in axes[a])
         for a in news:
             out[a] = held if new[a] != 1 or len(news) == 1 else ()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxquant.interpret.runs import factors, merge_blocks, split_block
 from jaxquant.numerics import Format, decode, get
 from jaxquant.qtensor import QTensor, storage_codes, storage_scale
 from jaxquant.spec import PerTensor, QSpec
@@ -102,35 +103,6 @@ def demote(q: QTensor) -> QTensor | None:
     )
 
 
-def _split_block(block: int, sizes: Sequence[int]) -> list[int] | None:
-    """Blocks along each of `sizes` that make runs of `block` in their flattened order."""
-    blocks: list[int] = []
-    for n in reversed(sizes):
-        if n and block % n == 0:
-            blocks.append(n)
-            block //= n
-        elif n % block == 0:
-            blocks.append(block)
-            block = 1
-        else:
-            return None
-    return blocks[::-1] if block == 1 else None
-
-
-def _merge_blocks(blocks: Sequence[int], sizes: Sequence[int]) -> int | None:
-    """Inverse of `_split_block`: the run length in flattened order, if runs are contiguous."""
-    flat, whole = 1, True
-    for b, n in zip(reversed(blocks), reversed(sizes), strict=True):
-        if n == 1:
-            continue
-        if whole:
-            flat *= b
-            whole = b == n
-        elif b != 1:
-            return None
-    return flat
-
-
 def plain(q: QTensor) -> QTensor | None:
     """`q` with codes unpacked to bytes and stored in the order of the array's own axes."""
     rank = len(q.core)
@@ -151,7 +123,7 @@ def plain(q: QTensor) -> QTensor | None:
             split: list[int] | None = [block]
             dims = [padded]
         else:
-            split = _split_block(block, dims) if padded == math.prod(dims) else None
+            split = split_block(block, dims) if padded == math.prod(dims) else None
         if split is None:
             return None
         sizes += dims
@@ -289,8 +261,8 @@ def reshape(q: QTensor, shape: Sequence[int]) -> QTensor | None:
             continue
         if any(flat.padded[a] != flat.core[a] for a in olds):
             return None
-        run = _merge_blocks([flat.blocks[a] for a in olds], sizes)
-        split = None if run is None else _split_block(run, [new[a] for a in news])
+        run = merge_blocks([flat.blocks[a] for a in olds], sizes)
+        split = None if run is None else split_block(run, [new[a] for a in news])
         if split is None:
             return None
         blocks += split
@@ -304,23 +276,3 @@ def reshape(q: QTensor, shape: Sequence[int]) -> QTensor | None:
         axes=plain_axes(len(new)),
         blocks=tuple(blocks),
     )
-
-
-def factors(
-    old: Sequence[int], new: Sequence[int]
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Cuts two shapes of equal size into the shortest runs of equal product."""
-    runs, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        a, b, left, right = i, j, 1, 1
-        while True:
-            if left <= right and i < len(old) and (left < right or i == a):
-                left, i = left * old[i], i + 1
-            elif j < len(new) and (right < left or j == b):
-                right, j = right * new[j], j + 1
-            elif left == right:
-                break
-            else:  # sizes differ: cannot be
-                raise AssertionError((old, new))
-        runs.append((tuple(range(a, i)), tuple(range(b, j))))
-    return runs

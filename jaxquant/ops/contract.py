@@ -25,6 +25,16 @@ class Sharding:
     x: tuple[Any, ...]
     w: tuple[Any, ...]
 
+    @classmethod
+    def asked(cls, wanted: Any, batch: int, x: int, w: int) -> Sharding | None:
+        """An `out_sharding` for a result of so many batch axes, axes free in `x`, in `w`."""
+        if wanted is None:
+            return None
+        bare = isinstance(wanted, PartitionSpec)
+        mesh, spec = (None, wanted) if bare else (wanted.mesh, wanted.spec)
+        entries = (*spec, *(None,) * (batch + x + w - len(spec)))
+        return cls(mesh, entries[:batch], entries[batch : batch + x], entries[batch + x :])
+
     def of(self, groups: int) -> NamedSharding | PartitionSpec:
         """For `[batch, groups, free of x, free of w]`."""
         spec = PartitionSpec(*self.batch, *(None,) * groups, *self.x, *self.w)

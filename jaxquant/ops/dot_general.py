@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxquant.ops import lowering, nibbles
@@ -195,16 +194,15 @@ def _as_stored(call: _Call, x: Array, q: QTensor, at: Placement, together: bool)
 
 def _sharding(call: _Call, moved: Operand, at: Placement) -> Sharding | None:
     """The sharding asked for, in the order `[batch, free of x, kept storage axes]`."""
-    if call.out_sharding is None:
+    free, kept = len(moved.free), len(at.keep)
+    first, second = (kept, free) if call.flipped else (free, kept)
+    asked = Sharding.asked(call.out_sharding, len(moved.batch), first, second)
+    if asked is None:
         return None
-    spec = call.out_sharding
-    mesh, spec = (None, spec) if isinstance(spec, PartitionSpec) else (spec.mesh, spec.spec)
-    nb, nx, nk = len(moved.batch), len(moved.free), len(at.keep)
-    entries = (*spec, *(None,) * (nb + nx + nk - len(spec)))
-    batch, rest = entries[:nb], entries[nb:]
-    x, kept = (rest[nk:], rest[:nk]) if call.flipped else (rest[:nx], rest[nx:])
+    of_x, of_w = (asked.w, asked.x) if call.flipped else (asked.x, asked.w)
     axes = [at.members[s][0] for s in at.keep]
-    return Sharding(mesh, batch, x, tuple(kept[sorted(axes).index(a)] for a in axes))
+    in_storage = tuple(of_w[sorted(axes).index(a)] for a in axes)
+    return Sharding(asked.mesh, asked.batch, of_x, in_storage)
 
 
 def _quantized(call: _Call, x: Operand, q: QTensor, at: Placement, spec: QSpec) -> Array:

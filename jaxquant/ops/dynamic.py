@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxquant.ops import lowering
@@ -77,7 +76,9 @@ def dot_general_dynamic(
         )
 
     def product(a: Operand, b: Operand) -> Array:
-        return contract(a, b, precision, _sharding(out_sharding, a, b)).astype(dtype)
+        return contract(
+            a, b, precision, Sharding.asked(out_sharding, len(a.batch), len(a.free), len(b.free))
+        ).astype(dtype)
 
     def rounded(a: Array, b: Array) -> tuple[Array, Array]:
         return fake(a, lhs_spec, lc), fake(b, rhs_spec, rc)
@@ -106,12 +107,3 @@ def _operand(
     values, scale, zero = quantize_activation(x, spec, shared)
     free = tuple(a for a in range(x.ndim) if a not in contract_ and a not in batch)
     return Operand(values, scale, zero, tuple(batch), free, (), tuple(contract_))
-
-
-def _sharding(wanted: Any, a: Operand, b: Operand) -> Sharding | None:
-    if wanted is None:
-        return None
-    mesh, spec = (None, wanted) if isinstance(wanted, PartitionSpec) else (wanted.mesh, wanted.spec)
-    nb, na = len(a.batch), len(a.free)
-    entries = (*spec, *(None,) * (nb + na + len(b.free) - len(spec)))
-    return Sharding(mesh, entries[:nb], entries[nb : nb + na], entries[nb + na :])
