@@ -27,12 +27,24 @@ def scales_over(
     x: Array, inner: tuple[int, ...], spec: QSpec
 ) -> tuple[Array, Array | None, Array | None]:
     """Scale, zero point and global scale of float32 `x`, shared over the axes `inner` (kept)."""
-    fmt = spec.format
-    if not spec.symmetric or spec.range == "signed":
-        high = jnp.max(x, axis=inner, keepdims=True, initial=0.0)
-        low = jnp.min(x, axis=inner, keepdims=True, initial=0.0)
     # one reduction where one is enough: activations are quantized at every call
     amax = jnp.max(jnp.abs(x), axis=inner, keepdims=True, initial=0.0)
+    if spec.symmetric and spec.range != "signed":
+        return scales_of_range(-amax, amax, amax, spec)
+    high = jnp.max(x, axis=inner, keepdims=True, initial=0.0)
+    low = jnp.min(x, axis=inner, keepdims=True, initial=0.0)
+    return scales_of_range(low, high, amax, spec)
+
+
+def scales_of_range(
+    low: Array, high: Array, amax: Array, spec: QSpec
+) -> tuple[Array, Array | None, Array | None]:
+    """Scale, zero point and global scale for values in `[low, high]`, `low <= 0 <= high`.
+
+    `amax` is the largest magnitude, `max(-low, high)`. The zero point is integral, of dtype
+    float32; the global scale, if the spec has one, belongs to the whole of `amax`.
+    """
+    fmt = spec.format
     if not spec.symmetric:
         steps = fmt.qmax - fmt.qmin
         # halves first: max - min may overflow where each alone does not
