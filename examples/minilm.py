@@ -16,6 +16,7 @@ import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import _data
@@ -54,6 +55,11 @@ PUBLISHED = np.array([[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1
 # Name: what it stores and computes with, and the recipe.
 PRESETS: dict[str, tuple[str, jq.Recipe]] = {
     "w8a8": ("int8 / int8", jq.w8a8()),
+    "w8a8_static": (
+        "int8 / int8 static",
+        jq.w8a8_static(per_channel=True, attention=True),
+    ),
+    "per_tensor": ("int8 / int8 static", jq.w8a8_static(attention=True)),
     "w8a16": ("int8 / float", jq.w8a16()),
     "nf4": ("nf4 g64 / float", jq.nf4(group=64)),
     "w4a16": ("int4 g64 / float", jq.w4a16(group=64)),
@@ -61,7 +67,8 @@ PRESETS: dict[str, tuple[str, jq.Recipe]] = {
     "fp8": ("float8 / float8", jq.fp8()),
     "mxfp4": ("mxfp4 / float", jq.mxfp4()),
 }
-QUICK = ("w8a8", "w4a16")
+QUICK = ("w8a8", "w8a8_static", "w4a16")
+CALIBRATION = 256  # further snippets, which static activations get their ranges from
 
 
 def check_float(
@@ -94,10 +101,12 @@ def measure(
     presets: list[str],
     console: Console,
     rounds: int = 9,
+    calibration: Sequence[Batch] = (),
 ) -> list[Row]:
     """Rows for float and for each preset; with `rounds=0` nothing is timed.
 
-    Each function is jitted once and compiled once per bucket; the times are of the last bucket.
+    `calibration` are batches of one length, for presets whose activations are static. Each function
+    is jitted once and compiled once per bucket; the times are of the last bucket.
     """
     weights = tree_size(variables)
     rows = [Row("float32", "float / float", tree_bytes(variables), weights)]
@@ -109,7 +118,11 @@ def measure(
         for name in presets:
             how, recipe = PRESETS[name]
             task = bars.add_task(f"{name}: quantizing", total=len(batches))
-            qvariables, report = jq.ptq(model.apply, variables, recipe, last.ids, last.mask)
+            static = any(rule.observer is not None for rule in recipe)
+            given = {"batches": [(b.ids, b.mask) for b in calibration]} if static else {}
+            qvariables, report = jq.ptq(
+                model.apply, variables, recipe, last.ids, last.mask, **given
+            )
             encoders[name] = (jax.jit(jq.quantized(model.apply)), qvariables)
             bars.update(task, description=f"{name}: embedding")
             found = embed(encoders[name], batches, lambda task=task: bars.advance(task))
@@ -120,6 +133,13 @@ def measure(
             for row in rows:
                 row.seconds = seconds[row.name]
     return rows
+
+
+def calibration_snippets(measured: Sequence[str], count: int) -> list[str]:
+    """`count` snippets that are not among the measured ones, evenly spaced over the file."""
+    known = set(measured)
+    others = [s for s in _data.review_snippets(5000) if s not in known]
+    return others[:: len(others) // count][:count]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,11 +161,13 @@ def main(argv: list[str] | None = None) -> int:
         with console.status("fetching MiniLM-L6 (84 MB, the first time only) and the snippets"):
             files = _data.minilm_files()
             sentences = _data.review_snippets(count)
+            others = calibration_snippets(sentences, CALIBRATION // (4 if options.quick else 1))
     except (RuntimeError, ValueError) as error:
         console.print(f"[red]{error}[/red]", highlight=False)
         return 1
     model, variables, tensors = load(files)
     batches = make_batches(files["tokenizer.json"], sentences, BUCKETS, BATCH)
+    calibration = make_batches(files["tokenizer.json"], others, BUCKETS[-1:], BATCH)
 
     worst, similar = check_float(model, variables, tensors, files, batches[0])
     console.print(f"float check: at most [bold]{worst:.1e}[/bold] from plain NumPy (8 snippets)")
@@ -156,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     ):
         console.print(f"  cosine {found:.4f} (published {said:.4f})  {first!r} ~ {second!r}")
 
-    rows = measure(model, variables, batches, presets, console, options.rounds)
+    rows = measure(model, variables, batches, presets, console, options.rounds, calibration)
     title = f"MiniLM-L6 sentence embeddings, {count:,} review snippets, against float"
     caption = timing_note(batches[-1], options.rounds)
     console.print(table(rows, title, caption))

@@ -4,8 +4,10 @@
 from float ones by a recipe. See the README for five-line examples.
 """
 
-from jaxquant import linen, nnx
+from jaxquant import linen, nnx, observers
+from jaxquant.capture import Statistics, activation_report, capture
 from jaxquant.encoders import rtn
+from jaxquant.fold import fold_batchnorm
 from jaxquant.interpret import Site, Sites, quantized, trace
 from jaxquant.numerics import BlockFormat, Format, codebook_format
 from jaxquant.numerics.table import formats
@@ -29,15 +31,19 @@ from jaxquant.recipe import (
     w4a8,
     w4a16,
     w8a8,
+    w8a8_integer,
+    w8a8_static,
     w8a16,
 )
-from jaxquant.report import Event, LeafReport, Report
+from jaxquant.report import ActivationReport, Edge, Event, LeafReport, Report, SiteReport
 from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationReport",
     "BlockFormat",
+    "Edge",
     "Event",
     "Format",
     "LeafReport",
@@ -51,11 +57,16 @@ __all__ = [
     "Report",
     "Rule",
     "Site",
+    "SiteReport",
     "Sites",
+    "Statistics",
+    "activation_report",
+    "capture",
     "codebook_format",
     "combine",
     "dequantize",
     "dequantize_params",
+    "fold_batchnorm",
     "formats",
     "fp8",
     "int2",
@@ -69,6 +80,7 @@ __all__ = [
     "mxfp4",
     "nf4",
     "nnx",
+    "observers",
     "partition",
     "ptq",
     "quantize",
@@ -80,5 +92,7 @@ __all__ = [
     "w4a8",
     "w4a16",
     "w8a8",
+    "w8a8_integer",
+    "w8a8_static",
     "w8a16",
 ]

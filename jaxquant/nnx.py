@@ -1,9 +1,10 @@
-"""The door for Flax NNX: `ptq` gives a quantized copy of a model, as a module of its own."""
+"""The door for Flax NNX: `ptq` gives a quantized copy of a model; `capture` observes one."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,8 +12,10 @@ import jax
 from flax import nnx
 from jax import Array
 
+from jaxquant.capture import Statistics, arguments, capture_with
 from jaxquant.interpret.calls import is_traced, trace_call
 from jaxquant.interpret.serve import serve
+from jaxquant.observers import Observer
 from jaxquant.ptq import ptq as ptq_function
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe, Rule, as_recipe
@@ -27,6 +30,8 @@ def ptq(
     *args: Any,
     method: str = "__call__",
     key: Array | None = None,
+    batches: Iterable[Any] | None = None,
+    stats: Statistics | None = None,
     **kwargs: Any,
 ) -> tuple[Quantized, Report]:
     """Quantizes the parameters of an NNX model by a recipe, into a new model.
@@ -42,6 +47,9 @@ def ptq(
       *args: what to trace the method with.
       method: name of the method to trace; parameters that it does not use stay float.
       key: PRNG key for encoders that round stochastically.
+      batches: calibration samples for rules with an observer, each the tuple of the method's
+        arguments (or the one argument); of the first `args` are the default.
+      stats: what `capture` found, in place of `batches`.
       **kwargs: keyword arguments of the method.
 
     Returns:
@@ -63,27 +71,82 @@ def ptq(
     True
     """
     recipe = as_recipe(recipe, "nnx.ptq", model)
-    model = model.model if isinstance(model, Quantized) else model
-    if not isinstance(model, nnx.Module):
-        raise ValueError(f"nnx.ptq: expected an nnx.Module, got {type(model).__name__}")
-    if not callable(getattr(model, method, None)):
-        raise ValueError(f"nnx.ptq: {type(model).__name__} has no method {method!r}")
-    for path, v in nnx.iter_graph(model):
-        if isinstance(v, nnx.Variable) and (v.hijax or v.ref):
-            name, kind = "/".join(map(str, path)), "hijax" if v.hijax else "ref"
-            raise ValueError(
-                f"nnx.ptq: {name}: expected a plain Variable, got one with {kind}=True; "
-                f"pass nnx.with_vars(model, {kind}=False)"
-            )
-    parts: Any = nnx.split(model, nnx.Param, ...)
-    graphdef, params, rest = parts
+    graphdef, params, rest = _parts(model, method, "nnx.ptq")
 
     def call(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         copy = nnx.merge(graphdef, params, rest, copy=True)
         return _arrays(getattr(copy, method)(*args, **kwargs))[0]
 
-    qparams, report = ptq_function(call, params, recipe, rest, args, kwargs, key=key)
+    samples = None if batches is None else ((rest, arguments(b), kwargs) for b in batches)
+    given = (rest, args, kwargs) if args or samples is None else ()
+    qparams, report = ptq_function(
+        call, params, recipe, *given, key=key, batches=samples, stats=stats
+    )
     return Quantized(nnx.merge(graphdef, qparams, rest, copy=True)), report
+
+
+def capture(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    recipe: Recipe | Rule | Iterable[Rule] | Observer,
+    *,
+    method: str = "__call__",
+    resume: Statistics | str | os.PathLike[str] | None = None,
+    save: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Statistics:
+    """Runs `model(*batch)` for every batch and gathers statistics of its activations.
+
+    As `jaxquant.capture`, with the key paths of `ptq`. The model stays as it is: each batch finds
+    the same batch statistics and random states, so call `model.eval()` first.
+
+    Args:
+      model: the model, float or quantized.
+      batches: any iterable of tuples of the method's arguments, or of single ones.
+      recipe: rules with `observer=`; or one observer, for all contractions.
+      method: name of the method to run.
+      resume: statistics of an interrupted capture, or their file.
+      save: a file to keep the statistics in.
+      progress: a progress bar, on standard error.
+
+    Raises:
+      ValueError: as `jaxquant.capture`; `model` is no NNX module, lacks the method or has variables
+        that are references.
+
+    >>> import jax.numpy as jnp, jaxquant.nnx, jaxquant as jq
+    >>> from flax import nnx
+    >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    >>> print(jq.nnx.capture(model, [jnp.ones((3, 4))], jq.observers.minmax()))
+    site    operand  observer  range   updates
+    kernel  lhs      minmax    0 .. 1  1
+    """
+    where = "nnx.capture"
+    graphdef, params, rest = _parts(model, method, where)
+
+    def call(params: Any, rest: Any, *args: Any) -> Any:
+        copy = nnx.merge(graphdef, params, rest, copy=True)
+        return _arrays(getattr(copy, method)(*args))[0]
+
+    return capture_with(
+        where, call, params, (rest,), batches, recipe, resume=resume, save=save, progress=progress
+    )
+
+
+def _parts(model: Any, method: str, where: str) -> Any:
+    """A model as graph definition, parameters, and the rest of its state."""
+    model = model.model if isinstance(model, Quantized) else model
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"{where}: expected an nnx.Module, got {type(model).__name__}")
+    if not callable(getattr(model, method, None)):
+        raise ValueError(f"{where}: {type(model).__name__} has no method {method!r}")
+    for path, v in nnx.iter_graph(model):
+        if isinstance(v, nnx.Variable) and (v.hijax or v.ref):
+            name, kind = "/".join(map(str, path)), "hijax" if v.hijax else "ref"
+            raise ValueError(
+                f"{where}: {name}: expected a plain Variable, got one with {kind}=True; "
+                f"pass nnx.with_vars(model, {kind}=False)"
+            )
+    return nnx.split(model, nnx.Param, ...)
 
 
 class Quantized(nnx.Module):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.interpret.moves import (
+    calibrated,
     opened,
     place_of,
     plain,
@@ -96,6 +97,7 @@ def cut(
     for name in ("codebook", "global_scale"):  # these have batch axes only
         held = getattr(flat, name)
         static[name] = None if held is None else _leading(held, spans, nb)
+    static["calibration"] = calibrated(flat, lambda a: _leading(a, spans, nb))
     return rebuilt(flat, take_codes, take_scales, **static)
 
 
@@ -143,7 +145,8 @@ def reverse(q: QTensor, dims: Sequence[int]) -> QTensor | None:
         name: None if getattr(flat, name) is None else lax.rev(getattr(flat, name), lead)
         for name in ("codebook", "global_scale")
     }
-    return with_arrays(out, **held_by_batch)
+    calibration = calibrated(flat, lambda a: lax.rev(a, lead))
+    return with_arrays(out, **held_by_batch, calibration=calibration)
 
 
 def concatenate(qs: Sequence[QTensor], axis: int) -> QTensor | None:
@@ -163,10 +166,12 @@ def concatenate(qs: Sequence[QTensor], axis: int) -> QTensor | None:
     if axis >= nb:
         core[axis - nb] = sum(f.core[axis - nb] for f in joined)
 
-    parts = {}
+    parts: dict[str, Any] = {}
     for name in ("codes", "scale", "zero_point"):
         held = [getattr(f, name) for f in joined]
         parts[name] = None if held[0] is None else lax.concatenate(held, at or 0)
+    if axis < nb:
+        parts["calibration"] = None
     return with_arrays(dataclasses.replace(first, core=tuple(core)), **parts)
 
 
@@ -220,6 +225,7 @@ def rows(q: QTensor, indices: Array, axis: int, mode: Any) -> QTensor | None:
         gather,
         gather,
         global_scale=None if glob is None else jnp.broadcast_to(glob, lead),
+        calibration=None,
         core=q.core[:axis] + q.core[axis + 1 :],
         axes=tuple(tuple(a + (a < gone) for a in m) for i, m in enumerate(q.axes) if i != at),
         blocks=tuple(b for i, b in enumerate(q.blocks) if i != at),

@@ -7,6 +7,7 @@ is reported.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
@@ -15,14 +16,15 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxquant.interpret import _compat, layout
+from jaxquant.interpret import _compat, integers, layout
 from jaxquant.interpret.control_flow import RULES
+from jaxquant.interpret.integers import CONTRACTIONS
 from jaxquant.interpret.scopes import site_scope
-from jaxquant.interpret.values import Facts, Value, known_nonneg, merge, nonneg
+from jaxquant.interpret.slots import SiteValues
+from jaxquant.interpret.values import Facts, Value, known_nonneg, merge, nonneg, varies
+from jaxquant.ops import is_integers
 from jaxquant.qtensor import dequantize, is_qtensor
 from jaxquant.report import Event
-
-CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Policy(Protocol):
     """What to do at a site. Data for data: the interpreter keeps the facts."""
 
     inline_rules: bool
+    ahead: bool  # whether what follows from concrete params alone is computed while tracing
 
     def contract(self, ip: Interpreter, site: Contraction) -> Any:
         """The contraction's result."""
@@ -60,8 +63,17 @@ class Policy(Protocol):
     def meets(self, eqn: Any, operand: Value) -> None:
         """Told of each parameter that an equation computes with other than by contraction."""
 
-    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple:
-        """What else two calls of one jitted helper must share to be transformed once."""
+    def summed(self, data: Any) -> None:
+        """Told of integers after each step between contractions."""
+
+    def leaves(self, data: Any, where: str, reason: str) -> None:
+        """Told of each activation kept as integers that becomes float, and why."""
+
+    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
+        """What else two calls of one jitted helper must share to be transformed once.
+
+        `None`: the helper is evaluated in place, as if it were not jitted.
+        """
 
     def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
         """Whether a `custom_jvp` or `custom_vjp` body must be entered."""
@@ -70,9 +82,12 @@ class Policy(Protocol):
 class Interpreter:
     """One evaluation of one traced function: holds what lasts for that evaluation only."""
 
-    def __init__(self, policy: Policy, paths: Sequence[str]) -> None:
+    def __init__(
+        self, policy: Policy, paths: Sequence[str], slots: SiteValues | None = None
+    ) -> None:
         self.policy = policy
         self.paths = paths
+        self.slots = SiteValues() if slots is None else slots
         self.events: dict[Event, None] = {}
         self.jits: dict[Any, Any] = {}
         self._keys: dict[tuple[int, ...], str] = {}
@@ -122,6 +137,15 @@ class Interpreter:
             if name in CONTRACTIONS:
                 return [self._contract(eqn, operands, positive, scope)]
             enter = RULES.get(name)
+            if any(is_integers(v.data) for v in operands) and name not in integers.ENTERED:
+                with self._ahead(operands if name in integers.AFFINE else ()):
+                    kept = integers.results(eqn, operands)
+                if kept is not None:
+                    self.policy.summed(kept[0])
+                    facts, signs = merge([v.facts for v in operands]), nonneg(eqn, positive)
+                    return _valued(kept, facts, None, signs, None)
+                reason = integers.why(eqn, operands)
+                operands = [self.in_float(v, scope, name, reason) for v in operands]
             if enter is not None and self._worth_entering(eqn, operands):
                 return enter(self, eqn, operands, positive, scope)
             return self._plain(eqn, operands, positive, scope)
@@ -129,7 +153,7 @@ class Interpreter:
             self._path = outer
 
     def _worth_entering(self, eqn: Any, operands: list[Value]) -> bool:
-        return any(v.is_param for v in operands) or any(
+        return any(v.is_param or is_integers(v.data) for v in operands) or any(
             self.contracts(inner) for inner in _compat.inner_jaxprs(eqn)
         )
 
@@ -169,13 +193,11 @@ class Interpreter:
             results = layout.quantized_results(eqn, operands)
         if results is None:
             data = [self.dense(v, eqn, scope) for v in operands]
-            results = _compat.bind(eqn, data)
+            with self._ahead(operands):
+                results = _compat.bind(eqn, data)
         if name == "optimization_barrier":
             return [Value(r, v.facts) for r, v in zip(results, operands, strict=True)]
-        return [
-            Value(r, dataclasses.replace(facts, origin=origin, nonneg=s))
-            for r, s in zip(results, signs, strict=True)
-        ]
+        return _valued(results, facts, origin, signs, varies(eqn, operands))
 
     def _contract(
         self, eqn: Any, operands: list[Value], positive: list[bool], scope: tuple[str, ...]
@@ -221,6 +243,9 @@ class Interpreter:
 
     def dense(self, value: Value, eqn: Any, scope: tuple[str, ...]) -> Any:
         """The data as an ordinary array; a `QTensor` is dequantized and that is reported."""
+        if is_integers(value.data):
+            name = eqn.primitive.name
+            return self.in_float(value, scope, name, integers.why(eqn, [value])).data
         if not is_qtensor(value.data):
             return value.data
         path = value.facts.origin.path if value.facts.origin else "a quantized value"
@@ -230,6 +255,21 @@ class Interpreter:
         self.report("dequantized", path, name, f"in {self.where(scope)}")
         return dequantize(value.data)
 
+    def _ahead(self, operands: Sequence[Value]) -> contextlib.AbstractContextManager[Any]:
+        """Where what follows from known params alone is computed, not traced, if so wished."""
+        given = [v for v in operands if not is_integers(v.data)]
+        known = not any(v.facts.live or isinstance(v.data, jax.core.Tracer) for v in given)
+        if self.policy.ahead and given and known and not any(is_qtensor(v.data) for v in given):
+            return jax.ensure_compile_time_eval()
+        return contextlib.nullcontext()
+
+    def in_float(self, value: Value, scope: tuple[str, ...], name: str, reason: str) -> Value:
+        """An activation that is kept as integers, as floats; that an edge ends here is reported."""
+        if not is_integers(value.data):
+            return value
+        self.policy.leaves(value.data, f"{name} in {self.where(scope)}", reason)
+        return Value(value.data.floats(), value.facts)
+
     def where(self, scope: tuple[str, ...]) -> str:
         """The scope in words."""
         return site_scope(scope, self.paths) or "the root"
@@ -237,6 +277,19 @@ class Interpreter:
     def report(self, kind: str, where: str, primitive: str, message: str) -> None:
         """Adds an event, once."""
         self.events.setdefault(Event(kind, where, primitive, message))
+
+
+def _valued(
+    results: Sequence[Any],
+    facts: Facts,
+    origin: Any,
+    signs: Sequence[bool],
+    over: frozenset[int] | None,
+) -> list[Value]:
+    return [
+        Value(r, dataclasses.replace(facts, origin=origin, nonneg=s, over=over))
+        for r, s in zip(results, signs, strict=True)
+    ]
 
 
 def param_first(lhs: Value, rhs: Value) -> list[Value]:

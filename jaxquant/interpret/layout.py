@@ -172,10 +172,21 @@ def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
         return None
     if name in _IDENTITY:
         return [q]
-    if name in ("mul", "div"):
-        return _scaled(name, q, data)
+    if (
+        q.calibration is not None
+        and q.calibration.divisor is not None
+        and name != "convert_element_type"
+    ):
+        return None  # a divisor stays with the axis it was made for
     rule = _RULES.get(name)
-    return None if rule is None else rule(eqn, q, data)
+    results = _scaled(name, q, data) if name in ("mul", "div") else rule and rule(eqn, q, data)
+    if not results or name == "optimization_barrier":
+        return results or None
+    # what was made for the values as they lay no longer fits
+    return [
+        dataclasses.replace(r, calibration=moves.calibrated(r, lambda a: a)) if is_qtensor(r) else r
+        for r in results
+    ]
 
 
 def _one(q: QTensor | None) -> list[Any] | None:

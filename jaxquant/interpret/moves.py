@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from jaxquant.interpret.runs import factors, merge_blocks, split_block
 from jaxquant.numerics import Format, decode, get
-from jaxquant.qtensor import QTensor, storage_codes, storage_scale
+from jaxquant.qtensor import Calibration, QTensor, storage_codes, storage_scale
 from jaxquant.spec import PerTensor, QSpec
 
 
@@ -30,6 +30,11 @@ def rebuilt(
 def with_arrays(q: QTensor, **arrays: Any) -> QTensor:
     """`q` with some of its arrays replaced."""
     return dataclasses.replace(q, **arrays)
+
+
+def calibrated(q: QTensor, batch: Callable[[Array], Array]) -> Calibration | None:
+    """What calibration fixed and still holds once values have moved and batch axes have changed."""
+    return None if q.calibration is None else q.calibration.moved(batch)
 
 
 def plain_axes(rank: int) -> tuple[tuple[int, ...], ...]:
@@ -71,6 +76,7 @@ def promote(q: QTensor) -> QTensor | None:
         core=q.batch + q.core,
         axes=tuple((a,) for a in range(-rank, n - rank)) + q.axes,
         blocks=(1,) * n + q.blocks,
+        calibration=None,  # there is no saying which index a grid belongs to
     )
 
 
@@ -100,6 +106,7 @@ def demote(q: QTensor) -> QTensor | None:
         core=q.core[1:],
         axes=q.axes[:at] + q.axes[at + 1 :],
         blocks=q.blocks[:at] + q.blocks[at + 1 :],
+        calibration=calibrated(q, lambda a: jnp.broadcast_to(a, (q.core[0], *a.shape))),
     )
 
 

@@ -62,6 +62,7 @@ class Recorder:
     """The policy that computes in float and writes down each site."""
 
     inline_rules = False
+    ahead = False
 
     def __init__(self) -> None:
         self.sites: dict[str, Site] = {}
@@ -76,7 +77,8 @@ class Recorder:
         name = eqn.primitive.name
         held = param_first(lhs, rhs)
         if held and held[0].facts.origin is not None:
-            summed, batched = dimensions(eqn, "lhs" if held[0] is lhs else "rhs")
+            side, other = ("lhs", "rhs") if held[0] is lhs else ("rhs", "lhs")
+            summed, batched = dimensions(eqn, side)
             for key, origin in zip(site.keys, held[0].facts.origin.parts, strict=True):
                 contracted = _named(origin, summed)
                 self.sites[key] = Site(
@@ -90,11 +92,22 @@ class Recorder:
                     batched=tuple(a for a in _named(origin, batched) if a not in contracted),
                     operands=operands,
                     scope=scope,
+                    over=tuple(dimensions(eqn, other)[0]),
                 )
         elif name == "dot_general" and both_live(lhs, rhs):
             dtype = str(eqn.outvars[0].aval.dtype)
             self.sites[site.keys[0]] = Site(
-                site.keys[0], name, None, (), dtype, (), (), (), operands, scope
+                site.keys[0],
+                name,
+                None,
+                (),
+                dtype,
+                (),
+                (),
+                (),
+                operands,
+                scope,
+                (lhs.facts.nonneg, rhs.facts.nonneg),
             )
         return _compat.bind(eqn, data)[0]
 
@@ -125,6 +138,12 @@ class Recorder:
         """Notes the first other primitive that a parameter meets."""
         if operand.facts.origin is not None:
             self.met.setdefault(operand.facts.origin.path, eqn.primitive.name)
+
+    def summed(self, data: Any) -> None:
+        """Nothing is kept as integers here."""
+
+    def leaves(self, data: Any, where: str, reason: str) -> None:
+        """Nothing is kept as integers here."""
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple:
         """Every call of a helper is a call path of its own."""

@@ -12,11 +12,15 @@ import jax.numpy as jnp
 from jaxquant import ops
 from jaxquant.interpret import _compat
 from jaxquant.interpret.calls import Call, trace_call
-from jaxquant.interpret.evaluate import CONTRACTIONS, Contraction, Interpreter
+from jaxquant.interpret.evaluate import Contraction, Interpreter
+from jaxquant.interpret.integers import CONTRACTIONS, why
+from jaxquant.interpret.observe import places_of
 from jaxquant.interpret.record import both_live
+from jaxquant.interpret.slots import SiteValues, Slot
 from jaxquant.interpret.values import Facts, Value
 from jaxquant.numerics import get
-from jaxquant.qtensor import QTensor, dequantize, is_qtensor
+from jaxquant.ops import is_integers
+from jaxquant.qtensor import Grid, QTensor, dequantize, is_qtensor
 from jaxquant.recipe import Recipe, as_recipe, attention_spec
 from jaxquant.report import Event
 from jaxquant.spec import QSpec
@@ -64,17 +68,38 @@ def serve(
     With `audit`, for a report: each call of a jitted helper is looked at by itself, and so is
     each contraction that was to run on integers.
     """
-    found = [leaf for leaf in call.leaves if is_qtensor(leaf)]
-    if not found:
+    policy = policy_of(call, recipe, audit=audit)
+    if policy is None:
         raise ValueError(
             "quantized: no QTensor among the arguments; quantize the params first, as in "
             "qparams, report = jaxquant.ptq(fn, params, recipe, *args)"
         )
-    rules = _attention(found) if recipe is None else recipe.attention
-    interpreter = Interpreter(Serve(rules, audit), call.param_paths)
+    interpreter = Interpreter(policy, call.param_paths, attention_grids(call))
     # whatever a quantized leaf meets, asking for its gradient is a mistake that must be heard
     leaves = [ops.constant(leaf) if is_qtensor(leaf) else leaf for leaf in call.leaves]
     return call.run(interpreter, leaves), tuple(interpreter.events)
+
+
+def policy_of(call: Call, recipe: Recipe | None = None, *, audit: bool = False) -> Serve | None:
+    """The policy that a call's quantized leaves ask for; `None` if there are none."""
+    found = [leaf for leaf in call.leaves if is_qtensor(leaf)]
+    if not found:
+        return None
+    return Serve(_attention(found) if recipe is None else recipe.attention, audit)
+
+
+def attention_grids(call: Call) -> SiteValues:
+    """Calibrated grids of contractions without a parameter, each where its site is."""
+    grids: dict[str, tuple[Grid, Grid]] = {}
+    for leaf in call.leaves:
+        if is_qtensor(leaf) and leaf.calibration is not None:
+            grids |= leaf.calibration.attention or {}
+    values = {}
+    for place in places_of(call) if grids else ():
+        if not place.params and place.keys[0] in grids:
+            lhs, rhs = grids[place.keys[0]]
+            values[place.slot] = lhs if place.slot.name == "lhs" else rhs
+    return SiteValues(values)
 
 
 def _attention(found: list[QTensor]) -> tuple[tuple[Any, QSpec | None], ...]:
@@ -91,6 +116,7 @@ class Serve:
     """The policy that contracts on codes."""
 
     inline_rules = True
+    ahead = False
 
     def __init__(
         self, attention: tuple[tuple[Any, QSpec | None], ...], audit: bool = False
@@ -107,7 +133,11 @@ class Serve:
         lhs, rhs, eqn = site.lhs, site.rhs, site.eqn
         name, p = eqn.primitive.name, eqn.params
         if not is_qtensor(lhs.data) and not is_qtensor(rhs.data):
-            return self._float(site)
+            return self._float(ip, site)
+        kept = self._integers(ip, site)
+        if kept is not None:
+            return kept
+        lhs, rhs = (self._in_float(ip, site, v) for v in (lhs, rhs))
         left, right = lhs.data, rhs.data
         if is_qtensor(left) and is_qtensor(right):  # the one that is more an activation gives way
             if lhs.facts.live or not rhs.facts.live:
@@ -124,23 +154,85 @@ class Serve:
             op = functools.partial(ops.conv_general_dilated, **known)
         else:
             op = functools.partial(ops.ragged_dot_general, **p)
+        if name != "dot_general" or not _divides(site, left, right):
+            left, right = (_undivided(d) for d in (left, right))
+            if not is_qtensor(left) and not is_qtensor(right):
+                return _compat.bind(eqn, [left, right, *(v.data for v in site.rest)])[0]
         operands = (left, right, *(v.data for v in site.rest))
         if self.audit:
             _audit(ip, site, op, operands)
         return op(*operands)
 
-    def _float(self, site: Contraction) -> Any:
-        lhs, rhs = site.lhs, site.rhs
+    def _in_float(self, ip: Interpreter, site: Contraction, value: Value) -> Value:
+        return ip.in_float(value, site.scope, site.eqn.primitive.name, why(site.eqn, []))
+
+    def _integers(self, ip: Interpreter, site: Contraction) -> Any:
+        """Sums that stay integers, where the parameter's rule says so; or `None`."""
+        flipped = is_qtensor(site.lhs.data)
+        value, q = (site.rhs, site.lhs.data) if flipped else (site.lhs, site.rhs.data)
+        name, p = site.eqn.primitive.name, site.eqn.params
+        if not is_qtensor(q) or q.use.requantize is None or is_qtensor(value.data):
+            return None
+        held = q.calibration
+        if held is None or held.input is None or held.input.scale.ndim or held.divisor is not None:
+            return None
+        grid = held.input
+        about = {"key": site.keys[0], "dtype": site.eqn.outvars[0].aval.dtype.name}
+        over: Any = ()
+        if name == "dot_general":
+            (lc, rc), batch = p["dimension_numbers"]
+            over = (rc, lc) if flipped else (lc, rc)
+            if any(batch) or p.get("out_sharding") is not None:
+                return None
+        elif name != "conv_general_dilated" or flipped:
+            return None
+        x = value.data
+        x = x.activation() if isinstance(x, ops.Accumulator) else x
+        if isinstance(x, ops.Activation) and self.on_grid(x, q):
+            codes = x.codes
+            self.edge(x, site.keys[0])
+        else:
+            codes, spec = self._in_float(ip, site, value).data, q.use.activations
+            if spec is None or not jnp.issubdtype(codes.dtype, jnp.floating):
+                return None
+            codes = ops.on_grid(ops.inference_only(codes), grid, spec)
+        if name == "dot_general":
+            sums = ops.dot_integer(codes, q, over, flipped, **about)
+        else:
+            known = {k: v for k, v in p.items() if k != "out_sharding"}
+            sums = ops.conv_integer(ops.conv_of(**known), codes, q, **about)
+        self.summed(sums)
+        return sums
+
+    def on_grid(self, x: ops.Activation, q: QTensor) -> bool:
+        """Whether an activation has the codes that a parameter's contraction takes."""
+        return x.name == q.use.grid
+
+    def summed(self, data: Any) -> None:
+        """Told of each step that is folded into the sums of a contraction."""
+
+    def edge(self, x: ops.Activation, target: str) -> None:
+        """Told of each activation that stays integer from one site to another."""
+
+    def leaves(self, data: Any, where: str, reason: str) -> None:
+        """Of no matter here."""
+
+    def _float(self, ip: Interpreter, site: Contraction) -> Any:
+        lhs, rhs = (self._in_float(ip, site, v) for v in (site.lhs, site.rhs))
         data = [lhs.data, rhs.data, *(v.data for v in site.rest)]
         spec = None
         if self.any_attention and site.eqn.primitive.name == "dot_general" and both_live(lhs, rhs):
             spec = attention_spec(self.attention, site.keys[0])
         if spec is None:
             return _compat.bind(site.eqn, data)[0]
-        lhs_spec, rhs_spec = (unsigned(spec) if v.facts.nonneg else spec for v in (lhs, rhs))
-        return ops.dot_general_dynamic(
-            *data, **site.eqn.params, lhs_spec=lhs_spec, rhs_spec=rhs_spec
-        )
+        how: dict[str, Any] = {
+            f"{name}_spec": unsigned(spec) if v.facts.nonneg else spec
+            for name, v in (("lhs", lhs), ("rhs", rhs))
+        }
+        how |= {
+            f"{name}_grid": ip.slots.values.get(Slot(ip.call_path, name)) for name in ("lhs", "rhs")
+        }
+        return ops.dot_general_dynamic(data[0], data[1], **{**site.eqn.params, **how})
 
     def lookup(self, eqn: Any, key: str, operand: Value) -> None:
         """Lookups need no policy: rows stay quantized until something computes with them."""
@@ -150,14 +242,32 @@ class Serve:
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple:
         """Calls differ by what is quantized (structure), live or a parameter; seldom by key."""
-        kinds = tuple((f.live, f.nonneg, f.origin is not None) for f in facts)
+        kinds = tuple((f.live, f.nonneg, f.origin is not None, f.over) for f in facts)
         return (kinds,) if self.uniform else (kinds, ip.call_path)
 
     def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
         """Enters where a quantized operand or a matched attention may contract inside."""
+        if any(is_integers(v.data) for v in operands):
+            return True
         if not ip.contracts(jaxpr):
             return False
         return self.any_attention or any(is_qtensor(v.data) for v in operands)
+
+
+def _divides(site: Contraction, left: Any, right: Any) -> bool:
+    """Whether the other operand can be divided as a parameter's divisor asks."""
+    q, side = (left, 0) if is_qtensor(left) else (right, 1)
+    held = q.calibration
+    if held is None or held.divisor is None:
+        return True
+    summed = site.eqn.params["dimension_numbers"][0][side]
+    return held.divisor.ndim == 1 and q.ndim + held.axis in summed
+
+
+def _undivided(data: Any) -> Any:
+    """A parameter with a divisor as floats."""
+    held = data.calibration if is_qtensor(data) else None
+    return data if held is None or held.divisor is None else dequantize(data)
 
 
 def _audit(ip: Interpreter, site: Contraction, op: Callable[..., Any], operands: Any) -> None:

@@ -46,7 +46,8 @@ def _local(q: QTensor, mesh: Any, spec: Sequence[Any]) -> QTensor | None:
             return None
         core[merged[0] + len(q.core)] //= n
         blocks[at] = q.padded[at] // n if whole else block
-    return dataclasses.replace(q, core=tuple(core), blocks=tuple(blocks))
+    held = None if q.calibration is None else q.calibration.moved()
+    return dataclasses.replace(q, core=tuple(core), blocks=tuple(blocks), calibration=held)
 
 
 def shard_map(
@@ -79,27 +80,29 @@ def shard_map(
         dataclasses.replace(v.facts, nonneg=n) for v, n in zip(operands, positive, strict=True)
     ]
     out_facts: list[Facts] = []
+    slots = ip.slots.inside(ip.call_path)
 
-    def body(*shards: Any) -> list[Any]:
+    def body(own: list[Any], *shards: Any) -> list[Any]:
         values = []
         for shard, made, fact in zip(shards, rebuild, facts, strict=True):
             if made is not None:
                 local, names = made
                 shard = dataclasses.replace(local, **dict(zip(names, shard, strict=True)))
             values.append(Value(shard, fact))
-        out = ip.run(jaxpr, consts, values, scope)
+        with ip.slots.shutting("a shard_map"):
+            out, _ = ip.slots.within(slots, own, lambda: ip.run(jaxpr, consts, values, scope))
         out_facts[:] = [v.facts for v in out]
         return [ip.dense(v, eqn, scope) for v in out]
 
     call = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=tuple(specs),
+        in_specs=(PartitionSpec(), *specs),
         out_specs=list(p["out_specs"]),
         axis_names=set(p["newly_manual_axes"]),
         check_vma=p["check_vma"],
     )
-    out = call(*leaves)
+    out = call(ip.slots.read(slots), *leaves)
     return [
         Value(d, dataclasses.replace(f, origin=None)) for d, f in zip(out, out_facts, strict=True)
     ]

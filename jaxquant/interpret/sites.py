@@ -46,6 +46,8 @@ class Site:
       batched: axes of the parameter that are batch dimensions of the contraction.
       operands: shapes of both operands as the contraction sees them.
       scope: the enclosing name scopes.
+      nonneg: of a contraction of two activations, which of them cannot be negative.
+      over: axes of the other operand that are summed over.
     """
 
     key: str
@@ -58,6 +60,8 @@ class Site:
     batched: tuple[int, ...]
     operands: tuple[tuple[int, ...], tuple[int, ...]]
     scope: str
+    nonneg: tuple[bool, bool] = (False, False)
+    over: tuple[int, ...] = ()
 
     @property
     def axes(self) -> str:

@@ -56,12 +56,14 @@ class Facts:
       live: whether it depends on the function's inputs, not on parameters alone.
       nonneg: whether it cannot be negative (softmax, relu), so that unsigned codes fit it.
       near: where the last sites that fed it are; it names contractions that have no parameter.
+      over: axes along which the value may vary; `None` is all.
     """
 
     origin: Origin | None = None
     live: bool = False
     nonneg: bool = False
     near: frozenset[str] = frozenset()
+    over: frozenset[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -81,6 +83,47 @@ def merge(facts: list[Facts], nonneg: bool = False) -> Facts:
     """Facts of a result that all of these went into."""
     near = frozenset().union(*(f.near for f in facts)) if facts else frozenset()
     return Facts(None, any(f.live for f in facts), nonneg, near)
+
+
+def varying(value: Value) -> frozenset[int]:
+    """The axes along which a value may vary."""
+    shape = jnp.shape(value.data)
+    if value.facts.over is not None:
+        return value.facts.over
+    return frozenset(a for a, n in enumerate(shape) if n != 1)
+
+
+_POINTWISE = {
+    *("add", "sub", "mul", "div", "neg", "rsqrt", "sqrt", "exp", "log", "tanh", "logistic", "abs"),
+    *("max", "min", "pow", "integer_pow", "square", "convert_element_type", "copy", "copy_p"),
+    *("stop_gradient", "name", "reduce_precision", "sign", "select_n", "add_any", "log1p"),
+}
+
+
+def varies(eqn: Any, operands: list[Value]) -> frozenset[int] | None:
+    """The axes along which an equation's results may vary; `None` is all.
+
+    Followed from parameters to the vectors that biases and normalisations are, so that their
+    broadcast copies are known for what they are.
+    """
+    if any(v.facts.live for v in operands) or len(eqn.outvars) != 1 or not operands:
+        return None
+    name, shape = eqn.primitive.name, tuple(eqn.outvars[0].aval.shape)
+    axes, given = varying(operands[0]), tuple(jnp.shape(operands[0].data))
+    if name == "broadcast_in_dim":
+        dims = eqn.params["broadcast_dimensions"]
+        return frozenset(dims[a] for a in axes if given[a] != 1)
+    if name == "transpose":
+        return frozenset(eqn.params["permutation"].index(a) for a in axes)
+    if name in ("reshape", "squeeze", "expand_dims"):
+        old = [a for a, n in enumerate(given) if n != 1]
+        new = [a for a, n in enumerate(shape) if n != 1]
+        if [given[a] for a in old] != [shape[a] for a in new]:
+            return None
+        return frozenset(new[old.index(a)] for a in axes if a in old)
+    if name in _POINTWISE and all(jnp.ndim(v.data) in (0, len(shape)) for v in operands):
+        return frozenset().union(*(varying(v) for v in operands if jnp.shape(v.data)))
+    return None
 
 
 _KEEP = {

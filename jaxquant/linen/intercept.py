@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.serve import serve
+from jaxquant.linen.collection import NAME, parted, recorded, records
 from jaxquant.linen.pure import arrays_only, as_given, leaves, prepared
 from jaxquant.params import dequantize_params
 from jaxquant.qtensor import is_qtensor
@@ -30,7 +31,8 @@ def interceptor(recipe: Recipe | Rule | Iterable[Rule] | None = None) -> Interce
 
     It acts on the outermost call of a method, whichever that is, of models bound by `bind` too;
     variables are updated, values sown and random numbers drawn as without it. It steps aside under
-    `init`, and for a float call that uses none of what the recipe matches.
+    `init`, and for a float call that uses none of what the recipe matches. With `mutable=["quant"]`
+    and observers in the recipe it records, as `QuantizedModel.apply`.
 
     What is jitted must enter the context itself: `jax.jit` goes on doing what a function did when
     it was first traced. Of `nn.jit` around the outermost method the same is true, so float
@@ -76,6 +78,13 @@ def interceptor(recipe: Recipe | Rule | Iterable[Rule] | None = None) -> Interce
                 call.check_not_cached()
             fn, rebuild = arrays_only(call.pure)
             traced = trace_call(fn, call.variables, (call.rngs, *call.args), call.kwargs)
+            if records(call.root.mutable, chosen):
+                assert chosen is not None
+                arrays, quant = recorded(traced, chosen, call.held)
+                result = call.finish(*rebuild(arrays))
+                for name, value in quant.items():
+                    call.root.put_variable(NAME, name, value)
+                return result
             ready = prepared(traced, call.variables, chosen)
             if ready is None:
                 return next_fun(*args, **kwargs)
@@ -103,7 +112,8 @@ class _Outermost:
         if any(scope.root is not self.root for scope in self.scopes):
             name = f"{type(self.module).__name__}.{context.method_name}"
             raise ValueError(f"{name}: expected modules of one apply or bind, got some of another")
-        self.variables = dict(self.root.variables())
+        variables, self.held = parted(self.root.variables())
+        self.variables = dict(variables)
         self.rngs = {name: lazy.rng for name, lazy in self.root.rngs.items()}
         self._clone: nn.Module | None = None
 

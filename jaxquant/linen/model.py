@@ -9,8 +9,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxquant.capture import Statistics, plan_of
 from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.serve import serve
+from jaxquant.linen.collection import NAME, parted, recorded, records, require_sound, statistics_of
 from jaxquant.linen.pure import arrays_only, as_given, prepared
 from jaxquant.ptq import ptq
 from jaxquant.qtensor import is_qtensor
@@ -56,8 +58,14 @@ class QuantizedModel:
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Applies the model, with all keywords that `model.apply` has.
 
+        With `"quant"` among the collections named in `mutable`, and observers in the recipe, float
+        variables are computed with as they are, and what the observers see is returned in that
+        collection. Passed in again with the variables, it is added to; `ptq` and `statistics` read
+        it, and otherwise it is of no effect.
+
         Raises:
-          ValueError: nothing is quantized, or what `jaxquant.quantize_params` refuses.
+          ValueError: nothing is quantized, or what `jaxquant.quantize_params` refuses; a `quant`
+            collection of another model.
 
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
         >>> x, qmodel = jnp.ones((2, 32)), quantized(nn.Dense(8), jq.w8a8())
@@ -66,10 +74,19 @@ class QuantizedModel:
         {'intermediates': {'__call__': ((2, 8),)}}
         """
         fn, rebuild = arrays_only(self.model.apply)
-        call = prepared(trace_call(fn, variables, args, kwargs), variables, self.recipe)
-        if call is None:
-            return self.model.apply(variables, *args, **kwargs)
-        result = rebuild(serve(call, self.recipe)[0])
+        variables, held = parted(variables)
+        traced = trace_call(fn, variables, args, kwargs)
+        recording = records(kwargs.get("mutable"), self.recipe)
+        if recording:
+            assert self.recipe is not None
+            arrays, quant = recorded(traced, self.recipe, held)
+            out, mutated = rebuild(arrays)
+            result = out, {**mutated, NAME: quant}
+        else:
+            call = prepared(traced, variables, self.recipe)
+            if call is None:
+                return self.model.apply(variables, *args, **kwargs)
+            result = rebuild(serve(call, self.recipe)[0])
         if kwargs.get("mutable", False) is False and not kwargs.get("capture_intermediates"):
             return result
         out, mutated = result
@@ -78,11 +95,52 @@ class QuantizedModel:
             lambda path, new: as_given(new, given.get(path)), mutated, is_leaf=is_qtensor
         )
 
+    def statistics(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Statistics:
+        """The `quant` collection of variables as `jaxquant.capture` returns statistics.
+
+        Args:
+          variables: the collection among them.
+          *args: what else `model.apply` is called with, to trace it.
+          **kwargs: its keywords.
+
+        Raises:
+          ValueError: there is no recipe or no collection, or it is another model's; some site was
+            never reached, or held NaN or infinity.
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
+        >>> rule = jq.Rule(
+        ...     "**",
+        ...     weights=jq.int8(),
+        ...     activations=jq.int8(granularity=jq.PerTensor()),
+        ...     observer=jq.observers.minmax(),
+        ... )
+        >>> qmodel, x = quantized(nn.Dense(8), rule), jnp.linspace(-1, 3, 64).reshape(2, 32)
+        >>> variables = qmodel.init(jax.random.key(0), x)
+        >>> y, seen = qmodel.apply(variables, x, mutable=["quant"])
+        >>> print(qmodel.statistics({**variables, **seen}, x))
+        site           operand  observer  range    updates
+        params/kernel  lhs      minmax    -1 .. 3  1
+        """
+        variables, held = parted(variables)
+        if self.recipe is None or held is None:
+            lack = "recipe" if self.recipe is None else f"{NAME!r} collection"
+            raise ValueError(
+                f"linen: there is no {lack}; expected variables updated by "
+                f"quantized(model, recipe).apply(variables, ..., mutable=[{NAME!r}])"
+            )
+        fn, _ = arrays_only(self.model.apply)
+        plan = plan_of(trace_call(fn, variables, args, kwargs), self.recipe, "linen")
+        stats = statistics_of(plan, held)
+        require_sound(stats)
+        return stats
+
     def ptq(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, Report]:
         """Quantizes variables by the recipe: `jaxquant.ptq(model.apply, variables, recipe, ...)`.
 
         Args:
-          variables: float variables; collections that no contraction uses stay as they are.
+          variables: float variables; collections that no contraction uses stay as they are. A
+            `quant` collection is taken for `stats=`, unless that or `batches=` is given, and left
+            out.
           *args: what else `model.apply` is called with.
           **kwargs: its keywords, and those of `jaxquant.ptq`.
 
@@ -97,6 +155,12 @@ class QuantizedModel:
         """
         if self.recipe is None:
             raise ValueError("ptq: this model has no recipe; expected quantized(model, recipe)")
+        plain, held = parted(variables)
+        given = {k: kwargs.get(k) for k in ("stats", "batches")}
+        if held is not None and all(v is None for v in given.values()):
+            own = {k: v for k, v in kwargs.items() if k not in (*given, "key", "platforms")}
+            kwargs["stats"] = self.statistics(variables, *args, **own)
+        variables = plain
         return ptq(self.model.apply, variables, self.recipe, *args, **kwargs)
 
 

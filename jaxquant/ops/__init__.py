@@ -1,20 +1,37 @@
 """Contractions and lookups with the signatures of `jax.lax`, whose operands may be quantized."""
 
-from jaxquant.ops.activations import fake, quantize_activation
-from jaxquant.ops.backward import constant
+from jaxquant.ops.activations import fake, grid_of, on_grid, quantize_activation
+from jaxquant.ops.backward import constant, inference_only
 from jaxquant.ops.conv import conv_general_dilated
+from jaxquant.ops.convolve import conv_of
 from jaxquant.ops.dot_general import dot_general
 from jaxquant.ops.dynamic import dot_general_dynamic
+from jaxquant.ops.fused import conv_integer, dot_integer, folded
+from jaxquant.ops.integer import Accumulator, Activation, Integers, added, is_integers
 from jaxquant.ops.ragged import ragged_dot_general
+from jaxquant.ops.static import zero_offset
 from jaxquant.ops.take import gather
 
 __all__ = [
+    "Accumulator",
+    "Activation",
+    "Integers",
+    "added",
     "constant",
     "conv_general_dilated",
+    "conv_integer",
+    "conv_of",
     "dot_general",
     "dot_general_dynamic",
+    "dot_integer",
     "fake",
+    "folded",
     "gather",
+    "grid_of",
+    "inference_only",
+    "is_integers",
+    "on_grid",
     "quantize_activation",
     "ragged_dot_general",
+    "zero_offset",
 ]

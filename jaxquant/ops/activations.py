@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
+from jaxquant.numerics import Format, decode, encode
 from jaxquant.ops.operands import int8_codes, integer_range
-from jaxquant.qtensor import dequantize, encode_array, scaled_codes, scales_over
+from jaxquant.qtensor import Grid, dequantize, encode_array, scaled_codes, scales_over
 from jaxquant.spec import PerChannel, PerTensor, QSpec
 
 
@@ -72,6 +73,65 @@ def quantize_activation(
     if zero is not None:
         return codes, scale, zero.astype(jnp.int32) - shift
     return codes, scale, jnp.full((1,) * x.ndim, -shift, jnp.int32) if shift else None
+
+
+def on_grid(x: Array, grid: Grid, spec: QSpec) -> Array:
+    """Codes of an activation on a calibrated grid: `q = clip(round(x / S) + Z)`, int8.
+
+    Integer formats only, 8-bit unsigned codes shifted as in `quantize_activation`; 8-bit floats
+    keep their dtype. Values beyond the grid, infinite ones too, take its ends; NaN becomes 0.
+
+    >>> grid = Grid(jnp.float32(0.5), jnp.int32(-128))
+    >>> on_grid(jnp.array([0.0, 1.0, 1000.0]), grid, QSpec("uint8", PerTensor())).tolist()
+    [-128, -126, 127]
+    """
+    v, fmt = x.astype(jnp.float32) / grid.scale, spec.format
+    if not fmt.is_integer:
+        return encode(v, fmt)
+    low, high = int8_limits(fmt)
+    # within int32 first; on a CPU its way to int8 is faster than that of float32
+    codes = jnp.clip(jnp.round(v), -512.0, 512.0).astype(jnp.int32)
+    codes = codes if grid.zero_point is None else codes + grid.zero_point
+    return jnp.clip(codes, low, high).astype(jnp.int8)
+
+
+def grid_of(scale: Array, zero_point: Array | None, spec: QSpec) -> Grid:
+    """The grid of a scale and a zero point in the format's own codes.
+
+    >>> int(grid_of(jnp.float32(1.0), jnp.int32(3), QSpec("uint8", symmetric=False)).zero_point)
+    -125
+    """
+    fmt = spec.format
+    shift = 128 if fmt.is_integer and fmt.qmax > 127 else 0
+    if zero_point is None:
+        zero = jnp.full(scale.shape, -shift, jnp.int32) if shift else None
+    else:
+        zero = zero_point.astype(jnp.int32) - shift
+    return Grid(scale.astype(jnp.float32), zero)
+
+
+def fake_on_grid(x: Array, grid: Grid, spec: QSpec) -> Array:
+    """An activation rounded to a calibrated grid, in its own dtype.
+
+    >>> grid = Grid(jnp.float32(0.5), None)
+    >>> fake_on_grid(jnp.array([0.7, 100.0]), grid, QSpec("int8", PerTensor())).tolist()
+    [0.5, 63.5]
+    """
+    codes = on_grid(x, grid, spec)
+    values = codes.astype(jnp.float32) if spec.format.is_integer else decode(codes, spec.format)
+    if grid.zero_point is not None:
+        values = values - grid.zero_point.astype(jnp.float32)
+    return (values * grid.scale).astype(x.dtype)
+
+
+def int8_limits(fmt: Format) -> tuple[int, int]:
+    """The least and greatest code of an integer format, as int8.
+
+    >>> int8_limits(QSpec("uint8").format), int8_limits(QSpec("int4").format)
+    ((-128, 127), (-8, 7))
+    """
+    shift = 128 if fmt.qmax > 127 else 0
+    return fmt.qmin - shift, fmt.qmax - shift
 
 
 def fake(x: Array, spec: QSpec, contracted: Sequence[int]) -> Array:

@@ -54,6 +54,24 @@ def _constant_bwd(_: None, __: Any) -> tuple[None]:
 constant.defvjp(_constant_fwd, _constant_bwd, symbolic_zeros=True)
 
 
+@jax.custom_vjp
+def inference_only(x: Array) -> Array:
+    """An array as it is, that refuses to be differentiated: integers have no gradient."""
+    return x
+
+
+def _inference_only_fwd(x: Any) -> tuple[Array, None]:
+    if x.perturbed:
+        raise TypeError(
+            "what is computed in integers throughout has no gradient; use a recipe without "
+            "requantize, whose contractions pass gradients straight through"
+        )
+    return x.value, None
+
+
+inference_only.defvjp(_inference_only_fwd, _constant_bwd, symbolic_zeros=True)
+
+
 def straight_through(
     forward: Callable[[Array, QTensor], Array], reference: Callable[[Array, Array], Array]
 ) -> Callable[[Array, QTensor], Array]:

@@ -106,6 +106,24 @@ def _by_halves(x: Operand, w: Operand) -> Array:
     return _batched(x0, w0, None, None) + _batched(x1, w1, None, None)
 
 
+def integer_sums(x: Operand, w: Operand) -> Array:
+    """`sum_k q_x (q_w - z_w)` of int8 codes without groups or batch: int32, exact.
+
+    Zero points of `x` are the caller's matter: `-z_x sum_k (q_w - z_w)` depends on the weight
+    alone and is known beforehand.
+    """
+    if lowering.static_size(x.values.shape, x.free) == 1:
+        return lax.index_in_dim(integer_sums(_two_rows(x), w), 0, 0, keepdims=False)
+    w = unpacked(w)
+    total = lax.dot_general(
+        x.values, w.values, ((x.inner, w.inner), ((), ())), preferred_element_type=jnp.int32
+    )
+    if w.zero is None:
+        return total
+    rows = jnp.sum(x.values, axis=x.inner, keepdims=True, dtype=jnp.int32)
+    return total - align(w.zero, w, len(x.free), 0) * align(rows, x, 0, len(w.free))
+
+
 def contract_limbs(
     x: Operand, w: Operand, sharding: Sharding | None = None, narrow: bool = False
 ) -> Array:

@@ -13,11 +13,19 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxquant.ops import lowering
-from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared_axes
+from jaxquant.ops.activations import (
+    fake,
+    fake_on_grid,
+    has_zero,
+    on_grid,
+    quantize_activation,
+    shared_axes,
+)
 from jaxquant.ops.backward import straight_through
-from jaxquant.ops.convolve import Conv, pad, padding, window_sum
+from jaxquant.ops.convolve import Conv, conv_of, pad, padding, window_sum
 from jaxquant.ops.dot_general import FROM_USE
 from jaxquant.ops.operands import Placement, int8_codes, integer_range, place, result_dtype
+from jaxquant.ops.static import conv_static
 from jaxquant.qtensor import QTensor, dequantize, storage_codes, storage_scale, storage_values
 from jaxquant.spec import PerTensor, QSpec
 
@@ -80,18 +88,11 @@ def conv_general_dilated(
     >>> conv_general_dilated(x, q, (2, 2), "SAME", activations=jq.QSpec("int8")).shape
     (1, 8, 8, 8)
     """
-    conv = Conv(
-        tuple(window_strides),
-        padding if isinstance(padding, str) else tuple(map(tuple, padding)),
-        None if lhs_dilation is None else tuple(lhs_dilation),
-        None if rhs_dilation is None else tuple(rhs_dilation),
-        lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers),
-        feature_group_count,
-        batch_group_count,
-        precision,
-        None if preferred_element_type is None else jnp.dtype(preferred_element_type),
-        None,
-    )
+    numbers = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    conv = conv_of(
+        window_strides, padding, lhs_dilation, rhs_dilation, numbers,
+        feature_group_count, batch_group_count, precision, preferred_element_type,
+    )  # fmt: skip
     if isinstance(lhs, QTensor):
         other = dequantize(rhs) if isinstance(rhs, QTensor) else rhs
         spec = lhs.use.activations if activations is FROM_USE else activations
@@ -112,6 +113,19 @@ def conv_general_dilated(
 def _forward(conv: Conv, x: Array, q: QTensor) -> Array:
     spec, window = conv.activations, conv.numbers.lhs_spec[1:]
     at = _placed(conv, x, q)
+    grid = None if q.calibration is None else q.calibration.input
+    if spec is not None and grid is not None and grid.scale.ndim == 0:
+        out = None
+        if at is not None and spec.format.is_integer:
+            out = conv_static(conv, on_grid(x, grid, spec), q, grid)
+        x, spec = fake_on_grid(x, grid, spec), None
+        if out is not None and not q.spec.format.packed:
+            return out.astype(result_dtype(x.dtype, q.dtype, conv.preferred))
+        if at is not None and out is not None:  # as below, of a kernel not in its own order
+            integer, rounded = out.astype(result_dtype(x.dtype, q.dtype, conv.preferred)), x
+            return lowering.by_platform(
+                cpu=lambda: _on_codes(conv, rounded, q, at, None), default=lambda: integer
+            )
     if spec is not None and not (at is not None and _same_kind(q, spec, at, window, x.ndim)):
         x, spec = fake(x, spec, window), None
     if at is None:

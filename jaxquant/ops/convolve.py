@@ -53,6 +53,32 @@ class Conv:
         return lax.expand_dims(s, [a for a in range(len(self.numbers.out_spec)) if a != axis])
 
 
+def conv_of(
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None,
+    rhs_dilation: Sequence[int] | None,
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int,
+    batch_group_count: int,
+    precision: Any,
+    preferred_element_type: Any,
+) -> Conv:
+    """The static part of a `lax.conv_general_dilated`, by its own names."""
+    return Conv(
+        tuple(window_strides),
+        padding if isinstance(padding, str) else tuple(map(tuple, padding)),
+        None if lhs_dilation is None else tuple(lhs_dilation),
+        None if rhs_dilation is None else tuple(rhs_dilation),
+        dimension_numbers,
+        feature_group_count,
+        batch_group_count,
+        precision,
+        None if preferred_element_type is None else jnp.dtype(preferred_element_type),
+        None,
+    )
+
+
 def window_sum(conv: Conv, x: Array, w: Array) -> Array:
     """The convolution in float32, of integers exactly: GPU kernels have no other result."""
     whole = jnp.issubdtype(x.dtype, jnp.integer)
@@ -69,7 +95,49 @@ def window_sum(conv: Conv, x: Array, w: Array) -> Array:
     return direct()
 
 
-def _taps(conv: Conv, x: Array, w: Array) -> Array:
+def window_sum_int32(
+    conv: Conv, x: Array, w: Array, zero_point: Array | None, windows: bool
+) -> tuple[Array, Array | None]:
+    """The convolution of int8 codes in int32, padded with `zero_point`, so that 0 stays 0.
+
+    With `windows`, also the sum of `x` over each window, laid out as the result: by a
+    `reduce_window`, so that a zero point of the kernel costs no second convolution.
+    """
+    if zero_point is not None or windows:
+        pads, conv = padding(conv, x, w)
+        fill = jnp.int8(0) if zero_point is None else zero_point.astype(jnp.int8)
+        x = pad(x, pads, fill)
+    exact = dataclasses.replace(conv, preferred=jnp.dtype(jnp.int32), precision=None)
+    spec = conv.numbers.rhs_spec
+    taps = math.prod(w.shape[a] for a in spec[2:])
+    if lowering.taps_win(conv.groups, w.shape[spec[1]], taps):
+        total = lowering.by_platform(
+            cpu=lambda: _taps(conv, x, w, jnp.int32), default=lambda: exact(x, w)
+        )
+    else:
+        total = exact(x, w)
+    return total, _windows(conv, x, w) if windows else None
+
+
+def _windows(conv: Conv, x: Array, w: Array) -> Array:
+    """The sum of `x`, padded already, over each window and group of input channels."""
+    image, spec, out = conv.numbers.lhs_spec, conv.numbers.rhs_spec, conv.numbers.out_spec
+    groups = conv.groups
+    shape = list(x.shape)
+    shape[image[1] : image[1] + 1] = [groups, x.shape[image[1]] // groups]
+    sums = jnp.sum(x.reshape(shape), axis=image[1] + 1, dtype=jnp.int32)
+    window, strides, dilation = [1] * x.ndim, [1] * x.ndim, [1] * x.ndim
+    for i, a in enumerate(image[2:]):
+        window[a], strides[a] = w.shape[spec[2 + i]], conv.strides[i]
+        dilation[a] = (conv.rhs_dilation or (1,) * len(conv.strides))[i]
+    sums = lax.reduce_window(
+        sums, jnp.int32(0), lax.add, window, strides, "VALID", window_dilation=dilation
+    )
+    sums = jnp.transpose(sums, [image[out.index(a)] for a in range(x.ndim)])
+    return jnp.repeat(sums, w.shape[spec[0]] // groups, axis=out[1])
+
+
+def _taps(conv: Conv, x: Array, w: Array, kind: Any = jnp.float32) -> Array:
     """A depthwise convolution as one shifted product for each window position, summed."""
     pads, conv = padding(conv, x, w)
     x = pad(x, pads)
@@ -77,7 +145,7 @@ def _taps(conv: Conv, x: Array, w: Array) -> Array:
     channels, outputs = x.shape[image[1]], w.shape[kernel[0]]
     w = jnp.transpose(w, (*kernel[2:], kernel[0], kernel[1]))  # [*window, out, 1]
     dilation = conv.rhs_dilation or (1,) * len(conv.strides)
-    x = jnp.repeat(x.astype(jnp.float32), outputs // channels, axis=image[1])
+    x = jnp.repeat(x.astype(kind), outputs // channels, axis=image[1])
     total: Array | None = None
     for tap in itertools.product(*(range(n) for n in w.shape[:-2])):
         start, stop, step = [0] * x.ndim, list(x.shape), [1] * x.ndim
@@ -86,7 +154,7 @@ def _taps(conv: Conv, x: Array, w: Array) -> Array:
             start[a] = tap[i] * dilation[i]
             stop[a] = start[a] + reach + 1
             step[a] = conv.strides[i]
-        weights = w[tap][:, 0].astype(jnp.float32)
+        weights = w[tap][:, 0].astype(kind)
         weights = lax.expand_dims(weights, [a for a in range(x.ndim) if a != image[1]])
         product = lax.slice(x, start, stop, step) * weights
         total = product if total is None else total + product
@@ -110,6 +178,6 @@ def padding(conv: Conv, x: Array, w: Array) -> tuple[list[tuple[int, int, int]],
     return config, dataclasses.replace(conv, padding="VALID", lhs_dilation=None)
 
 
-def pad(x: Array, config: Sequence[tuple[int, int, int]]) -> Array:
-    """`lax.pad` with zeros."""
-    return lax.pad(x, jnp.zeros((), x.dtype), config)
+def pad(x: Array, config: Sequence[tuple[int, int, int]], fill: Array | None = None) -> Array:
+    """`lax.pad`, with zeros unless told otherwise."""
+    return lax.pad(x, jnp.zeros((), x.dtype) if fill is None else fill, config)

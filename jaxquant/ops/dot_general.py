@@ -13,7 +13,14 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxquant.ops import lowering, nibbles
-from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared_axes
+from jaxquant.ops.activations import (
+    fake,
+    fake_on_grid,
+    has_zero,
+    on_grid,
+    quantize_activation,
+    shared_axes,
+)
 from jaxquant.ops.backward import straight_through
 from jaxquant.ops.contract import Sharding, contract, contract_limbs
 from jaxquant.ops.operands import (
@@ -27,7 +34,16 @@ from jaxquant.ops.operands import (
     result_dtype,
     weight,
 )
-from jaxquant.qtensor import QTensor, dequantize, storage_codes, storage_values
+from jaxquant.ops.static import dot_static
+from jaxquant.qtensor import (
+    Calibration,
+    Grid,
+    QTensor,
+    along,
+    dequantize,
+    storage_codes,
+    storage_values,
+)
 from jaxquant.spec import PerTensor, QSpec
 
 Axes = tuple[int, ...]
@@ -81,6 +97,9 @@ def dot_general(
     for each group. Values of 4- and 6-bit floats are integers times a power of two, and go the
     same way. Two float8 operands of one format are summed in float32.
 
+    Where the QTensor carries a calibrated grid, activations are quantized by that instead of by a
+    scale of their own.
+
     With `activations=None` the codes are contracted with `x` itself and the result is scaled. On a
     CPU `x` becomes two int8 numbers of 15 bits together: each result is then within
     `2^-15 max_k |x_k| sum_k |w_k|`.
@@ -132,25 +151,39 @@ def dot_general(
         return lax.dot_general(lhs, rhs, dimension_numbers, *rest[:2], out_sharding=out_sharding)
     spec = q.use.activations if activations is FROM_USE else activations
     call = dataclasses.replace(call, activations=spec)
+    if q.calibration is not None and q.calibration.divisor is not None:
+        x, q = _divided(call, jnp.asarray(x), q, q.calibration)
     return straight_through(functools.partial(_forward, call), call.reference)(jnp.asarray(x), q)
 
 
 def _forward(call: _Call, x: Array, q: QTensor) -> Array:
     at = place(q, call.w_contract, call.w_batch)
-    spec = call.activations
+    spec, grid = call.activations, _grid(call, q)
     together = at is not None and spec is not None and _same_kind(q, spec, at, call, x.ndim)
-    if spec is not None and not together and jnp.issubdtype(x.dtype, jnp.floating):
-        x = fake(x, spec, call.x_contract)
+    # a scale that moves to the other operand would take it off its grid
+    together = together and not (grid is not None and at is not None and at.varies)
+
+    def rounded(x: Array) -> Array:
+        if spec is None or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return fake(x, spec, call.x_contract) if grid is None else fake_on_grid(x, grid, spec)
+
+    if not together:
+        x = rounded(x)
     if at is None or not _as_stored(call, x, q, at, together):
-        if together and spec is not None:
-            x = fake(x, spec, call.x_contract)
-        return call.reference(x, dequantize(q))
+        return call.reference(rounded(x) if together else x, dequantize(q))
+    if together and grid is not None and spec is not None:
+        over = call.x_contract, call.w_contract
+        if not call.w_batch and call.out_sharding is None and not q.spec.format.packed:
+            out = dot_static(on_grid(x, grid, spec), q, grid, over, call.flipped)
+            if out is not None:
+                return out.astype(result_dtype(x.dtype, q.dtype, call.preferred))
     moved = arranged(x, call.x_contract, call.x_batch, at, call.w_contract)
     if at.varies:
         scale = moving_scale(q, at, len(moved.free))
         moved = dataclasses.replace(moved, values=moved.values.astype(jnp.float32) * scale)
     if spec is not None and together:
-        out = _quantized(call, moved, q, at, spec)
+        out = _quantized(call, moved, q, at, spec, grid)
     else:
         out = _weight_only(call, moved, q, at)
     return _finish(call, x, q, at, out)
@@ -205,11 +238,41 @@ def _sharding(call: _Call, moved: Operand, at: Placement) -> Sharding | None:
     return Sharding(asked.mesh, asked.batch, of_x, in_storage)
 
 
-def _quantized(call: _Call, x: Operand, q: QTensor, at: Placement, spec: QSpec) -> Array:
+def _divided(call: _Call, x: Array, q: QTensor, held: Calibration) -> tuple[Array, QTensor]:
+    """The float operand over the divisor, and the weight times it, which the codes stand for."""
+    bare = dataclasses.replace(q, calibration=dataclasses.replace(held, divisor=None))
+    axis = q.ndim + held.axis
+    if held.divisor is None or held.divisor.ndim > 1 or axis not in call.w_contract:
+        raise ValueError(
+            "dot_general: a QTensor with a divisor is contracted over the axis of its divisor "
+            "alone, without batch axes of its own; dequantize it first"
+        )
+    at = call.x_contract[call.w_contract.index(axis)]
+    divided = x.astype(jnp.float32) / along(held.divisor, at - x.ndim, x.ndim)
+    return divided.astype(x.dtype), bare
+
+
+def _grid(call: _Call, q: QTensor) -> Grid | None:
+    """The calibrated grid of the other operand, if the contraction shares its batch axes."""
+    grid = None if q.calibration is None else q.calibration.input
+    if grid is None or call.activations is None:
+        return None
+    lead = grid.scale.ndim
+    return grid if call.w_batch[:lead] == tuple(range(lead)) else None
+
+
+def _quantized(
+    call: _Call, x: Operand, q: QTensor, at: Placement, spec: QSpec, grid: Grid | None
+) -> Array:
     """Codes of both operands multiplied."""
     everything = isinstance(spec.granularity, PerTensor)
     shared = tuple(range(x.values.ndim)) if everything else (*x.groups, *x.inner)
-    codes, scale, zero = quantize_activation(x.values, spec, shared)
+    if grid is None:
+        codes, scale, zero = quantize_activation(x.values, spec, shared)
+    else:
+        rest = range(grid.scale.ndim, x.values.ndim)  # batch axes come first
+        grid = jax.tree.map(lambda a: lax.expand_dims(a, rest), grid)
+        codes, scale, zero = on_grid(x.values, grid, spec), grid.scale, grid.zero_point
     left = dataclasses.replace(x, values=codes, scale=scale, zero=zero)
     right = _int8(q, at) if _limits(q) else weight(q, at, storage_codes(q))
     narrow = q.spec.format.packed

@@ -1,4 +1,4 @@
-"""`lax.dot_general` of two activations, both quantized at run time."""
+"""`lax.dot_general` of two activations, both quantized at run time or on calibrated grids."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxquant.ops import lowering
-from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared_axes
+from jaxquant.ops.activations import (
+    fake,
+    fake_on_grid,
+    has_zero,
+    on_grid,
+    quantize_activation,
+    shared_axes,
+)
 from jaxquant.ops.backward import straight_through_both
 from jaxquant.ops.contract import Sharding, contract
 from jaxquant.ops.operands import Operand, integer_range, result_dtype
+from jaxquant.qtensor import Grid
 from jaxquant.spec import QSpec
 
 
@@ -26,6 +35,8 @@ def dot_general_dynamic(
     *,
     lhs_spec: QSpec,
     rhs_spec: QSpec,
+    lhs_grid: Grid | None = None,
+    rhs_grid: Grid | None = None,
     out_sharding: Any = None,
 ) -> Array:
     """`lax.dot_general` of two float arrays, both quantized at run time.
@@ -43,6 +54,9 @@ def dot_general_dynamic(
       lhs_spec: `PerChannel()`, one scale for each row (non-contracted index), or `PerTensor()`;
         unsigned formats suit softmax outputs.
       rhs_spec: the same for `rhs`.
+      lhs_grid: the calibrated grid of `lhs`, for a `PerTensor()` spec; by default its range is
+        found at run time.
+      rhs_grid: the same for `rhs`.
       out_sharding: sharding of the result, under an explicit mesh.
 
     Returns:
@@ -71,8 +85,8 @@ def dot_general_dynamic(
 
     def codes(a: Array, b: Array) -> tuple[Operand, Operand]:
         return (
-            _operand(a, lhs_spec, shared[0] or (), lc, lb),
-            _operand(b, rhs_spec, shared[1] or (), rc, rb),
+            _operand(a, lhs_spec, lhs_grid, shared[0] or (), lc, lb),
+            _operand(b, rhs_spec, rhs_grid, shared[1] or (), rc, rb),
         )
 
     def product(a: Operand, b: Operand) -> Array:
@@ -81,7 +95,10 @@ def dot_general_dynamic(
         ).astype(dtype)
 
     def rounded(a: Array, b: Array) -> tuple[Array, Array]:
-        return fake(a, lhs_spec, lc), fake(b, rhs_spec, rc)
+        return (
+            fake(a, lhs_spec, lc) if lhs_grid is None else fake_on_grid(a, lhs_grid, lhs_spec),
+            fake(b, rhs_spec, rc) if rhs_grid is None else fake_on_grid(b, rhs_grid, rhs_spec),
+        )
 
     terms = [lhs.shape[a] for a in lc]
     total = math.prod(terms) if all(isinstance(n, int) for n in terms) else None
@@ -101,9 +118,18 @@ def _same_kind(a: QSpec, b: QSpec, terms: int | None) -> bool:
 
 
 def _operand(
-    x: Array, spec: QSpec, shared: Sequence[int], contract_: Sequence[int], batch: Sequence[int]
+    x: Array,
+    spec: QSpec,
+    grid: Grid | None,
+    shared: Sequence[int],
+    contract_: Sequence[int],
+    batch: Sequence[int],
 ) -> Operand:
     """The codes of `x`, axes as they lie."""
-    values, scale, zero = quantize_activation(x, spec, shared)
+    if grid is None:
+        values, scale, zero = quantize_activation(x, spec, shared)
+    else:
+        grid = jax.tree.map(lambda a: lax.expand_dims(a, range(x.ndim)), grid)
+        values, scale, zero = on_grid(x, grid, spec), grid.scale, grid.zero_point
     free = tuple(a for a in range(x.ndim) if a not in contract_ and a not in batch)
     return Operand(values, scale, zero, tuple(batch), free, (), tuple(contract_))

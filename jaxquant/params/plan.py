@@ -195,7 +195,7 @@ def _plan(
     minor = () if conv else tuple(a - batch for a in contracted or () if a >= batch)
     words = describe(spec)
     words += (
-        f", activations {_short(rule.activations)}"
+        f", activations {_short(rule.activations)}" + (" static" if rule.observer else "")
         if rule.activations and (contractions or not uses)
         else ""
     )

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 from jax import Array
 
+from jaxquant.capture import Statistics, activation_report, capture
 from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.serve import serve
 from jaxquant.interpret.sites import Sites
 from jaxquant.numerics import compute_dtype
 from jaxquant.params import quantize_params
+from jaxquant.ptq.channels import divided
+from jaxquant.ptq.fuse import fused, with_offsets
+from jaxquant.ptq.static import Divided, calibrated, check_sites
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe, Rule, as_recipe, attention_spec
 from jaxquant.report import Event, Report, shown
@@ -27,6 +33,8 @@ def ptq(
     params: Any,
     recipe: Recipe | Rule | Iterable[Rule],
     *args: Any,
+    batches: Iterable[Any] | None = None,
+    stats: Statistics | None = None,
     key: Array | None = None,
     platforms: str | Sequence[str] | None = None,
     **kwargs: Any,
@@ -34,14 +42,21 @@ def ptq(
     """Quantizes the params of `fn(params, *args, **kwargs)` by a recipe.
 
     Sites come from tracing `fn` once; every leaf that a rule matches and a contraction or a
-    lookup uses is encoded with one scale per kept index or group of contracted values. Nothing
-    is run: `args` may be `jax.ShapeDtypeStruct`s.
+    lookup uses is encoded with one scale per kept index or group of contracted values. Without
+    `batches` nothing is run: `args` may be `jax.ShapeDtypeStruct`s.
+
+    Where rules have an `observer`, activations are static: `fn` is run on every batch to find
+    their ranges, or `stats` brings them. Where they also have `requantize`, results stay integers
+    from one contraction to the next, and `report.edges` tells where.
 
     Args:
       fn: any traceable function whose first argument is a params pytree.
       params: its float parameters; the tree itself is not changed.
       recipe: rules on key paths, such as `jaxquant.w8a8()`; a rule or several make one.
-      *args: the other arguments to trace with.
+      *args: the other arguments to trace with; by default those of the first batch.
+      batches: calibration samples, each the tuple of `fn`'s arguments after the params (or the one
+        argument); any iterable, gone through once.
+      stats: what `jaxquant.capture` found, in place of `batches`.
       key: PRNG key for encoders that round stochastically.
       platforms: platforms to check for missing dtypes, of `cpu`, `cuda`, `rocm` and `tpu` (`gpu`
         is both of the middle); by default the current one.
@@ -53,7 +68,8 @@ def ptq(
     Raises:
       ValueError: `recipe` is none, a platform is unknown, a rule matches nothing, nothing is
         quantized, a leaf is not finite or cannot be quantized as its rule says, or `fn` does not
-        fit `params`.
+        fit `params`; a rule has an observer and there are neither batches nor statistics, or
+        statistics of another model; what `jaxquant.capture` refuses.
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
@@ -68,6 +84,10 @@ def ptq(
     names = _named(platforms)
     if not callable(fn):
         raise ValueError(f"ptq: expected a function of params first, got a {type(fn).__name__}")
+    observed = any(rule.observer is not None for rule in recipe.rules)
+    _check_calibration(observed, batches, stats)
+    if batches is not None:
+        args, batches = _first(args, batches)
     call = trace_call(fn, params, args, kwargs)
     sites = sites_of(call)
     if not sites.sites:
@@ -75,10 +95,52 @@ def ptq(
             "ptq: the function contracts nothing with its params, so there is nothing to quantize; "
             f"params: {', '.join(map(shown, call.param_paths)) or 'none'}"
         )
+    if batches is not None:
+        with_kwargs = functools.partial(fn, **kwargs) if kwargs else fn
+        stats = capture(with_kwargs, params, batches, recipe)
+    by_channel: dict[str, Divided] = {}
+    if stats is not None:
+        check_sites(sites, stats)
+        params, by_channel = divided(params, recipe, sites, stats)
     qparams, report = quantize_params(params, recipe, sites=sites, key=key)
+    if stats is not None:
+        qparams = with_offsets(calibrated(qparams, recipe, sites, stats, by_channel), sites)
+        call = trace_call(fn, qparams, args, kwargs)
+        qparams, edges = fused(qparams, call, recipe, sites)
+        report = dataclasses.replace(
+            report, edges=edges, activations=activation_report(stats, recipe)
+        )
     events = _replay(fn, qparams, args, kwargs, recipe)
     report = dataclasses.replace(report, attention=_attention(sites, qparams, recipe))
     return qparams, report.with_events([*events, *_dtypes(qparams, names)])
+
+
+def _check_calibration(observed: bool, batches: Any, stats: Any) -> None:
+    given = [name for name, x in (("batches", batches), ("stats", stats)) if x is not None]
+    if len(given) == 2:
+        raise ValueError("ptq: give batches or stats, not both")
+    if observed and not given:
+        raise ValueError(
+            "ptq: the recipe has an observer, so it needs calibration samples: pass "
+            "batches=[...], or stats= from jaxquant.capture"
+        )
+    if given and not observed:
+        raise ValueError(
+            f"ptq: {given[0]} given, but no rule of the recipe has an observer that would look at "
+            "them; activations are quantized at run time"
+        )
+
+
+def _first(args: tuple[Any, ...], batches: Any) -> tuple[tuple[Any, ...], Iterable[Any]]:
+    """Arguments to trace with, and all batches."""
+    if args or not isinstance(batches, Iterable):
+        return args, batches  # what is not to be iterated is capture's to refuse
+    first = list(itertools.islice(batches, 1))
+    if not first:
+        raise ValueError("ptq: no batches; expected at least one")
+    if not isinstance(batches, Sequence):
+        batches = itertools.chain(first, batches)
+    return first[0] if isinstance(first[0], tuple) else (first[0],), batches
 
 
 def _replay(

@@ -1,7 +1,8 @@
 """The quantized array: a pytree of codes and scales, and how arrays become one and come back."""
 
 from jaxquant.qtensor import export as _export  # noqa: F401 - registers QTensor with jax.export
-from jaxquant.qtensor.quantize import dequantize, encode_array, quantize
+from jaxquant.qtensor.calibration import Calibration, Folded, Grid
+from jaxquant.qtensor.quantize import along, dequantize, encode_array, quantize
 from jaxquant.qtensor.scales import scaled_codes, scales_over, store_scale
 from jaxquant.qtensor.storage import (
     blocked,
@@ -17,8 +18,12 @@ from jaxquant.qtensor.storage import (
 from jaxquant.qtensor.tensor import QTensor, Use, is_qtensor, with_use
 
 __all__ = [
+    "Calibration",
+    "Folded",
+    "Grid",
     "QTensor",
     "Use",
+    "along",
     "blocked",
     "dequantize",
     "encode_array",

@@ -10,6 +10,7 @@ from typing import Any
 import jax.export
 
 from jaxquant.numerics import Format
+from jaxquant.qtensor.calibration import Calibration, Folded, Grid
 from jaxquant.qtensor.tensor import QTensor, Use
 from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
@@ -40,9 +41,10 @@ def _from_json(x: Any) -> Any:
     return x
 
 
-jax.export.register_pytree_node_serialization(
-    QTensor,
-    serialized_name="jaxquant.QTensor",
-    serialize_auxdata=lambda aux: json.dumps(_to_json(aux)).encode(),
-    deserialize_auxdata=lambda data: _from_json(json.loads(data)),
-)
+for _node in (QTensor, Calibration, Folded, Grid):
+    jax.export.register_pytree_node_serialization(
+        _node,
+        serialized_name=f"jaxquant.{_node.__name__}",
+        serialize_auxdata=lambda aux: json.dumps(_to_json(aux)).encode(),
+        deserialize_auxdata=lambda data: _from_json(json.loads(data)),
+    )

@@ -143,6 +143,18 @@ def _negative_axes(spec: QSpec, ndim: int) -> QSpec:
     return QSpec(spec.format, gran, spec.symmetric, spec.range, spec.scale_dtype, spec.global_scale)
 
 
+def along(divisor: Array, axis: int, ndim: int) -> Array:
+    """`[*batch, channels]` laid out for an array of rank `ndim` with the channels at `axis` (< 0).
+
+    >>> along(jnp.ones((2, 3)), -2, 4).shape
+    (2, 1, 3, 1)
+    """
+    lead = divisor.ndim - 1
+    shape = [*divisor.shape[:lead], *(1,) * (ndim - lead)]
+    shape[axis] = divisor.shape[-1]
+    return divisor.reshape(shape)
+
+
 def dequantize(q: QTensor, dtype: Any = None) -> Array:
     """The float array that `q` stands for: `S (q - Z)` or `S codebook[q]`.
 
@@ -159,6 +171,8 @@ def dequantize(q: QTensor, dtype: Any = None) -> Array:
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
     scaled = blocked(q, storage_values(q)) * spread(q, storage_scale(q))
     values = from_storage(q, unblocked(q, scaled))
+    if q.calibration is not None and q.calibration.divisor is not None:
+        values = values / along(q.calibration.divisor, q.calibration.axis, q.ndim)
     if dtype == jnp.float16:
         top = float(jnp.finfo(dtype).max)
         values = jnp.clip(values, -top, top)

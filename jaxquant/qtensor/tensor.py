@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from jaxquant.numerics import packed_bytes
+from jaxquant.qtensor.calibration import Calibration
 from jaxquant.spec import QSpec
 
 
@@ -24,13 +25,21 @@ class Use:
       activations: spec that the other operand is quantized to at run time; `None` keeps it float.
       attention: for the recipe's rules that set `attention` or `skip`, in order, the pattern and
         the spec (`None` to skip), so that contractions without a parameter find theirs.
+      requantize: how integer results become the next layer's input, see `Rule`; `None` makes them
+        float.
+      grid: name of the calibrated grid that the other operand is quantized to; operands on the
+        same grid have the same name.
+      output: name of the grid that integer results are requantized to; empty where they are not.
     """
 
     activations: QSpec | None = None
     attention: tuple[tuple[Any, QSpec | None], ...] = ()
+    requantize: str | None = None
+    grid: str = ""
+    output: str = ""
 
 
-_DATA = ("codes", "scale", "zero_point", "codebook", "global_scale")
+_DATA = ("codes", "scale", "zero_point", "codebook", "global_scale", "calibration")
 _META = ("spec", "core", "axes", "blocks", "dtype", "use")
 
 
@@ -57,6 +66,7 @@ class QTensor:
       blocks: for each storage axis, how many indices share one scale.
       dtype: name of the dtype that `dequantize` returns.
       use: what contractions do with the other operand.
+      calibration: what calibration fixed of them; `None` where activations are dynamic.
     """
 
     codes: Array
@@ -70,6 +80,7 @@ class QTensor:
     blocks: tuple[int, ...]
     dtype: str
     use: Use = Use()
+    calibration: Calibration | None = None
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -93,7 +104,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored: codes, scales, zero points and codebooks."""
+        """Bytes stored: codes, scales, zero points, codebooks and what calibration fixed."""
         return sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(self))
 
     @property

@@ -1,7 +1,17 @@
 """Recipes: rules on key paths that say what is quantized and how."""
 
 from jaxquant.recipe.patterns import pattern_matches
-from jaxquant.recipe.presets import fp8, mxfp4, nf4, w4a8, w4a16, w8a8, w8a16
+from jaxquant.recipe.presets import (
+    fp8,
+    mxfp4,
+    nf4,
+    w4a8,
+    w4a16,
+    w8a8,
+    w8a8_integer,
+    w8a8_static,
+    w8a16,
+)
 from jaxquant.recipe.rules import Recipe, Rule, as_recipe, attention_spec
 from jaxquant.recipe.specs import int2, int3, int4, int5, int6, int7, int8, uint8
 
@@ -25,5 +35,7 @@ __all__ = [
     "w4a8",
     "w4a16",
     "w8a8",
+    "w8a8_integer",
+    "w8a8_static",
     "w8a16",
 ]

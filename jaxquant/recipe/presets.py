@@ -7,9 +7,12 @@ row by row.
 
 from __future__ import annotations
 
-from jaxquant.recipe.rules import Recipe, Rule
+import dataclasses
+
+from jaxquant.observers import Observer, absmax, mse
+from jaxquant.recipe.rules import Recipe, Requantize, Rule
 from jaxquant.recipe.specs import int4, int8
-from jaxquant.spec import PerGroup, QSpec
+from jaxquant.spec import PerChannel, PerGroup, PerTensor, QSpec
 
 
 def w8a8(*, attention: bool = True) -> Recipe:
@@ -24,6 +27,65 @@ def w8a8(*, attention: bool = True) -> Recipe:
     """
     spec = int8() if attention else None
     return Recipe([Rule("**", weights=int8(), activations=int8(), attention=spec)], "w8a8")
+
+
+def w8a8_static(
+    observer: Observer | None = None,
+    *,
+    per_channel: bool = False,
+    symmetric: bool = False,
+    attention: bool = False,
+) -> Recipe:
+    """As `w8a8`, activations on grids that calibration fixes beforehand.
+
+    Args:
+      observer: finds the ranges, by default `jaxquant.observers.mse()`, per channel `absmax`.
+      per_channel: one scale for each feature of an activation, which moves into the weights;
+        zero points are 0 then. It suits models with outlier features, and dense layers only.
+      symmetric: whether zero points are 0, which costs a bit where values are never negative.
+      attention: quantize attention scores and values too, on grids of their own.
+
+    >>> import jaxquant as jq
+    >>> jq.w8a8_static().rules[0].activations
+    QSpec(int8, PerTensor(), symmetric=False)
+    """
+    rule = _static(None if per_channel else observer, symmetric)
+    grid = rule.activations
+    if per_channel:
+        seen = absmax(axis=-1) if observer is None else observer
+        spec = int8(granularity=PerChannel(-1))
+        rule = dataclasses.replace(rule, activations=spec, observer=seen)
+    both = [Rule("**", attention=grid, observer=mse())] if attention else []
+    return Recipe([rule, *both], "w8a8_static")
+
+
+def w8a8_integer(
+    observer: Observer | None = None,
+    *,
+    requantize: Requantize = "float32",
+    symmetric: bool = False,
+) -> Recipe:
+    """As `w8a8_static`, results kept as integers from one layer to the next where they can be.
+
+    Args:
+      observer: finds the ranges, by default `jaxquant.observers.mse()`.
+      requantize: how int32 sums become the next layer's int8: `"float32"`, or `"fixed_point"` by
+        an int32 multiplier and a rounding shift.
+      symmetric: whether zero points are 0, which costs a bit where values are never negative.
+
+    >>> import jaxquant as jq
+    >>> jq.w8a8_integer(requantize="fixed_point").rules[0].requantize
+    'fixed_point'
+    """
+    rule = dataclasses.replace(_static(observer, symmetric), requantize=requantize)
+    return Recipe([rule], "w8a8_integer")
+
+
+def _static(observer: Observer | None, symmetric: bool) -> Rule:
+    spec = int8(symmetric=symmetric, granularity=PerTensor())
+    return Rule(
+        "**", weights=int8(), activations=spec, observer=mse() if observer is None else observer
+    )
 
 
 def w8a16() -> Recipe:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from jaxquant.encoders import Encoder
+from jaxquant.observers import Observer
 from jaxquant.recipe.patterns import compile_glob, pattern_matches
 from jaxquant.spec import PerChannel, PerTensor, QSpec
 
 Pattern = str | re.Pattern[str]
+Requantize = Literal["float32", "fixed_point"]
+REQUANTIZE = ("float32", "fixed_point")
 
 _ADDED = re.compile(r"\d+ rules?")  # how the name of a recipe ends that rules were prepended to
 
@@ -34,11 +37,17 @@ class Rule:
       skip: leave what matches in float, whatever later rules say.
       lookup: takes the place of `weights` for parameters that rows are looked up in (embedding
         tables), which lose more at few bits.
+      observer: makes `activations` and `attention` static: their ranges are fixed beforehand, by
+        what this observer finds in calibration samples; see `jaxquant.capture`.
+      requantize: keeps results of static contractions as integers, int32 sums that become the next
+        layer's int8 input: `"float32"` by a float32 multiplier, `"fixed_point"` by an int32
+        multiplier and a rounding shift.
 
     Raises:
       ValueError: nothing to do, or `skip` beside something to do; activations without weights;
         activations or attention in a format other than integers or 8-bit floats, or with another
-        granularity than `PerTensor()` or `PerChannel()`.
+        granularity than `PerTensor()` or `PerChannel()`; an observer without either, or with a
+        scale for each row; `requantize` without static integer activations.
 
     >>> import jaxquant as jq
     >>> rule = jq.Rule("**/mlp/**", weights=jq.int8(), activations=jq.int8())
@@ -54,6 +63,8 @@ class Rule:
     encoder: Encoder | None = None
     skip: bool = False
     lookup: QSpec | None = None
+    observer: Observer | None = None
+    requantize: Requantize | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
@@ -72,7 +83,9 @@ class Rule:
             raise ValueError(
                 f"{self._name}: encoder takes a value such as rtn(), got {self.encoder!r}"
             )
-        if self.skip and (given or self.encoder is not None):
+        if self.skip:
+            given += [n for n in ("encoder", "observer", "requantize") if getattr(self, n)]
+        if self.skip and given:
             raise ValueError(f"{self._name}: skip=True leaves no place for {', '.join(given)}")
         if not self.skip and not given:
             raise ValueError(
@@ -92,7 +105,58 @@ class Rule:
                     "every negative value; use symmetric=False or a signed format"
                 )
         for name in ("activations", "attention"):
-            _check_dynamic(f"{self._name}: {name}", specs[name])
+            _check_format(f"{self._name}: {name}", specs[name])
+            if self.observer is None:
+                _check_dynamic(f"{self._name}: {name}", specs[name])
+        self._check_static()
+
+    def _check_static(self) -> None:
+        given = [s for s in (self.activations, self.attention) if s is not None]
+        if self.observer is not None:
+            if not isinstance(self.observer, Observer):
+                raise ValueError(
+                    f"{self._name}: observer takes a value such as jq.observers.mse(), "
+                    f"got {self.observer!r}"
+                )
+            if not given:
+                raise ValueError(f"{self._name}: observer without activations or attention")
+            for name, spec in (("activations", self.activations), ("attention", self.attention)):
+                self._check_granularity(name, spec)
+        if self.requantize is None:
+            return
+        if self.requantize not in REQUANTIZE:
+            raise ValueError(
+                f"{self._name}: requantize: expected one of {REQUANTIZE}, got {self.requantize!r}"
+            )
+        if not (self.observer and self.activations and self.activations.format.is_integer):
+            raise ValueError(f"{self._name}: requantize needs integer activations with an observer")
+
+    def _check_granularity(self, name: str, spec: QSpec | None) -> None:
+        if spec is None or self.observer is None:
+            return
+        axis = self.observer.axis
+        if spec.granularity == PerTensor():
+            if axis is None:
+                return
+            raise ValueError(
+                f"{self._name}: {name} has one scale, and {self.observer} finds a range for each "
+                f"channel; use axis=None, or granularity=PerChannel(axes={axis!r})"
+            )
+        if name == "attention" or spec.granularity not in (PerChannel(-1), PerChannel((-1,))):
+            raise ValueError(
+                f"{self._name}: a scale for each row cannot be fixed beforehand; with an observer, "
+                f"{name} takes granularity=PerTensor()"
+                f"{'' if name == 'attention' else ' or PerChannel(axes=-1)'}, got {spec!r}"
+            )
+        if axis not in (-1, (-1,)):
+            raise ValueError(
+                f"{self._name}: {name} has a scale for each channel of the last axis, so the "
+                f"observer needs axis=-1, got {self.observer}"
+            )
+        if self.requantize is not None:
+            raise ValueError(
+                f"{self._name}: requantize needs activations with one scale, PerTensor()"
+            )
 
     @property
     def _name(self) -> str:
@@ -116,14 +180,17 @@ class Rule:
         return f"Rule({', '.join(parts)})"
 
 
-def _check_dynamic(where: str, spec: QSpec | None) -> None:
+def _check_format(where: str, spec: QSpec | None) -> None:
     if spec is None:
         return
     fmt = spec.format
     float8 = fmt.is_float and fmt.bits == 8 and fmt.signed
     if not (fmt.is_integer or float8):
         raise ValueError(f"{where}: expected an integer or 8-bit float format, got {fmt.name}")
-    if spec.granularity not in (PerTensor(), PerChannel()):
+
+
+def _check_dynamic(where: str, spec: QSpec | None) -> None:
+    if spec is not None and spec.granularity not in (PerTensor(), PerChannel()):
         raise ValueError(
             f"{where}: expected PerTensor() or PerChannel() (one scale per row), "
             f"got {spec.granularity!r}"
@@ -185,6 +252,12 @@ class Recipe:
             for rule in self.rules
             if rule.attention is not None or rule.skip
         )
+
+    def attention_rule(self, key: str) -> Rule | None:
+        """The rule of a contraction without a parameter, by its site's key; `None` to skip it."""
+        rules = [rule for rule in self.rules if rule.attention is not None or rule.skip]
+        found = next((rule for rule in rules if rule.matches(key)), None)
+        return None if found is None or found.skip else found
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)

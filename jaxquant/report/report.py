@@ -7,33 +7,11 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from jaxquant.report.activations import ActivationReport
+from jaxquant.report.events import Edge, Event
+from jaxquant.report.text import shown, table
+
 _LISTED = 3  # keys named of those that one line speaks of
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """Something the interpreter did that costs memory, time or accuracy.
-
-    Attributes:
-      kind: `"dequantized"`, `"policy"`, ...
-      where: key path or scope.
-      primitive: name of the JAX primitive that caused it.
-      message: one sentence for the reader.
-
-    >>> print(Event("dequantized", "encoder/x", "add", "the weight met an elementwise op"))
-    dequantized by add at encoder/x: the weight met an elementwise op
-    """
-
-    kind: str
-    where: str
-    primitive: str = ""
-    message: str = ""
-
-    def __str__(self) -> str:
-        text = self.kind
-        text += f" by {self.primitive}" if self.primitive else ""
-        text += f" at {self.where}" if self.where else ""
-        return text + (f": {self.message}" if self.message else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +79,8 @@ class Report:
       notes: remarks on the whole.
       attention: contractions without a parameter, as of attention scores: key of the site, and the
         name of the format that both operands are quantized to, `None` where they stay float.
+      edges: where results of integer contractions go, of recipes that keep them integers.
+      activations: how static activations were calibrated; `None` where there are none.
 
     >>> leaf = LeafReport("w", (4, 8), "float32", "int8 per channel", True, 128, 64, 45.0)
     >>> Report((leaf,)).ratio
@@ -112,6 +92,8 @@ class Report:
     events: tuple[Event, ...] = ()
     notes: tuple[str, ...] = ()
     attention: tuple[tuple[str, str | None], ...] = ()
+    edges: tuple[Edge, ...] = ()
+    activations: ActivationReport | None = None
 
     @property
     def quantized(self) -> int:
@@ -166,6 +148,8 @@ class Report:
             "bits_per_weight": self.bits_per_weight,
             "leaves": [leaf.to_dict() for leaf in self.leaves],
             "attention": [{"site": key, "format": name} for key, name in self.attention],
+            "edges": [dataclasses.asdict(edge) for edge in self.edges],
+            "activations": None if self.activations is None else self.activations.to_dict(),
             "events": [dataclasses.asdict(event) for event in self.events],
             "notes": list(self.notes),
         }
@@ -182,14 +166,14 @@ class Report:
             f"{self.bits_per_weight:.2f}",
             f"x {self.ratio:.3f}",
         )
-        widths = [max(len(row[i]) for row in (head, *rows, total)) for i in range(len(head))]
-        lines = [_line(row, widths) for row in (head, *rows)]
-        rule = "-" * max(map(len, lines))
-        lines = [lines[0], rule, *lines[1:], rule, _line(total, widths)]
+        lines = table(head, rows, 3, total)
         lines += _attention(self.attention)
+        lines += _edges(self.edges)
         lines += [f"{shown(leaf.path)}: {n}" for leaf in self.leaves for n in leaf.notes]
         lines += list(self.notes)
         lines += [str(event) for event in self.events]
+        if self.activations is not None:
+            lines += ["", str(self.activations)]
         return "\n".join(lines)
 
 
@@ -206,15 +190,6 @@ def _row(leaf: LeafReport) -> tuple[str, ...]:
         f"{leaf.bits_per_weight:.2f}",
         sqnr,
     )
-
-
-def _line(row: tuple[str, ...], widths: list[int]) -> str:
-    """Words to the left, figures to the right."""
-    cells = [
-        c.ljust(w) if i < 3 else c.rjust(w)
-        for i, (c, w) in enumerate(zip(row, widths, strict=True))
-    ]
-    return "  ".join(cells).rstrip()
 
 
 def _bytes(count: int) -> str:
@@ -251,10 +226,13 @@ def _attention(attention: Iterable[tuple[str, str | None]]) -> list[str]:
     return ["attention: " + "; ".join(parts)] if parts else []
 
 
-def shown(path: str) -> str:
-    """A key path as printed: that of a tree which is one array has no parts.
-
-    >>> shown("a/b"), shown("")
-    ('a/b', '(root)')
-    """
-    return path or "(root)"
+def _edges(edges: Iterable[Edge]) -> list[str]:
+    """One line for the edges that are integer, one for each other."""
+    held = [e for e in edges if e.integer]
+    lost = [e for e in edges if not e.integer]
+    if not held and not lost:
+        return []
+    total = len(held) + len(lost)
+    return [f"edges: {len(held)} of {total} int8" + (", the others:" if lost else "")] + [
+        f"  {edge}" for edge in lost
+    ]

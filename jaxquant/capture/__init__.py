@@ -1,0 +1,20 @@
+"""Capture: a function run on sample batches, statistics of its activations gathered by site."""
+
+from jaxquant.capture.batches import arguments
+from jaxquant.capture.judge import activation_report
+from jaxquant.capture.plan import Plan, observed_call, plan_of
+from jaxquant.capture.run import CaptureError, capture, capture_with
+from jaxquant.capture.statistics import Observed, Statistics
+
+__all__ = [
+    "CaptureError",
+    "Observed",
+    "Plan",
+    "Statistics",
+    "activation_report",
+    "arguments",
+    "capture",
+    "capture_with",
+    "observed_call",
+    "plan_of",
+]

@@ -1,0 +1,64 @@
+"""Batches: what they are, and how each has to be like the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from jaxquant.interpret.calls import is_traced
+from jaxquant.interpret.sites import path_str
+
+
+def arguments(batch: Any) -> tuple[Any, ...]:
+    """The positional arguments that a batch is: a tuple holds them, anything else is the one."""
+    return batch if type(batch) is tuple else (batch,)
+
+
+class Alike:
+    """Compares each batch with the first."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, Any] | None = None
+
+    def difference(self, args: tuple[Any, ...]) -> str | None:
+        """How the arguments of a batch differ from those of the first; `None` if they do not."""
+        kinds = _kinds(args)
+        if self._first is None:
+            self._first = kinds
+        return None if kinds == self._first else _difference(self._first, kinds)
+
+
+def require_iterable(batches: Any, where: str) -> None:
+    """Raises unless these are batches; a single array walks row by row, which is never meant."""
+    if not isinstance(batches, Iterable) or hasattr(batches, "dtype") or isinstance(batches, dict):
+        raise ValueError(
+            f"{where}: expected an iterable of batches, such as a list of tuples of arguments, "
+            f"got {type(batches).__name__}"
+        )
+
+
+def _kinds(args: tuple[Any, ...]) -> dict[str, Any]:
+    """What all batches have in common: structure, shapes, dtypes, and values that are static."""
+    flat, tree = jax.tree.flatten_with_path(args)
+    kinds = {f"argument {path_str(path)}": _kind(leaf) for path, leaf in flat}
+    return kinds | {"structure": tree}
+
+
+def _kind(leaf: Any) -> Any:
+    if not is_traced(leaf):
+        return repr(leaf)
+    aval = jax.typeof(leaf)
+    return f"{aval.dtype}{list(aval.shape)}"
+
+
+def _difference(first: dict[str, Any], got: dict[str, Any]) -> str:
+    for name in (*first, *got):
+        if name == "structure" or first.get(name) == got.get(name):
+            continue
+        return (
+            f"{name}: expected {first.get(name, 'nothing')} as in batch 0, "
+            f"got {got.get(name, 'nothing')}"
+        )
+    return f"expected the structure {first['structure']} as in batch 0, got {got['structure']}"

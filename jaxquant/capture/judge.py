@@ -1,0 +1,108 @@
+"""`activation_report`: what statistics say of the ranges that a recipe gets out of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+from jaxquant.capture.statistics import Observed, Statistics
+from jaxquant.observers import Histogram, Range, score, suggest
+from jaxquant.observers.base import as_range
+from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.report import ActivationReport, SiteReport
+from jaxquant.spec import QSpec
+
+_REPEAT = re.compile(r"#\d+$")
+
+
+def activation_report(
+    stats: Statistics, recipe: Recipe | Rule | Iterable[Rule]
+) -> ActivationReport:
+    """How well the ranges that were found serve the recipe: clipping, noise, and what is better.
+
+    Clipped fraction and `SQNR = 10 log10(sum x^2 / sum (x - x_hat)^2)` are estimated from the
+    histograms that `percentile`, `mse`, `entropy`, `histogram` and `profile` keep, on the samples
+    that were captured. A suggestion is made where it gains 1 dB or more: another observer, a zero
+    point, or a scale for each channel (only after `profile`, which keeps the channels' absmax).
+
+    Args:
+      stats: what `jaxquant.capture` found.
+      recipe: whose specs quantize the activations; sites that it leaves in float are left out.
+
+    Raises:
+      ValueError: the recipe is none, or leaves every site in float.
+
+    >>> import jax, jax.numpy as jnp, jaxquant as jq
+    >>> x = jax.nn.relu(jax.random.normal(jax.random.key(0), (64, 16)))
+    >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.eye(16)}
+    >>> recipe = jq.w8a8_static(jq.observers.profile(), symmetric=True)
+    >>> report = activation_report(jq.capture(fn, params, [x], recipe), recipe)
+    >>> report["w"].suggestion, report["w"].clipped
+    ('asymmetric', 0.0)
+    """
+    recipe = as_recipe(recipe, "activation_report")
+    if not isinstance(stats, Statistics):
+        raise ValueError(
+            f"activation_report: expected what jaxquant.capture returns, got {type(stats).__name__}"
+        )
+    rows: list[SiteReport] = []
+    bare = False
+    for key in stats:
+        operands = stats[key]
+        spec = _spec(recipe, key, len(operands))
+        if spec is None:
+            continue
+        for operand, seen in operands.items():
+            bare |= not isinstance(seen.observer, Histogram)
+            rows += _rows(key, operand, seen, spec)
+    if not rows:
+        raise ValueError(
+            f"activation_report: {recipe!r} quantizes no activation that there are statistics of "
+            f"({', '.join(stats) or 'there are none'})"
+        )
+    note = "clipping and noise are known of observers with a histogram; profile() tells most"
+    return ActivationReport(tuple(rows), (note,) if bare else ())
+
+
+def _spec(recipe: Recipe, key: str, operands: int) -> QSpec | None:
+    """The spec of a site's activations; a site that was seen from both sides has no parameter."""
+    if operands == 2:
+        rule = recipe.attention_rule(key)
+        return None if rule is None else rule.attention
+    rule = recipe.match(_REPEAT.sub("", key))
+    return None if rule is None else rule.activations
+
+
+def _rows(key: str, operand: str, seen: Observed, spec: QSpec) -> list[SiteReport]:
+    found = seen.finish(spec)
+    host = jax.tree.map(np.asarray, seen.state)
+    rows = []
+    for index in np.ndindex(*seen.lead):
+        state = {name: value[index] for name, value in host.items()}
+        low, high = np.asarray(found.low)[index], np.asarray(found.high)[index]
+        site = f"{key}[{', '.join(map(str, index))}]" if index else key
+        name = type(seen.observer).__name__.lower()
+        how = f"{spec.format.name}{'' if spec.symmetric else ' asymmetric'}, {name}"
+        row = SiteReport(site, operand, how, float(np.min(low)), float(np.max(high)))
+        if isinstance(seen.observer, Histogram) and not np.ndim(low):
+            row = _judged(row, state, as_range(low, high), spec)
+        rows.append(row)
+    return rows
+
+
+def _judged(row: SiteReport, state: dict, range: Range, spec: QSpec) -> SiteReport:
+    found, better = score(state, range, spec), suggest(state, range, spec)
+    return SiteReport(
+        row.site,
+        row.operand,
+        row.how,
+        row.low,
+        row.high,
+        found.clipped,
+        found.sqnr_db,
+        "" if better is None else better.what,
+        0.0 if better is None else better.gain_db,
+    )

@@ -1,0 +1,164 @@
+"""Which activations of a call are observed and by what, and the call with that done."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.capture.statistics import Observed, Sites, Statistics, check_same
+from jaxquant.interpret.calls import Call
+from jaxquant.interpret.evaluate import Interpreter
+from jaxquant.interpret.observe import Float, Observe, Place, places_of, statistics_slot
+from jaxquant.interpret.serve import attention_grids, policy_of
+from jaxquant.interpret.slots import SiteValues
+from jaxquant.observers import Observer
+from jaxquant.recipe import Recipe, Rule
+
+State = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is observed in one traced call.
+
+    Attributes:
+      call: the call.
+      observed: by name of its entry, where an activation is first met, and what observes it.
+      sites: for each site key, its operands and the names of their entries.
+    """
+
+    call: Call
+    observed: dict[str, tuple[Place, Observer]]
+    sites: Sites
+
+    def start(self) -> Statistics:
+        """Statistics of no batches. May be traced."""
+        entries = {}
+        for name, (place, observer) in self.observed.items():
+            state = {
+                k: jnp.broadcast_to(v, (*place.lead, *v.shape)).astype(v.dtype)
+                for k, v in observer.init(place.aval).items()
+            }
+            shape, dtype = tuple(place.aval.shape), str(place.aval.dtype)
+            entries[name] = Observed(state, observer, shape, dtype, place.lead)
+        return Statistics(entries, jnp.zeros((), jnp.int32), self.sites)
+
+    def check(self, stats: Statistics, where: str) -> None:
+        """Raises unless statistics are those of this plan."""
+        check_same(jax.eval_shape(self.start), stats, where)
+
+
+def plan_of(call: Call, recipe: Recipe | Observer, where: str) -> Plan:
+    """Finds what a recipe's observers are to observe; spends no FLOPs.
+
+    Args:
+      call: the call, its params float or quantized.
+      recipe: rules with observers; or one observer, for all activations that are contracted.
+      where: the function this is for, for errors.
+
+    Raises:
+      ValueError: the recipe has no observer; a rule with one matches no site; a site is where no
+        statistics can be carried out.
+    """
+    _require_observers(recipe, where)
+    observed: dict[str, tuple[Place, Observer]] = {}
+    sites: dict[str, dict[str, str]] = {}
+    known: dict[Any, str] = {}
+    used: set[Rule] = set()
+    places = places_of(call)
+    for place in places:
+        chosen = _observer(recipe, place, used)
+        if chosen is None:
+            continue
+        if place.shut is not None:
+            raise ValueError(
+                f"{where}: {place.keys[0]!r} is inside {place.shut}, out of which statistics "
+                "cannot be carried; put a rule without an observer in front of its own"
+            )
+        kind = (place.array, chosen, place.lead)
+        if kind not in known:
+            known[kind] = f"{place.keys[0]}:{place.slot.name}"
+            observed[known[kind]] = place, chosen
+        for key in place.keys:
+            sites.setdefault(key, {})[place.slot.name] = known[kind]
+    _require_used(recipe, used, places, where)
+    if not observed:
+        raise ValueError(
+            f"{where}: the function contracts no activations, so there is nothing to observe"
+        )
+    return Plan(call, observed, tuple((key, tuple(ops.items())) for key, ops in sites.items()))
+
+
+def observed_call(
+    plan: Plan, states: Mapping[str, State], leaves: Sequence[Any], consts: Sequence[Any]
+) -> tuple[Any, dict[str, State]]:
+    """Evaluates the plan's call on leaves like its own, and updates the states on the way.
+
+    Args:
+      plan: what to observe.
+      states: states by name of the entry.
+      leaves: in place of `plan.call.leaves`.
+      consts: in place of `plan.call.consts`.
+
+    Returns:
+      The function's result and the new states. May be traced.
+    """
+    call = dataclasses.replace(plan.call, leaves=list(leaves), consts=list(consts))
+    slots = {name: statistics_slot(place.slot) for name, (place, _) in plan.observed.items()}
+    observers = {slots[name]: observer for name, (_, observer) in plan.observed.items()}
+    held = attention_grids(call).values  # where the params are calibrated already
+    held.update({slot: states[name] for name, slot in slots.items()})
+    values = SiteValues(held, updated=True)
+    policy = Observe(policy_of(call) or Float(), observers)
+    out = call.run(Interpreter(policy, call.param_paths, values))
+    return out, {name: values.values[slot] for name, slot in slots.items()}
+
+
+def _observer(recipe: Recipe | Observer, place: Place, used: set[Rule]) -> Observer | None:
+    """What observes an activation; the rules that have a say in it are added to `used`."""
+    if not isinstance(recipe, Recipe):
+        return recipe
+    for rule in _deciding(recipe, place):
+        if rule.observer is not None:
+            used.add(rule)
+            return rule.observer
+    return None
+
+
+def _deciding(recipe: Recipe, place: Place) -> Iterator[Rule]:
+    """The rules that say how an activation is quantized, one for each parameter of the site."""
+    for path in place.params:
+        rule = recipe.match(path)
+        if rule is not None and rule.activations is not None:
+            yield rule
+    if not place.params:
+        rules = (r for r in recipe if (r.attention is not None or r.skip))
+        yield from [r for r in rules if r.matches(place.keys[0])][:1]
+
+
+def _require_observers(recipe: Recipe | Observer, where: str) -> None:
+    if isinstance(recipe, Recipe) and all(rule.observer is None for rule in recipe):
+        raise ValueError(
+            f"{where}: no rule of {recipe!r} has an observer; expected one as in "
+            "jq.Rule('**', weights=jq.int8(), activations=..., observer=jq.observers.mse())"
+        )
+
+
+def _require_used(
+    recipe: Recipe | Observer, used: set[Rule], places: Sequence[Place], where: str
+) -> None:
+    for rule in recipe if isinstance(recipe, Recipe) else ():
+        if rule.observer is None or rule in used:
+            continue
+        if any(rule.matches(key) for place in places for key in (*place.keys, *place.params)):
+            reason = "decides no site: earlier rules take all that it matches"
+            if rule.activations is None:
+                reason = "decides no contraction of two activations"
+        else:
+            keys = dict.fromkeys(key for place in places for key in place.keys)
+            reason = f"matches no site; there are: {', '.join(keys) or 'none'}"
+        raise ValueError(f"{where}: rule {rule.key!r} has an observer and {reason}")

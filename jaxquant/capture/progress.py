@@ -1,0 +1,51 @@
+"""The progress bar of long captures: on a terminal only, and out of the way of results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+_AFTER = 3.0  # seconds of work before a bar is worth its line
+
+
+class Progress:
+    """Counts batches on standard error; see `capture` for when.
+
+    Args:
+      show: `True` at once, `False` never, `None` on a terminal, after some seconds.
+      total: how many batches there are, if known.
+    """
+
+    def __init__(self, show: bool | None, total: int | None) -> None:
+        self._show = sys.stderr.isatty() if show is None else show
+        self._from = time.monotonic() + (_AFTER if show is None else 0.0)
+        self._total, self._done = total, 0
+        self._bar: Any = None
+        self._task: Any = None
+
+    def step(self) -> None:
+        """One more batch is done."""
+        self._done += 1
+        if not self._show or time.monotonic() < self._from:
+            return
+        if self._bar is None:
+            self._open()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+
+    def _open(self) -> None:
+        try:
+            from rich.console import Console
+            from rich.progress import Progress as Bar
+        except ImportError:
+            self._show = False
+            return
+        self._bar = Bar(console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task("capture", total=self._total)
+        self._bar.start()
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()

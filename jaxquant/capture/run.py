@@ -1,0 +1,265 @@
+"""`capture`: runs a function once per batch and gathers statistics of its activations."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterable, Sized
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.capture.batches import Alike, arguments, require_iterable
+from jaxquant.capture.plan import Plan, observed_call, plan_of
+from jaxquant.capture.progress import Progress
+from jaxquant.capture.statistics import Statistics
+from jaxquant.capture.storage import described
+from jaxquant.interpret.calls import is_traced, trace_call
+from jaxquant.observers import Observer
+from jaxquant.qtensor import is_qtensor
+from jaxquant.recipe import Recipe, Rule, as_recipe
+
+_SAVE_EVERY = 5.0  # seconds
+
+Path = str | os.PathLike[str]
+
+
+class CaptureError(ValueError):
+    """A batch that cannot be used; `statistics` are those of all batches before it."""
+
+    def __init__(self, message: str, statistics: Statistics) -> None:
+        super().__init__(message)
+        self.statistics = statistics
+
+
+def capture(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    recipe: Recipe | Rule | Iterable[Rule] | Observer,
+    *,
+    resume: Statistics | Path | None = None,
+    save: Path | None = None,
+    progress: bool | None = None,
+) -> Statistics:
+    """Runs `fn(params, *batch)` for every batch and gathers statistics of its activations.
+
+    The observers of the recipe's rules see the operands of the contractions that those rules make
+    static: of one with a parameter the other operand, of one without (`attention=`) both. One
+    compiled step per batch updates their states, in memory that does not grow with batches; what
+    `fn` returns is not computed. In a `scan` over layers each layer has statistics of its own; the
+    steps of other loops share theirs.
+
+    Args:
+      fn: any traceable function whose first argument is a params pytree.
+      params: its parameters, float; where some are `QTensor`s, `fn` computes as `quantized(fn)`.
+      batches: any iterable, walked once. A batch is a tuple of the arguments that follow params, or
+        the only one. All have the structure, shapes and dtypes of the first.
+      recipe: rules with `observer=`; or one observer, for all contractions.
+      resume: statistics of an interrupted capture, or their file: as many batches as they have seen
+        are passed over, and the result is that of one uninterrupted capture.
+      save: a file to keep the statistics in: written every few seconds, at the end, and when an
+        error ends the capture.
+      progress: a progress bar, on standard error; by default if that is a terminal and the work
+        takes more than a few seconds.
+
+    Returns:
+      The statistics; `jaxquant.ptq(..., stats=...)` takes them.
+
+    Raises:
+      ValueError: there are no batches; one differs from the first, an activation is not finite,
+        or no batch reaches some site (in these cases a `CaptureError`, which has the statistics up
+        to then); no rule has an observer, or one that has matches no site; `resume` holds
+        statistics of other sites, or of more batches than there are.
+
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> from jaxquant.observers import absmax
+    >>> fn = lambda p, x: jnp.maximum(x @ p["up"], 0) @ p["down"]
+    >>> params = {"up": 2 * jnp.eye(3), "down": jnp.eye(3)}
+    >>> batches = (jnp.full((4, 3), v) for v in (1.0, -3.0))
+    >>> print(capture(fn, params, batches, absmax()))
+    site  operand  observer  range    updates
+    up    lhs      absmax    -3 .. 3  2
+    down  lhs      absmax    -2 .. 2  2
+    """
+    return capture_with(
+        "capture", fn, params, (), batches, recipe, resume=resume, save=save, progress=progress
+    )
+
+
+def capture_with(
+    where: str,
+    fn: Callable[..., Any],
+    params: Any,
+    fixed: tuple[Any, ...],
+    batches: Iterable[Any],
+    recipe: Recipe | Rule | Iterable[Rule] | Observer,
+    *,
+    resume: Statistics | Path | None = None,
+    save: Path | None = None,
+    progress: bool | None = None,
+) -> Statistics:
+    """`capture` for a function `fn(params, *fixed, *batch)`; `where` names it in errors."""
+    chosen = as_observing(recipe, where, params)
+    if not callable(fn):
+        raise ValueError(f"{where}: expected a function of params first, got {type(fn).__name__}")
+    before = Statistics.load(resume) if isinstance(resume, (str, os.PathLike)) else resume
+    require_iterable(batches, where)
+    total = len(batches) if isinstance(batches, Sized) else None
+    run: _Run | None = None
+    alike = Alike()
+    # on the device once, not at every step
+    held = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in _leaves((params, *fixed))]
+    try:
+        for index, batch in enumerate(batches):
+            args = arguments(batch)
+            difference = alike.difference(args)
+            if run is None:
+                call = trace_call(fn, params, (*fixed, *args), {})
+                plan = plan_of(call, chosen, where)
+                if save is not None:
+                    _require_storable(plan, where)
+                run = _Run(where, plan, before, save, Progress(progress, total))
+            if difference is not None:
+                raise run.error(f"batch {index}: {difference}")
+            run.feed(index, [*held, *_leaves(args)])
+        if run is None:
+            raise ValueError(f"{where}: no batches; expected at least one")
+        run.require_complete(index + 1)
+        return run.statistics()
+    finally:
+        if run is not None:
+            run.close()
+
+
+class _Run:
+    """One capture under way."""
+
+    def __init__(
+        self,
+        where: str,
+        plan: Plan,
+        before: Statistics | None,
+        save: Path | None,
+        progress: Progress,
+    ) -> None:
+        self.where, self.plan, self.progress = where, plan, progress
+        start = plan.start()
+        if before is not None:
+            plan.check(before, f"{where}: resume")
+            start = before
+        self.skip = self.batches = int(start.batches)
+        # copies, each with a buffer of its own: the step takes its states over
+        self.states = {
+            name: {k: jnp.array(v, copy=True) for k, v in seen.state.items()}
+            for name, seen in start.entries.items()
+        }
+        self.entries, self.sites = start.entries, start.sites
+        self.consts = plan.call.consts
+        self.step = _step(plan)
+        self.save = save
+        self.saved = time.monotonic()
+
+    def feed(self, index: int, leaves: list[Any]) -> None:
+        """Takes one batch, unless it was seen before."""
+        self.progress.step()
+        if index < self.skip:
+            return
+        self.states, bad = self.step(self.states, leaves, self.consts)
+        found = np.flatnonzero(jax.device_get(bad))
+        if found.size:
+            raise self._not_finite(index, found)
+        self.batches += 1
+        if self.save is not None and time.monotonic() - self.saved > _SAVE_EVERY:
+            self.statistics().save(self.save)
+            self.saved = time.monotonic()
+
+    def error(self, message: str) -> CaptureError:
+        """What went wrong after the batches so far."""
+        kept = "" if self.save is None else f" and in {os.fspath(self.save)!r}"
+        return CaptureError(
+            f"{self.where}: {message}; the statistics of {self.batches} batches are kept in this "
+            f"error's `statistics`{kept}",
+            self.statistics(),
+        )
+
+    def _not_finite(self, index: int, found: np.ndarray) -> CaptureError:
+        names = list(self.plan.observed)
+        sites = [
+            f"{key!r} ({operand})"
+            for key, operands in self.sites
+            for operand, entry in operands
+            if entry in [names[i] for i in found]
+        ]
+        first = names[found[0]]
+        key, operand = next((k, o) for k, ops in self.sites for o, e in ops if e == first)
+        others = f", and thereby at {len(sites) - 1} more" if len(sites) > 1 else ""
+        return self.error(
+            f"batch {index}: NaN or infinity in the activation of {key!r} ({operand}){others}"
+        )
+
+    def statistics(self) -> Statistics:
+        """What has been seen so far."""
+        entries = {
+            name: dataclasses.replace(seen, state=dict(self.states[name]))
+            for name, seen in self.entries.items()
+        }
+        return Statistics(entries, self.batches, self.sites)
+
+    def require_complete(self, count: int) -> None:
+        """Raises if batches or updates are missing at the end."""
+        if count < self.skip:
+            raise ValueError(
+                f"{self.where}: resume holds statistics of {self.skip} batches, and there are "
+                f"only {count}"
+            )
+        missing = self.statistics().unseen()
+        if missing:
+            raise self.error(
+                f"no batch reaches {', '.join(missing)}; add samples that do, or put a rule "
+                "without an observer in front"
+            )
+
+    def close(self) -> None:
+        """Writes the file; also after an error, unless a failed step has taken the states along."""
+        self.progress.close()
+        whole = not any(v.is_deleted() for v in jax.tree.leaves(self.states))
+        if self.save is not None and whole and self.batches:
+            self.statistics().save(self.save)
+
+
+def _step(plan: Plan) -> Callable[..., tuple[dict[str, Any], jax.Array]]:
+    """The compiled step: states after one batch; for each, whether it met what is not finite.
+
+    If one did, all states stay as they were.
+    """
+
+    def step(states: Any, leaves: list[Any], consts: list[Any]) -> Any:
+        new = observed_call(plan, states, leaves, consts)[1]
+        bad = jnp.stack([jnp.any(new[k]["bad"] > states[k]["bad"]) for k in new])
+        fine = ~bad.any()
+        return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, states), bad
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_qtensor) if is_traced(leaf)]
+
+
+def as_observing(recipe: Any, where: str, params: Any = None) -> Recipe | Observer:
+    """The recipe, or the observer, that a caller meant."""
+    if isinstance(recipe, Observer) and not isinstance(recipe, type):
+        return recipe
+    return as_recipe(recipe, where, params)
+
+
+def _require_storable(plan: Plan, where: str) -> None:
+    for _, observer in plan.observed.values():
+        try:
+            described(observer)
+        except ValueError as error:
+            raise ValueError(f"{where}: save: {error}") from None

@@ -1,0 +1,215 @@
+"""`Statistics`: what observers have seen, by site."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.observers import Observer, Range, finish_stacked
+from jaxquant.spec import QSpec
+
+Sites = tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """What one observer has seen of one activation.
+
+    Attributes:
+      state: the observer's state; its arrays have the leading axes `lead` first.
+      observer: what made it.
+      shape: shape of the activation at each update.
+      dtype: name of its dtype.
+      lead: numbers of layers, for a site in a `scan` over layers; else `()`.
+    """
+
+    state: dict[str, Any]
+    observer: Observer = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(metadata={"static": True})
+    lead: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    def finish(self, spec: QSpec) -> Range:
+        """The range with which `spec` is to quantize, `[*lead, *channels]`; not to be traced.
+
+        Raises:
+          ValueError: there was no update, or one that was not finite.
+        """
+        return finish_stacked(self.observer, self.state, spec, len(self.lead))
+
+    @property
+    def static(self) -> tuple[Any, ...]:
+        """All but the state: what statistics that are merged have in common."""
+        return self.observer, self.shape, self.dtype, self.lead
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics(Mapping[str, Mapping[str, Observed]]):
+    """Statistics of activations by site key, then by operand (`"lhs"`, `"rhs"`).
+
+    A contraction with a parameter has its other operand here, one without a parameter has both.
+    Sites that contract one and the same array have one entry between them. A pytree: `jax.tree`
+    functions and checkpoints see the observers' states.
+
+    Attributes:
+      entries: what was seen, each thing once.
+      batches: how many batches went in.
+      sites: for each site key, its operands and the names of their entries.
+
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> from jaxquant.capture import capture
+    >>> from jaxquant.observers import minmax
+    >>> stats = capture(lambda p, x: x @ p["w"], {"w": jnp.eye(2)}, [jnp.eye(2)], minmax())
+    >>> print(stats)
+    site  operand  observer  range   updates
+    w     lhs      minmax    0 .. 1  1
+    >>> stats.finish("w", "lhs", jq.int8()).high
+    Array(1., dtype=float32)
+    """
+
+    entries: dict[str, Observed]
+    batches: Any
+    sites: Sites = dataclasses.field(metadata={"static": True})
+
+    def __getitem__(self, key: str) -> dict[str, Observed]:
+        for name, operands in self.sites:
+            if name == key:
+                return {operand: self.entries[entry] for operand, entry in operands}
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key, _ in self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def finish(self, key: str, operand: str, spec: QSpec) -> Range:
+        """The range of one operand of one site, `[*layers, *channels]`; not to be traced.
+
+        Raises:
+          ValueError: there are no statistics of it, or none that are finite.
+        """
+        found = self.get(key, {})
+        if operand not in found:
+            known = ", ".join(f"{k} {o}" for k, ops in self.sites for o, _ in ops)
+            raise ValueError(f"no statistics of {key!r}, operand {operand!r}; there are: {known}")
+        try:
+            return found[operand].finish(spec)
+        except ValueError as error:
+            raise ValueError(f"{key}, {operand}: {error}") from error
+
+    def merge(self, other: Statistics) -> Statistics:
+        """What both have seen together, these batches before those of `other`.
+
+        Raises:
+          ValueError: they are of different sites, or gathered by different observers.
+        """
+        check_same(self, other, "merge")
+        return _merged(self, other)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file that `load` reads: arrays as `.npz`, all else as JSON in it.
+
+        The file is written aside and then put in place, so a reader never sees half of one.
+
+        Raises:
+          ValueError: an observer that is not of `jaxquant.observers`.
+        """
+        from jaxquant.capture.storage import save  # which makes Statistics itself
+
+        save(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Statistics:
+        """Reads statistics that `save` wrote.
+
+        Raises:
+          ValueError: there is no such file, or not one of these.
+        """
+        from jaxquant.capture.storage import load
+
+        return load(path)
+
+    def unseen(self) -> list[str]:
+        """Sites of which some layer was never updated, in words."""
+        return [name for name, seen in self._named() if not np.asarray(seen.state["updates"]).all()]
+
+    def _named(self) -> list[tuple[str, Observed]]:
+        """Each entry with the first site it belongs to."""
+        first: dict[str, str] = {}
+        for key, operands in self.sites:
+            for operand, entry in operands:
+                first.setdefault(entry, f"{key} ({operand})")
+        return [(first[name], seen) for name, seen in self.entries.items()]
+
+    def __str__(self) -> str:
+        rows = [("site", "operand", "observer", "range", "updates")]
+        for key, operands in self.sites:
+            for operand, entry in operands:
+                seen = self.entries[entry]
+                updates = np.asarray(seen.state["updates"])
+                name = type(seen.observer).__name__.lower()
+                rows.append((key, operand, name, _range(seen), _span(updates)))
+        width = [max(len(row[i]) for row in rows) for i in range(5)]
+        return "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(r, width, strict=True)).rstrip() for r in rows
+        )
+
+
+def _range(seen: Observed) -> str:
+    try:
+        low, high = seen.finish(QSpec("int8", symmetric=False))
+    except ValueError as error:
+        return str(error)
+    return f"{np.min(low):.4g} .. {np.max(high):.4g}"
+
+
+def _span(counts: np.ndarray) -> str:
+    low, high = counts.min(), counts.max()
+    return str(low) if low == high else f"{low} to {high}"
+
+
+@jax.jit
+def _merged(a: Statistics, b: Statistics) -> Statistics:
+    entries = {
+        name: dataclasses.replace(seen, state=seen.observer.merge(seen.state, other.state))
+        for (name, seen), other in zip(a.entries.items(), b.entries.values(), strict=True)
+    }
+    return Statistics(entries, a.batches + b.batches, a.sites)
+
+
+def check_same(here: Statistics, other: Statistics, where: str) -> None:
+    """Raises unless both are statistics of the same sites, by the same observers."""
+    if not isinstance(other, Statistics):
+        raise ValueError(f"{where}: expected Statistics, got {type(other).__name__}")
+    differences = []
+    for key in here:
+        if key not in other:
+            differences.append(f"{key!r} is missing")
+    for key in other:
+        if key not in here:
+            differences.append(f"{key!r} is unknown")
+    for key in (key for key in here if key in other):
+        mine, theirs = here[key], other[key]
+        if mine.keys() != theirs.keys():
+            differences.append(f"{key!r}: expected {' '.join(mine)}, got {' '.join(theirs)}")
+            continue
+        for operand, seen in mine.items():
+            named = ("observer", "shape", "dtype", "layers")
+            for name, a, b in zip(named, seen.static, theirs[operand].static, strict=True):
+                if a != b:
+                    differences.append(f"{key!r} {operand}: expected {name} {a}, got {b}")
+    if not differences and here.sites != other.sites:
+        differences.append("sites that share an activation, or their order, differ")
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise ValueError(
+            f"{where}: these are statistics of other sites: {'; '.join(differences[:3])}{more}"
+        )

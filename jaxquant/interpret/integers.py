@@ -1,0 +1,184 @@
+"""What becomes of integer activations between contractions: which operations keep them integers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxquant.interpret import _compat
+from jaxquant.interpret.values import Value, varying
+from jaxquant.ops import Accumulator, Activation, Integers, added, is_integers
+
+ENTERED = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
+"""Control flow that integers pass into; loops and branches take floats."""
+CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+
+
+def results(eqn: Any, operands: list[Value]) -> list[Any] | None:
+    """The equation on integers, `None` where it has no integer form here."""
+    name = eqn.primitive.name
+    if name in AFFINE:
+        return _affine(eqn, operands)
+    if name in _SAME:
+        return [operands[0].data]
+    if name == "convert_element_type":
+        return _converted(eqn, operands[0].data)
+    if name in ("max", "min", "clamp"):
+        return _clamped(eqn, operands)
+    if name in _MOVES:
+        return _moved(eqn, operands)
+    return None
+
+
+def _converted(eqn: Any, x: Integers) -> list[Any] | None:
+    dtype = jnp.dtype(eqn.params["new_dtype"])
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    return [dataclasses.replace(x, dtype=dtype.name)]
+
+
+def _affine(eqn: Any, operands: list[Value]) -> list[Any] | None:
+    """Sums of a contraction and a vector over its channels that no input changes."""
+    name = eqn.primitive.name
+    if name == "neg":
+        x, other, first = operands[0].data, Value(jnp.float32(-1.0)), True
+    else:
+        first = is_integers(operands[0].data)
+        x, other = (operands[0].data, operands[1]) if first else (operands[1].data, operands[0])
+    if is_integers(other.data):
+        total = (
+            added(x, other.data)
+            if name in ("add", "add_any") and x.shape == other.data.shape
+            else None
+        )
+        return None if total is None else [total]
+    if not isinstance(x, Accumulator):
+        return None
+    vector = _channel_vector(x, other)
+    if vector is None or (name == "div" and not first):
+        return None
+    origin = other.facts.origin
+    what = f"{name}{'' if first else ' from'} {origin.path if origin else 'a vector'}"
+    if name in ("mul", "neg"):
+        return [x.scaled(vector, what)]
+    if name == "div":
+        return [x.scaled(1.0 / vector, what)]
+    if name == "sub" and not first:
+        return [x.scaled(jnp.float32(-1.0), what).shifted(vector, what)]
+    return [x.shifted(-vector if name == "sub" else vector, what)]
+
+
+def _channel_vector(x: Accumulator, value: Value) -> Array | None:
+    """A value that varies over the channels of `x` only, of size 1 elsewhere, in float32."""
+    data = value.data
+    if value.facts.live or not hasattr(data, "shape") or hasattr(data, "codes"):
+        return None
+    if not jnp.issubdtype(data.dtype, jnp.floating):
+        return None
+    shape = tuple(data.shape)
+    if len(shape) not in (0, x.ndim) or not varying(value) <= set(x.channels):
+        return None
+    if shape:
+        keep = [n if a in x.channels else 1 for a, n in enumerate(shape)]
+        data = lax.slice(data, [0] * len(shape), keep)
+    return data.astype(jnp.float32)
+
+
+def _codes(x: Any) -> Activation | None:
+    """The activation itself, once nothing more will be added to its sums."""
+    return x.activation() if isinstance(x, Accumulator) else x
+
+
+def _clamped(eqn: Any, operands: list[Value]) -> list[Any] | None:
+    """Clipped between scalars; or the larger of two activations on one grid."""
+    name = eqn.primitive.name
+    if name == "clamp":
+        low, value, high = operands
+        x = _codes(value.data) if is_integers(value.data) else None
+        ends = [_scalar(low), _scalar(high)]
+        if x is None or ends[0] is None or ends[1] is None:
+            return None
+        return [x.clamped(*ends)]
+    a, b = operands
+    if is_integers(a.data) and is_integers(b.data):
+        return _of_two(eqn, [a.data, b.data])
+    value, other = (a, b) if is_integers(a.data) else (b, a)
+    end, x = _scalar(other), _codes(value.data)
+    if x is None or end is None:
+        return None
+    return [x.clamped(low=end) if name == "max" else x.clamped(high=end)]
+
+
+def _of_two(eqn: Any, data: list[Any]) -> list[Any] | None:
+    on = [_codes(x) for x in data]
+    first = on[0]
+    if first is None or any(x is None or x.name != first.name for x in on):
+        return None
+    codes = _compat.bind(eqn, [x.codes for x in on if x is not None])[0]
+    return [dataclasses.replace(first, codes=codes)]
+
+
+def _scalar(value: Value) -> Array | None:
+    """A bound that is the same everywhere."""
+    data = value.data
+    if value.facts.live or not hasattr(data, "ndim") or is_integers(data):
+        return jnp.float32(data) if isinstance(data, (int, float)) else None
+    if data.ndim and varying(value):
+        return None
+    return jnp.ravel(data)[0] if data.ndim else data
+
+
+def _moved(eqn: Any, operands: list[Value]) -> list[Any] | None:
+    """Layout operations and the larger of neighbours, done on the codes."""
+    name, rest = eqn.primitive.name, [v.data for v in operands[1:]]
+    if name == "concatenate":
+        data = [v.data for v in operands]
+        return _of_two(eqn, data) if all(map(is_integers, data)) else None
+    if not is_integers(operands[0].data) or any(map(is_integers, rest)):
+        return None
+    if name == "gather" and eqn.params.get("mode") is lax.GatherScatterMode.FILL_OR_DROP:
+        return None
+    x = _codes(operands[0].data)
+    if x is None:
+        return None
+    if name == "pad":
+        fill = _scalar(operands[1])
+        if fill is None:
+            return None
+        rest = [_fill(x, fill)]
+    out = _compat.bind(eqn, [x.codes, *rest])
+    return [dataclasses.replace(x, codes=codes) for codes in out]
+
+
+def _fill(x: Activation, value: Array) -> Array:
+    """The code that a padding value has; below the grid (minus infinity) it is the lowest one."""
+    return dataclasses.replace(x, codes=jnp.int8(-128)).clamped(low=value).codes
+
+
+AFFINE = ("add", "sub", "mul", "div", "neg", "add_any")
+_SAME = ("copy", "copy_p", "stop_gradient", "name", "reduce_precision", "optimization_barrier")
+_MOVES = {
+    *("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "slice", "rev"),
+    *("dynamic_slice", "split", "gather", "concatenate", "pad", "reduce_max"),
+    *("reduce_window_max", "sharding_constraint"),
+}
+
+
+def why(eqn: Any, operands: list[Value]) -> str:
+    """Why integers end at an equation, for the report."""
+    name = eqn.primitive.name
+    if name in CONTRACTIONS:
+        return "a contraction that is not requantized takes floats"
+    if name in ("scan", "while", "cond", "shard_map"):
+        return f"{name} takes floats"
+    if name in AFFINE and sum(v.facts.live for v in operands) > 1:
+        if name not in ("add", "add_any"):
+            return f"{name} of two activations"
+        both = all(is_integers(v.data) for v in operands)
+        return "neither term is a sum yet" if both else "the other term is float"
+    if name in AFFINE:
+        return f"{name} by what varies along other axes than channels, or after a clamp"
+    return f"{name} has no integer form"

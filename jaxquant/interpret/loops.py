@@ -1,0 +1,166 @@
+"""`scan` and `while`, with quantized operands and values of sites (`slots`) inside."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jax import lax
+
+from jaxquant.interpret import _compat, moves
+from jaxquant.interpret.slots import Frame
+from jaxquant.interpret.values import Facts, Value
+from jaxquant.qtensor import is_qtensor
+
+if TYPE_CHECKING:
+    from jaxquant.interpret.evaluate import Interpreter
+
+Scope = tuple[str, ...]
+
+
+def with_facts(data: Sequence[Any], facts: Sequence[Facts]) -> list[Value]:
+    """Data and facts as values."""
+    return [Value(d, f) for d, f in zip(data, facts, strict=True)]
+
+
+def signed(operands: list[Value], positive: list[bool]) -> list[Value]:
+    """Operands with what is known of their signs."""
+    return [
+        Value(v.data, dataclasses.replace(v.facts, nonneg=p))
+        for v, p in zip(operands, positive, strict=True)
+    ]
+
+
+def scan(
+    ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: Scope
+) -> list[Value]:
+    """Quantized operands pass as constants, as scanned inputs, and as unchanged carries."""
+    p = eqn.params
+    jaxpr, closed = _compat.opened(p["jaxpr"])
+    n_consts, n_carry = _compat.scan_split(p)
+    operands = signed(operands, positive)
+    consts = operands[:n_consts]
+    init = operands[n_consts : n_consts + n_carry]
+    xs = [_as_scanned(ip, eqn, v, scope) for v in operands[n_consts + n_carry :]]
+    kept = _unchanged(jaxpr, n_consts, n_carry, offset=0)
+    init = [v if k else _carried(ip, eqn, v, scope) for v, k in zip(init, kept, strict=True)]
+    x_facts = [_inside(v.facts) for v in xs]
+    out_facts: list[Facts] = []
+    at = len(ip.call_path) - 1
+    parts = [o for v in xs if v.facts.origin is not None for o in v.facts.origin.parts]
+    frame = Frame(at, length=p["length"], params=frozenset(o.path for o in parts))
+    inside = ip.slots.inside(ip.call_path)
+    stacked = [s for s in inside if at in s.stacked]
+    carried = [s for s in inside if at not in s.stacked and ip.slots.updated]
+
+    def body(carry: Any, x: Any) -> tuple[Any, Any]:
+        (moving, values), (slices, own) = carry, x
+        rest = iter(moving)
+        state = [v if k else Value(next(rest), v.facts) for v, k in zip(init, kept, strict=True)]
+        args = [*consts, *state, *with_facts(slices, x_facts)]
+        out, left = ip.slots.within(
+            [*carried, *stacked],
+            [*values, *own],
+            lambda: ip.run(jaxpr, closed, args, scope),
+            frame,
+        )
+        out_facts[:] = [v.facts for v in out]
+        new = [ip.dense(v, eqn, scope) for v, k in zip(out[:n_carry], kept, strict=True) if not k]
+        out = [ip.in_float(v, scope, "scan", "scan takes floats") for v in out]
+        n = len(carried)
+        return (new, left[:n]), ([v.data for v in out[n_carry:]], left[n:])
+
+    start = [v.data for v, k in zip(init, kept, strict=True) if not k]
+    (last, left), (ys, owned) = lax.scan(
+        body,
+        (start, ip.slots.read(carried)),
+        ([v.data for v in xs], ip.slots.read(stacked)),
+        length=p["length"],
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+    )
+    ip.slots.leave([*carried, *stacked], [*left, *owned])
+    moved = iter(last)
+    finals = [
+        v if k else Value(next(moved), _moved(f))
+        for v, k, f in zip(init, kept, out_facts, strict=False)
+    ]
+    return [*finals, *with_facts(ys, [_moved(f) for f in out_facts[n_carry:]])]
+
+
+def _unchanged(jaxpr: Any, first: int, count: int, offset: int) -> list[bool]:
+    """Which carries leave a loop's body as the variable that came in."""
+    ins = jaxpr.invars[first : first + count]
+    outs = jaxpr.outvars[offset : offset + count]
+    return [a is b for a, b in zip(ins, outs, strict=True)]
+
+
+def _carried(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
+    if value.facts.origin is not None:
+        ip.policy.meets(eqn, value)
+    if is_qtensor(value.data):
+        value = Value(ip.dense(value, eqn, scope), value.facts)
+    return Value(value.data, dataclasses.replace(value.facts, origin=None, live=True, nonneg=False))
+
+
+def _moved(facts: Facts) -> Facts:
+    return dataclasses.replace(facts, origin=None)
+
+
+def _as_scanned(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
+    """A value whose leading axis `scan` can take, which for a `QTensor` is a batch axis."""
+    if not is_qtensor(value.data) or value.data.batch:
+        return value
+    led = moves.demote(value.data)
+    return Value(ip.dense(value, eqn, scope) if led is None else led, value.facts)
+
+
+def _inside(facts: Facts) -> Facts:
+    """Facts of one slice of a scanned value."""
+    origin = facts.origin
+    if origin is None:
+        return facts
+    lost = tuple(a for a in origin.axes[0] if a not in origin.scanned)
+    inner = dataclasses.replace(origin, axes=origin.axes[1:], scanned=(*origin.scanned, *lost))
+    return dataclasses.replace(facts, origin=inner)
+
+
+def while_loop(
+    ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: Scope
+) -> list[Value]:
+    """Carries that come out unchanged, such as a decode loop's parameters, stay quantized."""
+    p = eqn.params
+    cond, cond_closed = _compat.opened(p["cond_jaxpr"])
+    body, body_closed = _compat.opened(p["body_jaxpr"])
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+    operands = signed(operands, positive)
+    cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
+    init = operands[n_cond + n_body :]
+    kept = _unchanged(body, n_body, len(init), offset=0)
+    init = [v if k else _carried(ip, eqn, v, scope) for v, k in zip(init, kept, strict=True)]
+
+    def state(moving: list[Any]) -> list[Value]:
+        rest = iter(moving)
+        return [v if k else Value(next(rest), v.facts) for v, k in zip(init, kept, strict=True)]
+
+    frame = Frame(len(ip.call_path) - 1)
+    slots = ip.slots.inside(ip.call_path) if ip.slots.updated else []
+
+    def cond_fun(carry: Any) -> Any:
+        with ip.slots.shutting("the condition of a while loop"):
+            return ip.run(cond, cond_closed, [*cond_consts, *state(carry[0])], scope)[0].data
+
+    def body_fun(carry: Any) -> Any:
+        moving, values = carry
+        args = [*body_consts, *state(moving)]
+        out, left = ip.slots.within(
+            slots, values, lambda: ip.run(body, body_closed, args, scope), frame
+        )
+        return [ip.dense(v, eqn, scope) for v, k in zip(out, kept, strict=True) if not k], left
+
+    start = [v.data for v, k in zip(init, kept, strict=True) if not k]
+    last, left = lax.while_loop(cond_fun, body_fun, (start, ip.slots.read(slots)))
+    ip.slots.leave(slots, left)
+    moved = iter(last)
+    return [v if k else Value(next(moved), v.facts) for v, k in zip(init, kept, strict=True)]

@@ -1,0 +1,234 @@
+"""`capture` in the interpreter: where activations meet contractions, and what observes them there.
+
+First the `Finder` walks a call abstractly and notes every operand that is an activation, with the
+slot its statistics belong in. Then `Observe` evaluates the call and updates the slots it is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.interpret import _compat
+from jaxquant.interpret.calls import Call
+from jaxquant.interpret.evaluate import Contraction, Interpreter, Policy, abstract, param_first
+from jaxquant.interpret.record import both_live
+from jaxquant.interpret.slots import Frame, Slot
+from jaxquant.interpret.values import Facts, Value
+from jaxquant.observers import Histogram, Observer
+from jaxquant.ops import is_integers
+from jaxquant.qtensor import dequantize, is_qtensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One operand that is an activation, at one contraction.
+
+    Attributes:
+      slot: where values of its own live; `slot.name` says which operand it is.
+      keys: the site's key; several where parameters were concatenated.
+      params: paths of these parameters; `()` for a contraction without one.
+      aval: shape and dtype of the operand as the contraction sees it, within all loops.
+      lead: lengths of the scans that `slot` is stacked over.
+      array: places with the same number see one and the same array, equally often.
+      shut: why nothing can be carried out of there, or `None`.
+    """
+
+    slot: Slot
+    keys: tuple[str, ...]
+    params: tuple[str, ...]
+    aval: jax.ShapeDtypeStruct
+    lead: tuple[int, ...]
+    array: int
+    shut: str | None
+
+
+def places_of(call: Call) -> tuple[Place, ...]:
+    """The activations that contractions of a traced call take, in execution order.
+
+    A slot is stacked over a `scan` that takes the site's parameter slice by slice, or, where a
+    site has no parameter, over one that does so with any parameter contracted in it. Such a scan
+    walks over layers; any other one over time, and its steps share one value.
+    """
+    finder = Finder()
+    interpreter = Interpreter(finder, call.param_paths)
+
+    def run(*leaves: Any) -> None:
+        call.run(interpreter, list(leaves))
+
+    jax.eval_shape(run, *(abstract(leaf) for leaf in call.leaves))
+    found = list(finder.found.values())
+    layers = {p.slot.path[: f.at + 1] for p, frames in found for f in _over_layers(p, frames)}
+    return tuple(_stacked(place, frames, layers) for place, frames in found)
+
+
+def _over_layers(place: Place, frames: tuple[Frame, ...]) -> list[Frame]:
+    return [f for f in frames if f.params & set(place.params)]
+
+
+def _stacked(place: Place, frames: tuple[Frame, ...], layers: set[tuple[int, ...]]) -> Place:
+    over = _over_layers(place, frames)
+    if not place.params:
+        over = [f for f in frames if f.length is not None and place.slot.path[: f.at + 1] in layers]
+    slot = Slot(place.slot.path, place.slot.name, tuple(f.at for f in over))
+    return dataclasses.replace(place, slot=slot, lead=tuple(f.length or 0 for f in over))
+
+
+def statistics_slot(slot: Slot) -> Slot:
+    """Where the statistics of an operand live, beside what else there is of its own."""
+    return dataclasses.replace(slot, name=f"{slot.name} statistics")
+
+
+class Float:
+    """The policy that computes as the function did."""
+
+    inline_rules = False
+    ahead = False
+
+    def contract(self, ip: Interpreter, site: Contraction) -> Any:
+        """Contracts as the function did."""
+        data = [site.lhs.data, site.rhs.data, *(v.data for v in site.rest)]
+        return _compat.bind(site.eqn, data)[0]
+
+    def lookup(self, eqn: Any, key: str, operand: Value) -> None:
+        """Of no matter."""
+
+    def meets(self, eqn: Any, operand: Value) -> None:
+        """Of no matter."""
+
+    def summed(self, data: Any) -> None:
+        """Of no matter."""
+
+    def leaves(self, data: Any, where: str, reason: str) -> None:
+        """Of no matter."""
+
+    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
+        """Calls differ by what is live or a parameter, not by which."""
+        return (tuple((f.live, f.nonneg, f.origin is not None) for f in facts),)
+
+    def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
+        """There is nothing to do inside."""
+        return False
+
+
+class Finder(Float):
+    """The policy that notes every activation that is contracted.
+
+    Attributes:
+      found: place and frames by slot. Loops may be traced more than once, slots stay the same.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[Slot, tuple[Place, tuple[Frame, ...]]] = {}
+        self._arrays: dict[Any, tuple[int, Any]] = {}
+
+    def contract(self, ip: Interpreter, site: Contraction) -> Any:
+        """Notes the operands and contracts as the function did."""
+        lhs, rhs = site.lhs, site.rhs
+        held = param_first(lhs, rhs)
+        origin = held[0].facts.origin if held else None
+        if origin is not None:
+            other = ("rhs", rhs) if held[0] is lhs else ("lhs", lhs)
+            self._note(ip, site, *other, tuple(part.path for part in origin.parts))
+        elif site.eqn.primitive.name == "dot_general" and both_live(lhs, rhs):
+            self._note(ip, site, "lhs", lhs, ())
+            self._note(ip, site, "rhs", rhs, ())
+        return super().contract(ip, site)
+
+    def _note(
+        self, ip: Interpreter, site: Contraction, name: str, value: Value, params: tuple[str, ...]
+    ) -> None:
+        slot = Slot(ip.call_path, name)
+        if slot in self.found or not jnp.issubdtype(value.data.dtype, jnp.floating):
+            return
+        frames = ip.slots.frames
+        # values of one array in one frame; kept, so that its identity stays its own
+        array, _ = self._arrays.setdefault(
+            (id(value.data), frames), (len(self._arrays), value.data)
+        )
+        aval = jax.ShapeDtypeStruct(value.data.shape, value.data.dtype)
+        place = Place(slot, site.keys, params, aval, (), array, ip.slots.shut)
+        self.found[slot] = place, frames
+
+    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
+        """Helpers are looked at in place, so that arrays keep their identity within them."""
+        return None
+
+    def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
+        """Sites inside custom rules are found by going in."""
+        return True
+
+
+class Observe:
+    """The policy that updates statistics, and contracts as another policy does.
+
+    Attributes:
+      inner: how contractions are computed: `Float`, or `Serve` where params are quantized.
+      observers: what observes each `statistics_slot` whose state `Interpreter.slots` holds.
+    """
+
+    def __init__(self, inner: Policy, observers: Mapping[Slot, Observer]) -> None:
+        self.inner = inner
+        self.observers = observers
+        self.inline_rules = inner.inline_rules
+        self.ahead = False
+
+    def contract(self, ip: Interpreter, site: Contraction) -> Any:
+        """Updates the states of the operands, and contracts."""
+        operands = {"lhs": site.lhs, "rhs": site.rhs}
+        for name, value in list(operands.items()):
+            slot = statistics_slot(Slot(ip.call_path, name))
+            observer = self.observers.get(slot)
+            if observer is None:
+                continue
+            x = value.data
+            if is_integers(x):
+                x = x.floats()
+            elif is_qtensor(x):
+                x = dequantize(x)
+            elif isinstance(observer, Histogram):
+                # it reads x twice: XLA would fuse what makes x into each reader, and compute it
+                # anew. For one reduction the barrier costs more than it saves
+                x = lax.optimization_barrier(x)
+                operands[name] = dataclasses.replace(value, data=x)
+            state = ip.slots.values[slot]
+            new = observer.update(state, x)
+            # loops insist on the very type that went in
+            ip.slots.values[slot] = {
+                k: lax.convert_element_type(new[k], v.dtype) for k, v in state.items()
+            }
+        site = dataclasses.replace(site, lhs=operands["lhs"], rhs=operands["rhs"])
+        return self.inner.contract(ip, site)
+
+    def lookup(self, eqn: Any, key: str, operand: Value) -> None:
+        """As the inner policy."""
+        self.inner.lookup(eqn, key, operand)
+
+    def meets(self, eqn: Any, operand: Value) -> None:
+        """As the inner policy."""
+        self.inner.meets(eqn, operand)
+
+    def summed(self, data: Any) -> None:
+        """As the inner policy."""
+        self.inner.summed(data)
+
+    def leaves(self, data: Any, where: str, reason: str) -> None:
+        """As the inner policy."""
+        self.inner.leaves(data, where, reason)
+
+    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
+        """Two calls of one helper are one only if they observe alike."""
+        key = self.inner.jit_key(ip, facts, scope)
+        inside = tuple(self.observers.get(slot) for slot in ip.slots.inside(ip.call_path))
+        return None if key is None else (*key, inside)
+
+    def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
+        """Enters where something is observed inside, too."""
+        if any(slot in self.observers for slot in ip.slots.inside(ip.call_path)):
+            return True
+        return self.inner.enters_rules(ip, jaxpr, operands)

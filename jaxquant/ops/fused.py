@@ -1,0 +1,120 @@
+"""Contractions whose results stay integers, and what is folded into them beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxquant.ops.convolve import Conv
+from jaxquant.ops.integer import Accumulator
+from jaxquant.ops.static import Sums, conv_sums, dot_sums, plain_place, sum_offset, sum_scale
+from jaxquant.qtensor import Folded, QTensor
+
+
+def dot_integer(
+    codes: Array, q: QTensor, over: tuple[Sequence[int], Sequence[int]], flipped: bool, **about: Any
+) -> Accumulator | None:
+    """The sums of int8 `codes` and a calibrated QTensor, with what is to become of them.
+
+    Args:
+      codes: int8, on the grid `q.calibration.input`.
+      q: integer weights `r = S_w (q - Z_w)`.
+      over: axes to sum over, of the codes and of the weights.
+      flipped: whether the weights are the left operand.
+      **about: `key` of the site, and `dtype` of its result.
+
+    Returns:
+      `None` where the form has no integer sums: groups, codebooks, axes stored as one.
+    """
+    return _accumulator(dot_sums(codes, q, over, flipped), q, over[1], about)
+
+
+def conv_integer(conv: Conv, codes: Array, q: QTensor, **about: Any) -> Accumulator | None:
+    """`dot_integer` of a convolution, padded with the zero point of the codes."""
+    assert q.calibration is not None and q.calibration.input is not None
+    sums = conv_sums(conv, codes, q.calibration.input.zero_point, q)
+    return _accumulator(sums, q, conv.numbers.rhs_spec[1:], about)
+
+
+def folded(
+    q: QTensor,
+    contracted: Sequence[int],
+    gain: Array | None,
+    bias: Array | None,
+    channels: tuple[int, ...],
+    steps: tuple[str, ...],
+) -> Folded | None:
+    """What `Accumulator.fold` will find, found beforehand, each vector `[*kept]`.
+
+    Args:
+      q: a QTensor that is calibrated.
+      contracted: its axes that are summed over.
+      gain: what its sums are multiplied by, laid out as the result; `None` is 1.
+      bias: what is added to them, likewise; `None` is 0.
+      channels: axes of the result that the tensor gives it.
+      steps: the primitives that `gain` and `bias` come from.
+
+    Returns:
+      `None` where the form has no integer sums, or a channel has nothing but a bias.
+    """
+    if q.calibration is None or plain_place(q, contracted) is None:
+        return None
+
+    by, every = _fold(q, gain, bias, tuple(contracted), channels, steps)
+    return by if bool(every) else None
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))  # one program for each layer, not dozens
+def _fold(
+    q: QTensor,
+    gain: Array | None,
+    bias: Array | None,
+    contracted: tuple[int, ...],
+    channels: tuple[int, ...],
+    steps: tuple[str, ...],
+) -> tuple[Folded, Array]:
+    """What is folded, and whether sums matter in every channel."""
+
+    def vector(v: Array | None) -> Array | None:
+        if v is None or not v.ndim:
+            return v
+        return lax.squeeze(v, [a for a in range(v.ndim) if a not in channels])
+
+    about = {"key": "", "dtype": "float32", "chain": steps}
+    sums = Sums(jnp.zeros((), jnp.int32), lambda a: a, channels)
+    found, gain = _accumulator(sums, q, contracted, about), vector(gain)
+    assert found is not None
+    found = dataclasses.replace(found, gain=gain, bias=vector(bias), folded=None)
+    alone, full = found.alone, found.scale.shape
+    every = jnp.array(True) if alone is None else ~jnp.any(alone)
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, full), found.fold()), every
+
+
+def _accumulator(
+    sums: Sums | None, q: QTensor, contracted: Sequence[int], about: dict[str, Any]
+) -> Accumulator | None:
+    if sums is None:
+        return None
+    held, spec = q.calibration, q.use.activations
+    assert held is not None and held.input is not None and spec is not None
+    offset = sum_offset(q, held.input, contracted)
+    return Accumulator(
+        total=sums.total,
+        scale=sums.lay(sum_scale(q, held.input, contracted)),
+        offset=None if offset is None else sums.lay(offset),
+        gain=None,
+        bias=None,
+        folded=jax.tree.map(sums.lay, held.folded),
+        output=held.output,
+        channels=sums.channels,
+        name=q.use.output,
+        requantize=q.use.requantize or "float32",
+        spec=spec,
+        **about,
+    )

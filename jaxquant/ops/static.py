@@ -1,0 +1,185 @@
+"""Contractions with calibrated activations: int32 sums, zero points folded beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxquant.ops import lowering
+from jaxquant.ops.activations import has_zero
+from jaxquant.ops.contract import integer_sums
+from jaxquant.ops.convolve import Conv, window_sum_int32
+from jaxquant.ops.operands import Placement, arranged, int8_codes, integer_range, place, weight
+from jaxquant.qtensor import Grid, QTensor, storage_codes, storage_scale
+
+Lay = Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Integer sums of a contraction and what lays vectors over its channels out for them.
+
+    Attributes:
+      total: int32 `sum q_x (q_w - Z_w)`, in the axes of the result.
+      lay: `[*kept]`, the weight's kept axes in their own order, to what broadcasts with `total`.
+      channels: axes of the result that the weight gives it, ascending.
+    """
+
+    total: Array
+    lay: Lay
+    channels: tuple[int, ...]
+
+
+def plain_place(q: QTensor, contracted: Sequence[int]) -> Placement | None:
+    """Where storage axes lie, if sums over `contracted` have one scale for each channel kept.
+
+    `None` for groups along contracted axes, padding, codes that are not integers of at most 8
+    bits, and where a storage axis holds both what is kept and what is summed.
+    """
+    at = place(q, contracted, ())
+    if at is None or at.split or at.varies or at.padded != at.size or 0 in q.shape:
+        return None
+    if q.codebook is not None or not q.spec.format.is_integer:
+        return None
+    return at if integer_range(q.spec.format) is not None else None
+
+
+def kept_vector(q: QTensor, at: Placement, a: Array) -> Array:
+    """An array of storage rank, size 1 along what is summed, as `[*kept]` in the axes' own order.
+
+    Scales shared along kept axes are repeated.
+    """
+    for s in at.keep:
+        if a.shape[s] != at.size[s]:
+            a = jnp.repeat(a, at.size[s] // a.shape[s], axis=s, total_repeat_length=at.size[s])
+    held = [m for s in at.keep for m in at.members[s]]
+    a = lax.squeeze(a, at.contract).reshape([q.shape[m] for m in held])
+    return jnp.transpose(a, [held.index(m) for m in sorted(held)])
+
+
+def zero_offset(q: QTensor, contracted: Sequence[int], zero_point: Array) -> Array | None:
+    """`-Z_x sum_k (q_w - Z_w)`, int32 `[*kept]`; `None` where `plain_place` gives none.
+
+    >>> import jaxquant as jq
+    >>> spec = jq.QSpec("int8", jq.PerTensor(), range="qmax")
+    >>> q = jq.quantize(jnp.array([[3.0], [-127.0]]), spec)
+    >>> zero_offset(q, (0,), jnp.int32(-128)).tolist()
+    [-15872]
+    """
+    at = plain_place(q, contracted)
+    if at is None:
+        return None
+    codes, zero = _codes(q)
+    codes = codes.astype(jnp.int32)
+    sums = jnp.sum(codes if zero is None else codes - zero, axis=at.contract, keepdims=True)
+    return -zero_point * kept_vector(q, at, sums)
+
+
+def _codes(q: QTensor) -> tuple[Array, Array | None]:
+    """Storage codes as int8, and the zero point that goes with them."""
+    codes, shift = int8_codes(storage_codes(q), q.spec.format)
+    if q.zero_point is not None:
+        return codes, q.zero_point.astype(jnp.int32) - shift
+    return codes, jnp.full((1,) * codes.ndim, -shift, jnp.int32) if shift else None
+
+
+def dot_sums(
+    codes: Array, q: QTensor, over: tuple[Sequence[int], Sequence[int]], flipped: bool
+) -> Sums | None:
+    """Sums of int8 `codes` and a QTensor over `over`, axes of the former and of the latter.
+
+    `flipped`: the QTensor is the left operand. `None` where the form has no integer sums.
+    """
+    x_over, w_over = over
+    at = plain_place(q, w_over)
+    if at is None or not lowering.fits_int32(_terms(at), True, _has_zero(q)):
+        return None
+    x = arranged(codes, x_over, (), at, w_over)
+    values, zero = _codes(q)
+    w = dataclasses.replace(weight(q, at, values), scale=None, zero=zero)
+    total = integer_sums(x, w)
+    free = len(x.free)
+    held = [m for s in at.keep for m in at.members[s]]
+    if len(held) != len(at.keep):
+        total = total.reshape(*total.shape[:free], *(q.shape[m] for m in held))
+    kept = [free + held.index(m) for m in sorted(held)]
+    rows = list(range(free))
+    total = jnp.transpose(total, kept + rows if flipped else rows + kept)
+    channels = tuple(range(len(kept)) if flipped else range(free, free + len(kept)))
+    others = [a for a in range(total.ndim) if a not in channels]
+    return Sums(total, lambda a: lax.expand_dims(a, others), channels)
+
+
+def conv_sums(conv: Conv, codes: Array, zero_point: Array | None, q: QTensor) -> Sums | None:
+    """Sums of a convolution of int8 `codes`; padding is filled with the zero point of `codes`."""
+    spec = conv.numbers.rhs_spec
+    at = plain_place(q, spec[1:])
+    if at is None or conv.batch_groups != 1 or len(at.keep) != 1:
+        return None
+    if not lowering.fits_int32(_terms(at), True, _has_zero(q)):
+        return None
+    values, zero = _codes(q)
+    order = [a for members in at.members for a in members]
+    kernel = dataclasses.replace(
+        conv,
+        numbers=conv.numbers._replace(rhs_spec=tuple(order.index(a) for a in spec)),
+    )
+    values = values.reshape([q.shape[a] for a in order])
+    total, windows = window_sum_int32(kernel, codes, values, zero_point, zero is not None)
+    if zero is not None and windows is not None:
+        channel_zero = jnp.ravel(kept_vector(q, at, zero)).astype(jnp.int32)
+        total = total - conv.per_channel(channel_zero) * windows
+    return Sums(total, conv.per_channel, (conv.numbers.out_spec[1],))
+
+
+def dot_static(
+    codes: Array,
+    q: QTensor,
+    grid: Grid,
+    over: tuple[Sequence[int], Sequence[int]],
+    flipped: bool,
+) -> Array | None:
+    """`S_x S_w sum (q_x - Z_x)(q_w - Z_w)`, float32; scales and zero points act on vectors."""
+    sums = dot_sums(codes, q, over, flipped)
+    return None if sums is None else _scaled(sums, q, grid, over[1])
+
+
+def conv_static(conv: Conv, codes: Array, q: QTensor, grid: Grid) -> Array | None:
+    """`dot_static` of a convolution."""
+    sums = conv_sums(conv, codes, grid.zero_point, q)
+    return None if sums is None else _scaled(sums, q, grid, conv.numbers.rhs_spec[1:])
+
+
+def _scaled(sums: Sums, q: QTensor, grid: Grid, contracted: Sequence[int]) -> Array:
+    scale, offset = sum_scale(q, grid, contracted), sum_offset(q, grid, contracted)
+    total = sums.total if offset is None else sums.total + sums.lay(offset)
+    return total.astype(jnp.float32) * sums.lay(scale)
+
+
+def sum_scale(q: QTensor, grid: Grid, contracted: Sequence[int]) -> Array:
+    """`S_x S_w` for each channel, `[*kept]`."""
+    at = plain_place(q, contracted)
+    assert at is not None
+    return kept_vector(q, at, storage_scale(q)) * grid.scale
+
+
+def sum_offset(q: QTensor, grid: Grid, contracted: Sequence[int]) -> Array | None:
+    """What zero points of the activation add to the sums: known beforehand, or found now."""
+    if grid.zero_point is None:
+        return None
+    held = None if q.calibration is None else q.calibration.offset
+    return zero_offset(q, contracted, grid.zero_point) if held is None else held
+
+
+def _terms(at: Placement) -> int:
+    total = 1
+    for s in at.contract:
+        total *= at.size[s]
+    return total
+
+
+def _has_zero(q: QTensor) -> bool:
+    return q.zero_point is not None or has_zero(q.spec)

@@ -1,0 +1,86 @@
+"""Static activations with a scale for each channel: the scales move into the weights.
+
+`sum_k x_k w_kn = sum_k (x_k / c_k) (c_k w_kn)`, with `c` from the channels' ranges: what is left of
+the activation has one range for all channels, and the weight is encoded times `c`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.capture import Statistics
+from jaxquant.interpret.sites import Site, Sites, path_str
+from jaxquant.observers import Range
+from jaxquant.ptq.static import Divided, contractions, seen_range
+from jaxquant.qtensor import along, is_qtensor
+from jaxquant.recipe import Recipe, Rule
+from jaxquant.report import shown
+from jaxquant.spec import PerTensor
+
+_LEAST = 2.0**-8  # of the largest divisor: a channel that hardly moved on the samples may yet
+
+
+def divided(
+    params: Any, recipe: Recipe, sites: Sites, stats: Statistics
+) -> tuple[Any, dict[str, Divided]]:
+    """The float params with weights multiplied by their divisor, and the divisors by path.
+
+    Raises:
+      ValueError: a parameter of such a rule is not contracted at one site, by a `dot_general` over
+        one axis that meets the last one of the activation.
+    """
+    flat, tree = jax.tree.flatten_with_path(params, is_leaf=is_qtensor)
+    leaves = {path_str(path): leaf for path, leaf in flat}
+    found: dict[str, Divided] = {}
+    for path, leaf in leaves.items():
+        rule = recipe.match(path)
+        if rule is None or is_qtensor(leaf) or not contractions(sites, path):
+            continue
+        if rule.activations is None or rule.observer is None:
+            continue
+        if rule.activations.granularity == PerTensor():
+            continue
+        site = _only(path, sites, leaves)
+        found[path] = _divided(site, rule, stats)
+        by = along(found[path].divisor, found[path].axis, leaf.ndim)
+        leaves[path] = (jnp.asarray(leaf, jnp.float32) * by).astype(leaf.dtype)
+    return jax.tree.unflatten(tree, list(leaves.values())), found
+
+
+def _only(path: str, sites: Sites, leaves: dict[str, Any]) -> Site:
+    uses = sites.of(path)
+    site = uses[0]
+    tied = [p for p, leaf in leaves.items() if p != path and leaf is leaves[path]]
+    rank = len(site.operands[0 if site.operands[1] == _inner(site) else 1])
+    reason = ""
+    if len(uses) != 1 or tied:
+        reason = "is used at several sites"
+    elif site.primitive != "dot_general" or len(site.contracted) != 1:
+        reason = f"is contracted by {site.primitive} over axes {list(site.contracted)}"
+    elif site.over != (rank - 1,):
+        reason = "meets another axis of the activation than its last"
+    if reason:
+        raise ValueError(
+            f"{shown(path)}: activations with a scale for each channel need one dot_general over "
+            f"one axis, the last of the activation; this parameter {reason}. Put a rule with "
+            "PerTensor() activations in front"
+        )
+    return site
+
+
+def _inner(site: Site) -> tuple[int, ...]:
+    """The parameter's shape as the contraction sees it."""
+    return tuple(n for a, n in enumerate(site.shape) if a not in site.scanned)
+
+
+def _divided(site: Site, rule: Rule, stats: Statistics) -> Divided:
+    assert rule.activations is not None and site.param is not None
+    low, high = seen_range([site], stats, rule.activations)
+    amax = jnp.maximum(-low, high)
+    top = jnp.max(amax, axis=-1, keepdims=True)
+    divisor = jnp.where(top > 0, jnp.maximum(amax / jnp.where(top > 0, top, 1.0), _LEAST), 1.0)
+    rest = Range(jnp.min(low / divisor, axis=-1), jnp.max(high / divisor, axis=-1))
+    return Divided(divisor, rest, site.contracted[0] - len(site.shape))

@@ -1,0 +1,126 @@
+"""Integers throughout: whose results stay integers, and what is worked out for them beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.interpret.calls import Call
+from jaxquant.interpret.plan import Planner, plan
+from jaxquant.interpret.sites import Site, Sites, path_str
+from jaxquant.ops import folded, zero_offset
+from jaxquant.ptq.static import contractions
+from jaxquant.qtensor import Calibration, Grid, QTensor, is_qtensor
+from jaxquant.recipe import Recipe
+from jaxquant.report import Edge
+
+
+def with_offsets(qparams: Any, sites: Sites) -> Any:
+    """The params with what zero points of calibrated activations add to each sum."""
+
+    def one(path: tuple[Any, ...], q: Any) -> Any:
+        held = q.calibration if is_qtensor(q) else None
+        if held is None or held.input is None or held.input.zero_point is None:
+            return q
+        uses = contractions(sites, path_str(path))
+        over = {_contracted(q, site) for site in uses}
+        if len(over) != 1:
+            return q  # each site will find its own
+        offset = _offset(q, held.input.zero_point, *over)
+        return dataclasses.replace(q, calibration=dataclasses.replace(held, offset=offset))
+
+    return jax.tree.map_with_path(one, qparams, is_leaf=is_qtensor)
+
+
+def _contracted(q: QTensor, site: Site) -> tuple[int, ...]:
+    """The contracted axes, counted within the core axes."""
+    return tuple(a - len(q.batch) for a in site.contracted)
+
+
+def _offset(q: QTensor, zero_point: Any, over: tuple[int, ...]) -> Any:
+    def one(q: QTensor, zero_point: Any) -> Any:
+        return zero_offset(q, over, zero_point)
+
+    for _ in q.batch:
+        one = jax.vmap(one)
+    return jax.jit(one)(dataclasses.replace(q, calibration=None), zero_point)
+
+
+def fused(qparams: Any, call: Call, recipe: Recipe, sites: Sites) -> tuple[Any, tuple[Edge, ...]]:
+    """The params with output grids and folded biases, and where results stay integers or do not.
+
+    A result stays integer from one contraction to another if its rule says `requantize`, if all
+    in between has an integer form, and if what takes it has one grid with it.
+    """
+    flat, tree = jax.tree.flatten_with_path(qparams, is_leaf=is_qtensor)
+    leaves = {path_str(path): leaf for path, leaf in flat}
+    if not any(is_qtensor(q) and q.use.requantize for q in leaves.values()):
+        return qparams, ()
+    planner = plan(call, recipe)
+    where = {site.key: site.param for site in sites.sites if site.param is not None}
+    edges = [
+        Edge(source, target, False, reason) for (source, target), reason in planner.exits.items()
+    ]
+    for (source, target), same in sorted(planner.edges.items(), key=lambda item: not item[1]):
+        a, reason = leaves[where[source]], ""
+        if same or not a.use.output:
+            reason = _joined(leaves, where[source], where[target], sites)
+        edges.append(Edge(source, target, not reason, reason))
+    for key, path in where.items():
+        if is_qtensor(leaves[path]) and leaves[path].use.requantize and key in planner.chains:
+            leaves[path] = _folded(leaves[path], sites[key], planner, sites)
+    order = {site.key: n for n, site in enumerate(sites.sites)}
+    edges.sort(key=lambda e: order[e.source])
+    return jax.tree.unflatten(tree, list(leaves.values())), tuple(edges)
+
+
+def _joined(leaves: dict[str, Any], source: str, target: str, sites: Sites) -> str:
+    """Gives a leaf the grid of the one that takes its results; or says why it cannot."""
+    a, b = leaves[source], leaves[target]
+    if len(contractions(sites, source)) != 1:
+        return f"{source} is contracted at several sites"
+    if a.batch != b.batch:
+        return "one of them is in a loop"
+    grid = b.calibration.input
+    if a.use.output in ("", b.use.grid):
+        held = dataclasses.replace(a.calibration, output=grid)
+        use = dataclasses.replace(a.use, output=b.use.grid)
+        leaves[source] = dataclasses.replace(a, use=use, calibration=held)
+        return ""
+    if (
+        not _equal(a.calibration.output, grid)
+        or a.use.output.partition(": ")[2] != (b.use.grid.partition(": ")[2])
+    ):
+        return "it takes another grid than the first that takes these results"
+    for path, q in leaves.items():  # the same values under two names
+        if is_qtensor(q) and b.use.grid in (q.use.grid, q.use.output):
+            names = {n: a.use.output for n in ("grid", "output") if getattr(q.use, n) == b.use.grid}
+            leaves[path] = dataclasses.replace(q, use=dataclasses.replace(q.use, **names))
+    return ""
+
+
+def _equal(a: Grid, b: Grid) -> bool:
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=False)
+    ) and (a.zero_point is None) == (b.zero_point is None)
+
+
+def _folded(q: QTensor, site: Site, planner: Planner, sites: Sites) -> QTensor:
+    assert site.param is not None
+    if q.batch or len(contractions(sites, site.param)) != 1 or _abstract(q):
+        return q
+    held: Calibration = q.calibration or Calibration()
+    chain = planner.chains[site.key]
+    by = folded(q, _contracted(q, site), chain.gain, chain.bias, chain.channels, chain.steps)
+    return (
+        q
+        if by is None
+        else dataclasses.replace(q, calibration=dataclasses.replace(held, folded=by))
+    )
+
+
+def _abstract(q: QTensor) -> bool:
+    return any(not isinstance(a, (jax.Array, np.ndarray)) for a in jax.tree.leaves(q))

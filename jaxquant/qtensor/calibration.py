@@ -1,0 +1,84 @@
+"""What calibration fixed beforehand of the contractions that a parameter takes part in."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+from jax import Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("scale", "zero_point"), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The values `S (q - Z)` that an activation can take.
+
+    Attributes:
+      scale: float32 `[*batch]`.
+      zero_point: int32 like `scale`, in units of int8 codes; `None` where it is 0.
+    """
+
+    scale: Array
+    zero_point: Array | None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("bias", "multiplier", "shift"),
+    meta_fields=("chain",),
+)
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """What follows a contraction, folded into integers.
+
+    Attributes:
+      bias: int32 `[*batch, *kept]`, added to the sums: zero points and bias.
+      multiplier: `[*batch, *kept]` from sums to the output's codes: float32, or int32 with `shift`.
+      shift: int32 like `multiplier`, bits to the right; `None` beside a float32 multiplier.
+      chain: what was folded, as primitives in order; a function that does anything else with the
+        sums is computed without.
+    """
+
+    bias: Array
+    multiplier: Array | None
+    shift: Array | None
+    chain: tuple[str, ...] = ()
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("input", "output", "offset", "folded", "attention", "divisor"),
+    meta_fields=("axis",),
+)
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What calibration fixed for a `QTensor`; every array carries the tensor's batch axes.
+
+    Attributes:
+      input: grid of the other operand of contractions.
+      output: grid that integer results are requantized to; `None` where they become float.
+      offset: int32 `[*batch, *kept]`, `-Z_x sum_k (q_w - Z_w)` for each index that contractions
+        keep; `None` where `Z_x` is 0.
+      folded: what follows the contraction, as integers.
+      attention: grids of both operands for sites without a parameter, by their key. Any tensor
+        whose batch axes are the loops around a site may carry its grids.
+      divisor: float32 `[*batch, channels]`, what the other operand is divided by, channel by
+        channel, before it meets the codes: these stand for the weight times it. `None` is 1.
+      axis: the core axis (negative) that `divisor` runs along.
+    """
+
+    input: Grid | None = None
+    output: Grid | None = None
+    offset: Array | None = None
+    folded: Folded | None = None
+    attention: dict[str, tuple[Grid, Grid]] | None = None
+    divisor: Array | None = None
+    axis: int = 0
+
+    def moved(self, batch: Callable[[Array], Array] = lambda a: a) -> Calibration:
+        """What is left when the values have moved to other places; `batch` acts on batch axes."""
+        return jax.tree.map(batch, Calibration(input=self.input, attention=self.attention))

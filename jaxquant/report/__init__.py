@@ -1,0 +1,8 @@
+"""Reports: what became of parameters and activations, as tables to read and dicts to keep."""
+
+from jaxquant.report.activations import ActivationReport, SiteReport
+from jaxquant.report.events import Edge, Event
+from jaxquant.report.report import LeafReport, Report
+from jaxquant.report.text import shown
+
+__all__ = ["ActivationReport", "Edge", "Event", "LeafReport", "Report", "SiteReport", "shown"]

@@ -1,0 +1,39 @@
+"""How reports are laid out as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], words: int, total: Sequence[str] = ()
+) -> list[str]:
+    r"""Lines of a table: the first `words` columns to the left, figures to the right.
+
+    >>> print("\n".join(table(["site", "dB"], [["a/b", "41.0"]], 1)))
+    site    dB
+    ----------
+    a/b   41.0
+    """
+    everything = [head, *rows] + ([total] if total else [])
+    widths = [max(len(row[i]) for row in everything) for i in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            c.ljust(w) if i < words else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    lines = [line(row) for row in (head, *rows)]
+    rule = "-" * max(map(len, lines))
+    return [lines[0], rule, *lines[1:]] + ([rule, line(total)] if total else [])
+
+
+def shown(path: str) -> str:
+    """A key path as printed: that of a tree which is one array has no parts.
+
+    >>> shown("a/b"), shown("")
+    ('a/b', '(root)')
+    """
+    return path or "(root)"
