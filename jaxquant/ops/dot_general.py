@@ -152,7 +152,7 @@ def dot_general(
     spec = q.use.activations if activations is FROM_USE else activations
     call = dataclasses.replace(call, activations=spec)
     if q.calibration is not None and q.calibration.divisor is not None:
-        x, q = _divided(call, jnp.asarray(x), q, q.calibration)
+        call, x, q = _divided(call, jnp.asarray(x), q, q.calibration)
     return straight_through(functools.partial(_forward, call), call.reference)(jnp.asarray(x), q)
 
 
@@ -238,8 +238,10 @@ def _sharding(call: _Call, moved: Operand, at: Placement) -> Sharding | None:
     return Sharding(asked.mesh, asked.batch, of_x, in_storage)
 
 
-def _divided(call: _Call, x: Array, q: QTensor, held: Calibration) -> tuple[Array, QTensor]:
-    """The float operand over the divisor, and the weight times it, which the codes stand for."""
+def _divided(
+    call: _Call, x: Array, q: QTensor, held: Calibration
+) -> tuple[_Call, Array, QTensor]:
+    """The float operand over the divisor, one scale for all of it, and the weight times it."""
     bare = dataclasses.replace(q, calibration=dataclasses.replace(held, divisor=None))
     axis = q.ndim + held.axis
     if held.divisor is None or held.divisor.ndim > 1 or axis not in call.w_contract:
@@ -249,7 +251,10 @@ def _divided(call: _Call, x: Array, q: QTensor, held: Calibration) -> tuple[Arra
         )
     at = call.x_contract[call.w_contract.index(axis)]
     divided = x.astype(jnp.float32) / along(held.divisor, at - x.ndim, x.ndim)
-    return divided.astype(x.dtype), bare
+    spec = call.activations
+    if spec is not None:
+        spec = dataclasses.replace(spec, granularity=PerTensor())
+    return dataclasses.replace(call, activations=spec), divided.astype(x.dtype), bare
 
 
 def _grid(call: _Call, q: QTensor) -> Grid | None:

@@ -53,11 +53,17 @@ def kept_vector(q: QTensor, at: Placement, a: Array) -> Array:
     Scales shared along kept axes are repeated.
     """
     for s in at.keep:
-        if a.shape[s] != at.size[s]:
-            a = jnp.repeat(a, at.size[s] // a.shape[s], axis=s, total_repeat_length=at.size[s])
+        a = _spread(a, s, at.size[s])
     held = [m for s in at.keep for m in at.members[s]]
     a = lax.squeeze(a, at.contract).reshape([q.shape[m] for m in held])
     return jnp.transpose(a, [held.index(m) for m in sorted(held)])
+
+
+def _spread(a: Array, axis: int, size: int) -> Array:
+    """What groups of indices share, for each index."""
+    if a.shape[axis] == size:
+        return a
+    return jnp.repeat(a, size // a.shape[axis], axis=axis, total_repeat_length=size)
 
 
 def zero_offset(q: QTensor, contracted: Sequence[int], zero_point: Array) -> Array | None:
@@ -72,18 +78,21 @@ def zero_offset(q: QTensor, contracted: Sequence[int], zero_point: Array) -> Arr
     at = plain_place(q, contracted)
     if at is None:
         return None
-    codes, zero = _codes(q)
+    codes, zero = _codes(q, at)
     codes = codes.astype(jnp.int32)
     sums = jnp.sum(codes if zero is None else codes - zero, axis=at.contract, keepdims=True)
     return -zero_point * kept_vector(q, at, sums)
 
 
-def _codes(q: QTensor) -> tuple[Array, Array | None]:
-    """Storage codes as int8, and the zero point that goes with them."""
+def _codes(q: QTensor, at: Placement) -> tuple[Array, Array | None]:
+    """Storage codes as int8, and the zero point that goes with them: one for all, or for each."""
     codes, shift = int8_codes(storage_codes(q), q.spec.format)
-    if q.zero_point is not None:
-        return codes, q.zero_point.astype(jnp.int32) - shift
-    return codes, jnp.full((1,) * codes.ndim, -shift, jnp.int32) if shift else None
+    if q.zero_point is None:
+        return codes, jnp.full((1,) * codes.ndim, -shift, jnp.int32) if shift else None
+    zero = q.zero_point.astype(jnp.int32) - shift
+    for s in at.keep:
+        zero = zero if zero.shape[s] == 1 else _spread(zero, s, at.size[s])
+    return codes, zero
 
 
 def dot_sums(
@@ -98,7 +107,7 @@ def dot_sums(
     if at is None or not lowering.fits_int32(_terms(at), True, _has_zero(q)):
         return None
     x = arranged(codes, x_over, (), at, w_over)
-    values, zero = _codes(q)
+    values, zero = _codes(q, at)
     w = dataclasses.replace(weight(q, at, values), scale=None, zero=zero)
     total = integer_sums(x, w)
     free = len(x.free)
@@ -121,7 +130,7 @@ def conv_sums(conv: Conv, codes: Array, zero_point: Array | None, q: QTensor) ->
         return None
     if not lowering.fits_int32(_terms(at), True, _has_zero(q)):
         return None
-    values, zero = _codes(q)
+    values, zero = _codes(q, at)
     order = [a for members in at.members for a in members]
     kernel = dataclasses.replace(
         conv,
