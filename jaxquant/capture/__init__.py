@@ -3,7 +3,7 @@
 from jaxquant.capture.batches import arguments
 from jaxquant.capture.judge import activation_report
 from jaxquant.capture.plan import Plan, observed_call, plan_of
-from jaxquant.capture.run import CaptureError, capture, capture_with
+from jaxquant.capture.run import CaptureError, batch_step, capture, capture_with
 from jaxquant.capture.statistics import Observed, Statistics
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Statistics",
     "activation_report",
     "arguments",
+    "batch_step",
     "capture",
     "capture_with",
     "observed_call",

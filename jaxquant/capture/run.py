@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxquant.capture.batches import Alike, arguments, require_iterable
 from jaxquant.capture.plan import Plan, observed_call, plan_of
@@ -231,6 +232,31 @@ class _Run:
             self.statistics().save(self.save)
 
 
+def batch_step(
+    fn: Callable[..., Any], params: Any, args: tuple[Any, ...], recipe: Any
+) -> Callable[[], list[bool]]:
+    """What `capture` does for a batch, again and again for this one: for measuring its time.
+
+    Returns:
+      A function that gives for each activation whether it was not finite.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxquant.observers import absmax
+    >>> batch_step(lambda p, x: x @ p, jnp.eye(2), (jnp.ones((1, 2)),), absmax())()
+    [False]
+    """
+    plan = plan_of(trace_call(fn, params, args, {}), as_observing(recipe, "batch_step"), "capture")
+    step, leaves = _step(plan), _leaves((params, *args))
+    start = {name: seen.state for name, seen in plan.start().entries.items()}
+    states = [jax.tree.map(lambda a: jnp.array(a, copy=True), start)]
+
+    def again() -> list[bool]:
+        states[0], bad = step(states[0], leaves, plan.call.consts)
+        return np.asarray(jax.device_get(bad)).tolist()
+
+    return again
+
+
 def _step(plan: Plan) -> Callable[..., tuple[dict[str, Any], jax.Array]]:
     """The compiled step: states after one batch; for each, whether it met what is not finite.
 
@@ -240,7 +266,8 @@ def _step(plan: Plan) -> Callable[..., tuple[dict[str, Any], jax.Array]]:
     def step(states: Any, leaves: list[Any], consts: list[Any]) -> Any:
         new = observed_call(plan, states, leaves, consts)[1]
         bad = jnp.stack([jnp.any(new[k]["bad"] > states[k]["bad"]) for k in new])
-        fine = ~bad.any()
+        # the compiler would work out all flags again for every array that depends on them
+        fine = lax.optimization_barrier(~bad.any())
         return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, states), bad
 
     return jax.jit(step, donate_argnums=0)

@@ -238,9 +238,7 @@ def _sharding(call: _Call, moved: Operand, at: Placement) -> Sharding | None:
     return Sharding(asked.mesh, asked.batch, of_x, in_storage)
 
 
-def _divided(
-    call: _Call, x: Array, q: QTensor, held: Calibration
-) -> tuple[_Call, Array, QTensor]:
+def _divided(call: _Call, x: Array, q: QTensor, held: Calibration) -> tuple[_Call, Array, QTensor]:
     """The float operand over the divisor, one scale for all of it, and the weight times it."""
     bare = dataclasses.replace(q, calibration=dataclasses.replace(held, divisor=None))
     axis = q.ndim + held.axis

@@ -196,11 +196,11 @@ class Accumulator:
         if alone is not None:
             whole = jnp.where(alone, 0, whole)
         if self.bias is not None:
-            units = jnp.clip(jnp.round(self.bias / unit), -_MOST, _MOST)
+            units = jnp.clip(jnp.round(_quotient(self.bias, unit)), -_MOST, _MOST)
             whole = whole + units.astype(jnp.int32)
         multiplier = shift = None
         if self.output is not None:
-            multiplier = unit / self.output.scale
+            multiplier = _quotient(unit, self.output.scale)
             if self.requantize == "fixed_point":
                 multiplier, shift = fixed_point(multiplier)
         return Folded(whole, multiplier, shift, self.chain)
@@ -269,9 +269,15 @@ def _fine_codes(x: Activation, like: Accumulator) -> Array:
     total = x.codes.astype(jnp.int32)
     if x.grid.zero_point is not None:
         total = total - x.grid.zero_point
-    multiplier = x.grid.scale / like.output.scale * np.float32(2.0**_FRACTION)
+    multiplier = _quotient(x.grid.scale, like.output.scale) * np.float32(2.0**_FRACTION)
     by = fixed_point(multiplier) if like.requantize == "fixed_point" else (multiplier, None)
     return _bounded(rescaled(total, *by))
+
+
+def _quotient(a: Array, b: Array) -> Array:
+    """`a / b`, rounded once: of a `b` that is the same throughout XLA may take `1 / b` first."""
+    a, b = jnp.broadcast_arrays(a, b)
+    return a / lax.optimization_barrier(b)
 
 
 def _bounded(values: Array) -> Array:
