@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxquant.capture.statistics import Observed, Sites, Statistics, check_same
 from jaxquant.interpret.calls import Call
 from jaxquant.interpret.evaluate import Interpreter
-from jaxquant.interpret.observe import Float, Observe, Place, places_of, statistics_slot
+from jaxquant.interpret.observe import Observe, Place, places_of, statistics_slot
+from jaxquant.interpret.policy import Policy
 from jaxquant.interpret.serve import attention_grids, policy_of
 from jaxquant.interpret.slots import SiteValues
 from jaxquant.observers import Observer
@@ -113,7 +114,7 @@ def observed_call(
     held = attention_grids(call).values  # where the params are calibrated already
     held.update({slot: states[name] for name, slot in slots.items()})
     values = SiteValues(held, updated=True)
-    policy = Observe(policy_of(call) or Float(), observers)
+    policy = Observe(policy_of(call) or Policy(), observers)
     out = call.run(Interpreter(policy, call.param_paths, values))
     return out, {name: values.values[slot] for name, slot in slots.items()}
 

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,64 +19,13 @@ import jax.numpy as jnp
 from jaxquant.interpret import _compat, integers, layout
 from jaxquant.interpret.control_flow import RULES
 from jaxquant.interpret.integers import CONTRACTIONS
+from jaxquant.interpret.policy import Contraction, Policy, param_first
 from jaxquant.interpret.scopes import site_scope
 from jaxquant.interpret.slots import SiteValues
 from jaxquant.interpret.values import Facts, Value, known_nonneg, merge, nonneg, varies
 from jaxquant.ops import is_integers
 from jaxquant.qtensor import dequantize, is_qtensor
 from jaxquant.report import Event
-
-
-@dataclasses.dataclass(frozen=True)
-class Contraction:
-    """One contraction as the interpreter meets it.
-
-    Attributes:
-      eqn: the equation.
-      keys: the site's key; further ones where parameters were concatenated.
-      lhs: left operand.
-      rhs: right operand.
-      rest: further operands (group sizes of a ragged dot).
-      scope: the name scopes around it.
-    """
-
-    eqn: Any
-    keys: tuple[str, ...]
-    lhs: Value
-    rhs: Value
-    rest: tuple[Value, ...]
-    scope: tuple[str, ...]
-
-
-class Policy(Protocol):
-    """What to do at a site. Data for data: the interpreter keeps the facts."""
-
-    inline_rules: bool
-    ahead: bool  # whether what follows from concrete params alone is computed while tracing
-
-    def contract(self, ip: Interpreter, site: Contraction) -> Any:
-        """The contraction's result."""
-
-    def lookup(self, eqn: Any, key: str, operand: Value) -> None:
-        """Told of each `gather` of rows of a parameter."""
-
-    def meets(self, eqn: Any, operand: Value) -> None:
-        """Told of each parameter that an equation computes with other than by contraction."""
-
-    def summed(self, data: Any) -> None:
-        """Told of integers after each step between contractions."""
-
-    def leaves(self, data: Any, where: str, reason: str) -> None:
-        """Told of each activation kept as integers that becomes float, and why."""
-
-    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
-        """What else two calls of one jitted helper must share to be transformed once.
-
-        `None`: the helper is evaluated in place, as if it were not jitted.
-        """
-
-    def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
-        """Whether a `custom_jvp` or `custom_vjp` body must be entered."""
 
 
 class Interpreter:
@@ -290,11 +239,6 @@ def _valued(
         Value(r, dataclasses.replace(facts, origin=origin, nonneg=s, over=over))
         for r, s in zip(results, signs, strict=True)
     ]
-
-
-def param_first(lhs: Value, rhs: Value) -> list[Value]:
-    """The operands that are parameters, the one that holds no input (a looked-up row) first."""
-    return sorted((v for v in (rhs, lhs) if v.is_param), key=lambda v: v.facts.live)
 
 
 def _common(lhs: Value, rhs: Value) -> str:

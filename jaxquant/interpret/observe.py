@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.interpret import _compat
 from jaxquant.interpret.calls import Call
-from jaxquant.interpret.evaluate import Contraction, Interpreter, Policy, abstract, param_first
+from jaxquant.interpret.evaluate import Interpreter, abstract
+from jaxquant.interpret.policy import Contraction, Policy, param_first
 from jaxquant.interpret.record import both_live
 from jaxquant.interpret.slots import Frame, Slot
 from jaxquant.interpret.values import Facts, Value
@@ -84,39 +84,7 @@ def statistics_slot(slot: Slot) -> Slot:
     return dataclasses.replace(slot, name=f"{slot.name} statistics")
 
 
-class Float:
-    """The policy that computes as the function did."""
-
-    inline_rules = False
-    ahead = False
-
-    def contract(self, ip: Interpreter, site: Contraction) -> Any:
-        """Contracts as the function did."""
-        data = [site.lhs.data, site.rhs.data, *(v.data for v in site.rest)]
-        return _compat.bind(site.eqn, data)[0]
-
-    def lookup(self, eqn: Any, key: str, operand: Value) -> None:
-        """Of no matter."""
-
-    def meets(self, eqn: Any, operand: Value) -> None:
-        """Of no matter."""
-
-    def summed(self, data: Any) -> None:
-        """Of no matter."""
-
-    def leaves(self, data: Any, where: str, reason: str) -> None:
-        """Of no matter."""
-
-    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
-        """Calls differ by what is live or a parameter, not by which."""
-        return (tuple((f.live, f.nonneg, f.origin is not None) for f in facts),)
-
-    def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
-        """There is nothing to do inside."""
-        return False
-
-
-class Finder(Float):
+class Finder(Policy):
     """The policy that notes every activation that is contracted.
 
     Attributes:
@@ -164,11 +132,11 @@ class Finder(Float):
         return True
 
 
-class Observe:
+class Observe(Policy):
     """The policy that updates statistics, and contracts as another policy does.
 
     Attributes:
-      inner: how contractions are computed: `Float`, or `Serve` where params are quantized.
+      inner: how contractions are computed: by `Serve` where params are quantized.
       observers: what observes each `statistics_slot` whose state `Interpreter.slots` holds.
     """
 
@@ -176,7 +144,6 @@ class Observe:
         self.inner = inner
         self.observers = observers
         self.inline_rules = inner.inline_rules
-        self.ahead = False
 
     def contract(self, ip: Interpreter, site: Contraction) -> Any:
         """Updates the states of the operands, and contracts."""

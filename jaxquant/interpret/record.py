@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.interpret import _compat, layout
+from jaxquant.interpret import layout
 from jaxquant.interpret.calls import Call, trace_call
-from jaxquant.interpret.evaluate import Contraction, Interpreter, abstract, param_first
+from jaxquant.interpret.evaluate import Interpreter, abstract
+from jaxquant.interpret.policy import Contraction, Policy, param_first
 from jaxquant.interpret.scopes import site_scope
 from jaxquant.interpret.sites import Site, Sites
 from jaxquant.interpret.values import Facts, Origin, Value
@@ -58,11 +59,8 @@ def sites_of(call: Call) -> Sites:
     return Sites(tuple(recorder.sites.values()), leaves, recorder.met)
 
 
-class Recorder:
+class Recorder(Policy):
     """The policy that computes in float and writes down each site."""
-
-    inline_rules = False
-    ahead = False
 
     def __init__(self) -> None:
         self.sites: dict[str, Site] = {}
@@ -72,7 +70,6 @@ class Recorder:
         """Notes the site and contracts as the function did."""
         lhs, rhs, eqn = site.lhs, site.rhs, site.eqn
         scope = site_scope(site.scope, ip.paths)
-        data = [lhs.data, rhs.data, *(v.data for v in site.rest)]
         operands = (tuple(jnp.shape(lhs.data)), tuple(jnp.shape(rhs.data)))
         name = eqn.primitive.name
         held = param_first(lhs, rhs)
@@ -109,7 +106,7 @@ class Recorder:
                 scope,
                 (lhs.facts.nonneg, rhs.facts.nonneg),
             )
-        return _compat.bind(eqn, data)[0]
+        return super().contract(ip, site)
 
     def lookup(self, eqn: Any, key: str, operand: Value) -> None:
         """Notes a lookup of rows."""
@@ -138,12 +135,6 @@ class Recorder:
         """Notes the first other primitive that a parameter meets."""
         if operand.facts.origin is not None:
             self.met.setdefault(operand.facts.origin.path, eqn.primitive.name)
-
-    def summed(self, data: Any) -> None:
-        """Nothing is kept as integers here."""
-
-    def leaves(self, data: Any, where: str, reason: str) -> None:
-        """Nothing is kept as integers here."""
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple:
         """Every call of a helper is a call path of its own."""

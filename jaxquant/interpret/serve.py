@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jaxquant import ops
 from jaxquant.interpret import _compat
 from jaxquant.interpret.calls import Call, trace_call
-from jaxquant.interpret.evaluate import Contraction, Interpreter
+from jaxquant.interpret.evaluate import Interpreter
 from jaxquant.interpret.integers import CONTRACTIONS, why
 from jaxquant.interpret.observe import places_of
+from jaxquant.interpret.policy import Contraction, Policy
 from jaxquant.interpret.record import both_live
 from jaxquant.interpret.slots import SiteValues, Slot
 from jaxquant.interpret.values import Facts, Value
@@ -112,11 +113,10 @@ def _attention(found: list[QTensor]) -> tuple[tuple[Any, QSpec | None], ...]:
     return next(iter(given), ())
 
 
-class Serve:
+class Serve(Policy):
     """The policy that contracts on codes."""
 
     inline_rules = True
-    ahead = False
 
     def __init__(
         self, attention: tuple[tuple[Any, QSpec | None], ...], audit: bool = False
@@ -208,14 +208,8 @@ class Serve:
         """Whether an activation has the codes that a parameter's contraction takes."""
         return x.name == q.use.grid
 
-    def summed(self, data: Any) -> None:
-        """Told of each step that is folded into the sums of a contraction."""
-
     def edge(self, x: ops.Activation, target: str) -> None:
         """Told of each activation that stays integer from one site to another."""
-
-    def leaves(self, data: Any, where: str, reason: str) -> None:
-        """Of no matter here."""
 
     def _float(self, ip: Interpreter, site: Contraction) -> Any:
         lhs, rhs = (self._in_float(ip, site, v) for v in (site.lhs, site.rhs))
@@ -233,12 +227,6 @@ class Serve:
             f"{name}_grid": ip.slots.values.get(Slot(ip.call_path, name)) for name in ("lhs", "rhs")
         }
         return ops.dot_general_dynamic(data[0], data[1], **{**site.eqn.params, **how})
-
-    def lookup(self, eqn: Any, key: str, operand: Value) -> None:
-        """Lookups need no policy: rows stay quantized until something computes with them."""
-
-    def meets(self, eqn: Any, operand: Value) -> None:
-        """Reported by the interpreter, where it dequantizes."""
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple:
         """Calls differ by what is quantized (structure), live or a parameter; seldom by key."""

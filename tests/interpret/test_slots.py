@@ -11,8 +11,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxquant.interpret.calls import trace_call
-from jaxquant.interpret.evaluate import Contraction, Interpreter
-from jaxquant.interpret.observe import Float, places_of
+from jaxquant.interpret.evaluate import Interpreter
+from jaxquant.interpret.observe import places_of
+from jaxquant.interpret.policy import Contraction, Policy
 from jaxquant.interpret.slots import SiteValues, Slot
 from tests.interpret.programs import normal
 
@@ -20,7 +21,7 @@ D, L = 8, 3
 traced: list[str] = []
 
 
-class Scaled(Float):
+class Scaled(Policy):
     """Multiplies the result of each contraction by a value of its own."""
 
     def contract(self, ip: Interpreter, site: Contraction) -> Any:

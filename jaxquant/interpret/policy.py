@@ -1,0 +1,80 @@
+"""What a `Policy` decides while the interpreter walks a jaxpr, and what it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from jaxquant.interpret import _compat
+from jaxquant.interpret.values import Facts, Value
+
+if TYPE_CHECKING:
+    from jaxquant.interpret.evaluate import Interpreter
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """One contraction as the interpreter meets it.
+
+    Attributes:
+      eqn: the equation.
+      keys: the site's key; further ones where parameters were concatenated.
+      lhs: left operand.
+      rhs: right operand.
+      rest: further operands (group sizes of a ragged dot).
+      scope: the name scopes around it.
+    """
+
+    eqn: Any
+    keys: tuple[str, ...]
+    lhs: Value
+    rhs: Value
+    rest: tuple[Value, ...]
+    scope: tuple[str, ...]
+
+
+class Policy:
+    """What to do at a site; as it stands, to compute as the function did.
+
+    Data for data: the interpreter keeps the facts.
+
+    Attributes:
+      inline_rules: whether a custom derivative rule is lost where its body is entered.
+      ahead: whether what follows from concrete params alone is computed while tracing.
+    """
+
+    inline_rules = False
+    ahead = False
+
+    def contract(self, ip: Interpreter, site: Contraction) -> Any:
+        """The contraction's result."""
+        data = [site.lhs.data, site.rhs.data, *(v.data for v in site.rest)]
+        return _compat.bind(site.eqn, data)[0]
+
+    def lookup(self, eqn: Any, key: str, operand: Value) -> None:
+        """Told of each `gather` of rows of a parameter."""
+
+    def meets(self, eqn: Any, operand: Value) -> None:
+        """Told of each parameter that an equation computes with other than by contraction."""
+
+    def summed(self, data: Any) -> None:
+        """Told of integers after each step between contractions."""
+
+    def leaves(self, data: Any, where: str, reason: str) -> None:
+        """Told of each activation kept as integers that becomes float, and why."""
+
+    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
+        """What else two calls of one jitted helper must share to be transformed once.
+
+        `None`: the helper is evaluated in place, as if it were not jitted.
+        """
+        return (tuple((f.live, f.nonneg, f.origin is not None) for f in facts),)
+
+    def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
+        """Whether a `custom_jvp` or `custom_vjp` body must be entered."""
+        return False
+
+
+def param_first(lhs: Value, rhs: Value) -> list[Value]:
+    """The operands that are parameters, the one that holds no input (a looked-up row) first."""
+    return sorted((v for v in (rhs, lhs) if v.is_param), key=lambda v: v.facts.live)
