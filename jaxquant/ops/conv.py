@@ -107,6 +107,8 @@ def conv_general_dilated(
         return conv(lhs, rhs)
     spec = rhs.use.activations if activations is FROM_USE else activations
     conv = dataclasses.replace(conv, activations=spec)
+    if activations is not FROM_USE:  # the spec does not go with the grid that the kernel carries
+        rhs = dataclasses.replace(rhs, calibration=None)
     return straight_through(functools.partial(_forward, conv), conv)(lhs, rhs)
 
 

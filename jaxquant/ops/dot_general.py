@@ -22,7 +22,8 @@ from jaxquant.ops.activations import (
     shared_axes,
 )
 from jaxquant.ops.backward import straight_through
-from jaxquant.ops.contract import Sharding, contract, contract_limbs
+from jaxquant.ops.contract import contract, contract_limbs
+from jaxquant.ops.dot_call import Call, finish, sharding_of
 from jaxquant.ops.operands import (
     Operand,
     Placement,
@@ -46,38 +47,8 @@ from jaxquant.qtensor import (
 )
 from jaxquant.spec import PerTensor, QSpec
 
-Axes = tuple[int, ...]
 FROM_USE: Any = type("FromUse", (), {"__repr__": lambda _: "q.use.activations"})()
 """Stands for the activation spec that the QTensor carries."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """The static part of one call, with `x` the float operand and `w` the quantized one."""
-
-    x_contract: Axes
-    w_contract: Axes
-    x_batch: Axes
-    w_batch: Axes
-    flipped: bool  # whether `w` is the left operand
-    precision: Any
-    preferred: Any
-    out_sharding: Any
-    activations: QSpec | None
-
-    def reference(self, x: Array, w: Array) -> Array:
-        """The contraction in float."""
-        if self.flipped:
-            contracted, batch = (self.w_contract, self.x_contract), (self.w_batch, self.x_batch)
-        else:
-            contracted, batch = (self.x_contract, self.w_contract), (self.x_batch, self.w_batch)
-        return lax.dot_general(
-            *((w, x) if self.flipped else (x, w)),
-            (contracted, batch),
-            precision=self.precision,
-            preferred_element_type=self.preferred,
-            out_sharding=self.out_sharding,
-        )
 
 
 def dot_general(
@@ -143,20 +114,20 @@ def dot_general(
     rest = (precision, preferred, out_sharding)
     if isinstance(lhs, QTensor):
         q, x = lhs, rhs
-        call = _Call(tuple(rc), tuple(lc), tuple(rb), tuple(lb), True, *rest, None)
+        call = Call(tuple(rc), tuple(lc), tuple(rb), tuple(lb), True, *rest, None)
     elif isinstance(rhs, QTensor):
         q, x = rhs, lhs
-        call = _Call(tuple(lc), tuple(rc), tuple(lb), tuple(rb), False, *rest, None)
+        call = Call(tuple(lc), tuple(rc), tuple(lb), tuple(rb), False, *rest, None)
     else:
         return lax.dot_general(lhs, rhs, dimension_numbers, *rest[:2], out_sharding=out_sharding)
     spec = q.use.activations if activations is FROM_USE else activations
-    call = dataclasses.replace(call, activations=spec)
+    call = dataclasses.replace(call, activations=spec, calibrated=activations is FROM_USE)
     if q.calibration is not None and q.calibration.divisor is not None:
         call, x, q = _divided(call, jnp.asarray(x), q, q.calibration)
     return straight_through(functools.partial(_forward, call), call.reference)(jnp.asarray(x), q)
 
 
-def _forward(call: _Call, x: Array, q: QTensor) -> Array:
+def _forward(call: Call, x: Array, q: QTensor) -> Array:
     at = place(q, call.w_contract, call.w_batch)
     spec, grid = call.activations, _grid(call, q)
     together = at is not None and spec is not None and _same_kind(q, spec, at, call, x.ndim)
@@ -186,14 +157,14 @@ def _forward(call: _Call, x: Array, q: QTensor) -> Array:
         out = _quantized(call, moved, q, at, spec, grid)
     else:
         out = _weight_only(call, moved, q, at)
-    return _finish(call, x, q, at, out)
+    return finish(call, x, q, at, out)
 
 
 def _limits(q: QTensor) -> tuple[int, int, float] | None:
     return None if q.codebook is not None else integer_range(q.spec.format)
 
 
-def _same_kind(q: QTensor, spec: QSpec, at: Placement, call: _Call, ndim: int) -> bool:
+def _same_kind(q: QTensor, spec: QSpec, at: Placement, call: Call, ndim: int) -> bool:
     """Whether codes of both operands can be multiplied, and scales taken out of the sum."""
     shared = shared_axes(spec, call.x_contract, ndim)
     if shared is None or len(shared) not in (len(call.x_contract), ndim):
@@ -206,7 +177,7 @@ def _same_kind(q: QTensor, spec: QSpec, at: Placement, call: _Call, ndim: int) -
     return spec.format.is_integer and integer_range(spec.format) is not None and fits
 
 
-def _as_stored(call: _Call, x: Array, q: QTensor, at: Placement, together: bool) -> bool:
+def _as_stored(call: Call, x: Array, q: QTensor, at: Placement, together: bool) -> bool:
     """Whether codes can be contracted as they lie."""
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or q.spec.format.bits > 8:
         return False
@@ -225,20 +196,7 @@ def _as_stored(call: _Call, x: Array, q: QTensor, at: Placement, together: bool)
     return True
 
 
-def _sharding(call: _Call, moved: Operand, at: Placement) -> Sharding | None:
-    """The sharding asked for, in the order `[batch, free of x, kept storage axes]`."""
-    free, kept = len(moved.free), len(at.keep)
-    first, second = (kept, free) if call.flipped else (free, kept)
-    asked = Sharding.asked(call.out_sharding, len(moved.batch), first, second)
-    if asked is None:
-        return None
-    of_x, of_w = (asked.w, asked.x) if call.flipped else (asked.x, asked.w)
-    axes = [at.members[s][0] for s in at.keep]
-    in_storage = tuple(of_w[sorted(axes).index(a)] for a in axes)
-    return Sharding(asked.mesh, asked.batch, of_x, in_storage)
-
-
-def _divided(call: _Call, x: Array, q: QTensor, held: Calibration) -> tuple[_Call, Array, QTensor]:
+def _divided(call: Call, x: Array, q: QTensor, held: Calibration) -> tuple[Call, Array, QTensor]:
     """The float operand over the divisor, one scale for all of it, and the weight times it."""
     bare = dataclasses.replace(q, calibration=dataclasses.replace(held, divisor=None))
     axis = q.ndim + held.axis
@@ -255,17 +213,17 @@ def _divided(call: _Call, x: Array, q: QTensor, held: Calibration) -> tuple[_Cal
     return dataclasses.replace(call, activations=spec), divided.astype(x.dtype), bare
 
 
-def _grid(call: _Call, q: QTensor) -> Grid | None:
+def _grid(call: Call, q: QTensor) -> Grid | None:
     """The calibrated grid of the other operand, if the contraction shares its batch axes."""
     grid = None if q.calibration is None else q.calibration.input
-    if grid is None or call.activations is None:
+    if grid is None or call.activations is None or not call.calibrated:
         return None
     lead = grid.scale.ndim
     return grid if call.w_batch[:lead] == tuple(range(lead)) else None
 
 
 def _quantized(
-    call: _Call, x: Operand, q: QTensor, at: Placement, spec: QSpec, grid: Grid | None
+    call: Call, x: Operand, q: QTensor, at: Placement, spec: QSpec, grid: Grid | None
 ) -> Array:
     """Codes of both operands multiplied."""
     everything = isinstance(spec.granularity, PerTensor)
@@ -279,13 +237,13 @@ def _quantized(
     left = dataclasses.replace(x, values=codes, scale=scale, zero=zero)
     right = _int8(q, at) if _limits(q) else weight(q, at, storage_codes(q))
     narrow = q.spec.format.packed
-    sharding = _sharding(call, x, at)
+    sharding = sharding_of(call, x, at)
     return contract(left, right, call.precision, sharding, narrow=narrow)
 
 
-def _weight_only(call: _Call, x: Operand, q: QTensor, at: Placement) -> Array:
+def _weight_only(call: Call, x: Operand, q: QTensor, at: Placement) -> Array:
     """Float activations, unscaled codes; the dequantized matrix is never made."""
-    sharding = _sharding(call, x, at)
+    sharding = sharding_of(call, x, at)
 
     def computed(dtype: Any) -> Array:
         # codes less zero points are exact in any float dtype
@@ -315,21 +273,3 @@ def _int8(q: QTensor, at: Placement) -> Operand:
         return weight(q, at, q.codes, limits[2], packed=q.spec.format)
     codes, shift = int8_codes(storage_codes(q), q.spec.format)
     return weight(q, at, codes, limits[2], shift)
-
-
-def _finish(call: _Call, x: Array, q: QTensor, at: Placement, out: Array) -> Array:
-    """Unpads and splits the kept storage axes, and puts all axes in the result's order."""
-    lead = out.ndim - len(at.keep)
-    for i, s in enumerate(at.keep):
-        if at.padded[s] != at.size[s]:
-            out = lax.slice_in_dim(out, 0, at.size[s], axis=lead + i)
-    kept = [a for s in at.keep for a in at.members[s]]
-    if len(kept) != len(at.keep):
-        out = out.reshape(*out.shape[:lead], *(q.shape[a] for a in kept))
-    nb = len(call.x_batch)
-    tail = [lead + kept.index(a) for a in sorted(kept)]
-    middle = list(range(nb, lead))
-    order = [*range(nb), *(tail + middle if call.flipped else middle + tail)]
-    out = jnp.transpose(out, order).astype(result_dtype(x.dtype, q.dtype, call.preferred))
-    # scales that are sharded along kept axes spread their sharding to what they multiply
-    return out if call.out_sharding is None else jax.sharding.reshard(out, call.out_sharding)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxquant.capture import Statistics
 from jaxquant.interpret.sites import Site, Sites, path_str
 from jaxquant.observers import Range
-from jaxquant.ptq.static import Divided, contractions, seen_range
+from jaxquant.ptq.static import Divided, activation_side, contractions, seen_range
 from jaxquant.qtensor import along, is_qtensor
 from jaxquant.recipe import Recipe, Rule
 from jaxquant.report import shown
@@ -43,25 +43,27 @@ def divided(
             continue
         if rule.activations.granularity == PerTensor():
             continue
-        site = _only(path, sites, leaves)
+        site = _only(path, sites, leaves, stats)
         found[path] = _divided(site, rule, stats)
         by = along(found[path].divisor, found[path].axis, leaf.ndim)
         leaves[path] = (jnp.asarray(leaf, jnp.float32) * by).astype(leaf.dtype)
     return jax.tree.unflatten(tree, list(leaves.values())), found
 
 
-def _only(path: str, sites: Sites, leaves: dict[str, Any]) -> Site:
+def _only(path: str, sites: Sites, leaves: dict[str, Any], stats: Statistics) -> Site:
     uses = sites.of(path)
     site = uses[0]
     tied = [p for p, leaf in leaves.items() if p != path and leaf is leaves[path]]
-    rank = len(site.operands[0 if site.operands[1] == _inner(site) else 1])
+    met = site.operands[("lhs", "rhs").index(activation_side(stats, site.key))]
     reason = ""
     if len(uses) != 1 or tied:
         reason = "is used at several sites"
     elif site.primitive != "dot_general" or len(site.contracted) != 1:
         reason = f"is contracted by {site.primitive} over axes {list(site.contracted)}"
-    elif site.over != (rank - 1,):
+    elif site.over != (len(met) - 1,):
         reason = "meets another axis of the activation than its last"
+    elif site.shape[site.contracted[0]] != met[-1]:
+        reason = f"is contracted in part, {met[-1]} of {site.shape[site.contracted[0]]} indices"
     if reason:
         raise ValueError(
             f"{shown(path)}: activations with a scale for each channel need one dot_general over "
@@ -69,11 +71,6 @@ def _only(path: str, sites: Sites, leaves: dict[str, Any]) -> Site:
             "PerTensor() activations in front"
         )
     return site
-
-
-def _inner(site: Site) -> tuple[int, ...]:
-    """The parameter's shape as the contraction sees it."""
-    return tuple(n for a, n in enumerate(site.shape) if a not in site.scanned)
 
 
 def _divided(site: Site, rule: Rule, stats: Statistics) -> Divided:

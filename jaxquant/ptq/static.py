@@ -121,7 +121,8 @@ def _seen(stats: Statistics, key: str, operand: str) -> Observed:
     return found[operand]
 
 
-def _activation_side(stats: Statistics, key: str) -> str:
+def activation_side(stats: Statistics, key: str) -> str:
+    """Which operand of a parameter's site is the other one; the left where nothing was seen."""
     return next(iter(stats.get(key, {"lhs": None})))
 
 
@@ -136,7 +137,7 @@ def seen_range(uses: list[Site], stats: Statistics, spec: QSpec) -> Range:
     Raises:
       ValueError: there are no statistics of a site, or none that can be merged.
     """
-    first, *rest = [_seen(stats, s.key, _activation_side(stats, s.key)) for s in uses]
+    first, *rest = [_seen(stats, s.key, activation_side(stats, s.key)) for s in uses]
     for other in rest:
         if (other.observer, other.lead) != (first.observer, first.lead):
             raise ValueError(

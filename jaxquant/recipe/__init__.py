@@ -12,7 +12,8 @@ from jaxquant.recipe.presets import (
     w8a8_static,
     w8a16,
 )
-from jaxquant.recipe.rules import Recipe, Rule, as_recipe, attention_spec
+from jaxquant.recipe.recipe import Recipe, as_recipe, attention_spec
+from jaxquant.recipe.rules import Rule
 from jaxquant.recipe.specs import int2, int3, int4, int5, int6, int7, int8, uint8
 
 __all__ = [

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 
 from jaxquant.observers import Observer, absmax, mse
-from jaxquant.recipe.rules import Recipe, Requantize, Rule
+from jaxquant.recipe.recipe import Recipe
+from jaxquant.recipe.rules import Requantize, Rule
 from jaxquant.recipe.specs import int4, int8
 from jaxquant.spec import PerChannel, PerGroup, PerTensor, QSpec
 

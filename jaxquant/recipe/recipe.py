@@ -1,0 +1,160 @@
+"""Recipes: rules in order, and what a caller may mean by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from jaxquant.recipe.patterns import pattern_matches
+from jaxquant.recipe.rules import Pattern, Rule
+from jaxquant.spec import QSpec
+
+_ADDED = re.compile(r"\d+ rules?")  # how the name of a recipe ends that rules were prepended to
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Rules in order; the first that matches a key path decides.
+
+    Attributes:
+      rules: the rules, given as any iterable.
+      name: shown in reports.
+
+    >>> import jaxquant as jq
+    >>> recipe = jq.Recipe([jq.Rule("**/head/*", skip=True), jq.Rule("**", weights=jq.int8())])
+    >>> recipe.match("head/kernel").skip, recipe.match("body/kernel").skip
+    (True, False)
+    """
+
+    rules: tuple[Rule, ...]
+    name: str = ""
+
+    def __init__(self, rules: Iterable[Rule], name: str = "") -> None:
+        rules = (rules,) if isinstance(rules, Rule) else tuple(rules)
+        if not rules:
+            raise ValueError("Recipe: expected at least one rule, got none")
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise ValueError(f"Recipe: expected rules, got {rule!r}")
+        object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "name", name)
+
+    def match(self, key: str) -> Rule | None:
+        """The first rule that matches a key path, or `None`."""
+        return next((rule for rule in self.rules if rule.matches(key)), None)
+
+    def prepend(self, *rules: Rule) -> Recipe:
+        """This recipe with rules put in front, which so win over its own.
+
+        >>> import jaxquant as jq
+        >>> jq.w8a8().prepend(jq.Rule("**/head/*", skip=True))
+        <Recipe w8a8 + 1 rule: 2 rules>
+        """
+        name, _, count = self.name.partition(" + ")
+        added = len(rules) + int(count.split()[0] if _ADDED.fullmatch(count) else 0)
+        if count and not _ADDED.fullmatch(count):  # a name of the user's own
+            name = self.name
+        return Recipe(rules + self.rules, f"{name} + {_plural(added)}" if name and added else name)
+
+    @property
+    def attention(self) -> tuple[tuple[Pattern, QSpec | None], ...]:
+        """The part of the recipe that applies to contractions without a parameter, in order.
+
+        Rules with `attention=`, and rules with `skip=True` as `None`; see `attention_spec`.
+        """
+        return tuple(
+            (rule.pattern, rule.attention)
+            for rule in self.rules
+            if rule.attention is not None or rule.skip
+        )
+
+    def attention_rule(self, key: str) -> Rule | None:
+        """The rule of a contraction without a parameter, by its site's key; `None` to skip it."""
+        rules = [rule for rule in self.rules if rule.attention is not None or rule.skip]
+        found = next((rule for rule in rules if rule.matches(key)), None)
+        return None if found is None or found.skip else found
+
+    def __iter__(self) -> Iterator[Rule]:
+        return iter(self.rules)
+
+    def __len__(self) -> int:
+        return len(self.rules)
+
+    def __repr__(self) -> str:
+        if self.name:
+            return f"<Recipe {self.name}: {_plural(len(self.rules))}>"
+        return f"Recipe([{', '.join(map(repr, self.rules))}])"
+
+
+def _plural(count: int) -> str:
+    return f"{count} rule{'' if count == 1 else 's'}"
+
+
+def as_recipe(value: Any, where: str, params: Any = None) -> Recipe:
+    """The recipe that a caller meant: a `Recipe`, or a rule or rules to make one of.
+
+    Args:
+      value: what was given.
+      where: the function it was given to, for errors.
+      params: what was given as params, in case the two were swapped.
+
+    Raises:
+      ValueError: anything else.
+
+    >>> import jaxquant as jq
+    >>> as_recipe(jq.Rule("**", weights=jq.int8()), "ptq")
+    Recipe([Rule('**', weights=QSpec(int8, PerChannel(axes=None)))])
+    >>> as_recipe(jq.w8a8, "ptq")
+    Traceback (most recent call last):
+    ...
+    ValueError: ptq: expected a Recipe such as jq.w8a8(), got the function w8a8; call it: jq.w8a8()
+    """
+    if isinstance(params, (Recipe, Rule)):
+        raise ValueError(
+            f"{where}: got a {type(params).__name__} for params; params come before the recipe"
+        )
+    if isinstance(value, Recipe):
+        return value
+    if isinstance(value, Rule):
+        return Recipe([value])
+    got = f"a {type(value).__name__}"
+    if isinstance(value, (list, tuple, Iterator)):
+        rules = list(value)
+        other = [rule for rule in rules if not isinstance(rule, Rule)]
+        if not other:
+            return Recipe(rules)
+        got += f" that holds a {type(other[0]).__name__}, not rules alone"
+        if any(isinstance(rule, Recipe) for rule in other):
+            got += "; to put rules in front of a recipe use recipe.prepend(*rules)"
+    elif isinstance(value, str):
+        call = re.sub(r"\W", "", value)
+        got = f"the string {value!r}; a preset is a function: jq.{call or 'w8a8'}()"
+    elif isinstance(value, QSpec):
+        got = f"{value!r}; put it in a rule: jq.Rule('**', weights=...)"
+    elif value is None:
+        got = "None"
+    elif callable(value):
+        name = getattr(value, "__name__", type(value).__name__)
+        own = getattr(value, "__module__", "").startswith("jaxquant.")
+        kind = "class" if isinstance(value, type) else "function"
+        got = f"the {kind} {name}" + (f"; call it: jq.{name}()" if own else "")
+    raise ValueError(f"{where}: expected a Recipe such as jq.w8a8(), got {got}")
+
+
+def attention_spec(attention: Iterable[tuple[Pattern, QSpec | None]], key: str) -> QSpec | None:
+    """The spec for a contraction without a parameter: that of the first pattern that matches.
+
+    Args:
+      attention: `Recipe.attention`, as `Use.attention` carries it.
+      key: key of the contraction's site.
+
+    >>> import jaxquant as jq
+    >>> attention_spec(jq.w8a8().attention, "encoder/layer_0/attn").format.name
+    'int8'
+    """
+    for pattern, spec in attention:
+        if pattern_matches(pattern, key):
+            return spec
+    return None
