@@ -67,6 +67,15 @@ class Call:
         out = [interpreter.in_float(v, (), "the result", "results are floats") for v in out]
         return jax.tree.unflatten(self.out_tree, [_result(v) for v in out])
 
+    def with_params(self, params: list[Any]) -> Call:
+        """The call with other leaves in place of those of `params`, in their order."""
+        traced = iter(leaf for leaf in params if is_traced(leaf))
+        leaves = [
+            leaf if path is None else next(traced)
+            for leaf, path in zip(self.leaves, self.paths, strict=True)
+        ]
+        return dataclasses.replace(self, leaves=leaves)
+
     @property
     def param_paths(self) -> list[str]:
         """Key paths of the parameters."""

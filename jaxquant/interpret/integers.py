@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -141,7 +143,12 @@ def _moved(eqn: Any, operands: list[Value]) -> list[Any] | None:
         return None
     if name == "gather" and eqn.params.get("mode") is lax.GatherScatterMode.FILL_OR_DROP:
         return None
-    x = _codes(operands[0].data)
+    sums = operands[0].data
+    if name == "transpose" and isinstance(sums, Accumulator):
+        turned = _turned(sums, eqn.params["permutation"])
+        if turned is not None:
+            return [turned]
+    x = _codes(sums)
     if x is None:
         return None
     if name == "pad":
@@ -151,6 +158,19 @@ def _moved(eqn: Any, operands: list[Value]) -> list[Any] | None:
         rest = [_fill(x, fill)]
     out = _compat.bind(eqn, [x.codes, *rest])
     return [dataclasses.replace(x, codes=codes) for codes in out]
+
+
+def _turned(x: Accumulator, perm: Sequence[int]) -> Accumulator | None:
+    """Sums with their axes permuted, where channels keep their order: a bias may yet come."""
+    channels = [perm.index(a) for a in x.channels]
+    if channels != sorted(channels):
+        return None
+
+    def turn(a: Array) -> Array:
+        return jnp.transpose(a, perm) if a.ndim == len(perm) else a
+
+    grid, bare = x.output, dataclasses.replace(x, output=None)
+    return dataclasses.replace(jax.tree.map(turn, bare), output=grid, channels=tuple(channels))
 
 
 def _fill(x: Activation, value: Array) -> Array:

@@ -52,8 +52,9 @@ class Planner(Serve):
 
     ahead = True
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, as_it_is: bool = False) -> None:
         super().__init__(recipe.attention)
+        self.as_it_is = as_it_is
         self.uniform = False
         self.edges: dict[tuple[str, str], bool] = {}
         self.exits: dict[tuple[str, str], str] = {}
@@ -61,7 +62,7 @@ class Planner(Serve):
 
     def on_grid(self, x: ops.Activation, q: QTensor) -> bool:
         """Any integers will do: grids are chosen once it is known who takes what."""
-        return True
+        return not self.as_it_is or super().on_grid(x, q)
 
     def edge(self, x: ops.Activation, target: str) -> None:
         """Notes where a result stays integer."""
@@ -86,16 +87,19 @@ class Planner(Serve):
                 self.chains[data.key] = Chain(*vectors, data.chain, data.channels)
 
 
-def plan(call: Call, recipe: Recipe) -> Planner:
-    """Walks a call whose params are quantized, without computing anything of its inputs."""
-    planner = Planner(recipe)
+def plan(call: Call, recipe: Recipe, *, as_it_is: bool = False) -> Planner:
+    """Walks a call whose params are quantized, without computing anything of its inputs.
+
+    With `as_it_is`, by the grids that the params have, to see what really stays integer.
+    """
+    planner = Planner(recipe, as_it_is)
     interpreter = Interpreter(planner, call.param_paths)
     inputs = [leaf for leaf, path in zip(call.leaves, call.paths, strict=True) if path is None]
 
     def run(inputs: list[Any]) -> None:
         rest = iter(inputs)
         leaves = [
-            next(rest) if path is None else _open(leaf)
+            next(rest) if path is None else leaf if as_it_is else _open(leaf)
             for leaf, path in zip(call.leaves, call.paths, strict=True)
         ]
         call.run(interpreter, leaves)

@@ -9,7 +9,7 @@ from jaxquant.ops.dynamic import dot_general_dynamic
 from jaxquant.ops.fused import conv_integer, dot_integer, folded
 from jaxquant.ops.integer import Accumulator, Activation, Integers, added, is_integers
 from jaxquant.ops.ragged import ragged_dot_general
-from jaxquant.ops.static import zero_offset
+from jaxquant.ops.static import with_fine_scales, zero_offset
 from jaxquant.ops.take import gather
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "on_grid",
     "quantize_activation",
     "ragged_dot_general",
+    "with_fine_scales",
     "zero_offset",
 ]

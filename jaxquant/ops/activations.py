@@ -76,7 +76,7 @@ def quantize_activation(
 
 
 def on_grid(x: Array, grid: Grid, spec: QSpec) -> Array:
-    """Codes of an activation on a calibrated grid: `q = clip(round(x / S) + Z)`, int8.
+    """Codes of an activation on a calibrated grid: `q = clip(round(x (1 / S)) + Z)`, int8.
 
     Integer formats only, 8-bit unsigned codes shifted as in `quantize_activation`; 8-bit floats
     keep their dtype. Values beyond the grid, infinite ones too, take its ends; NaN becomes 0.
@@ -85,7 +85,8 @@ def on_grid(x: Array, grid: Grid, spec: QSpec) -> Array:
     >>> on_grid(jnp.array([0.0, 1.0, 1000.0]), grid, QSpec("uint8", PerTensor())).tolist()
     [-128, -126, 127]
     """
-    v, fmt = x.astype(jnp.float32) / grid.scale, spec.format
+    # by the reciprocal: of a division XLA may make this, or not, and results would differ
+    v, fmt = x.astype(jnp.float32) * (1.0 / grid.scale), spec.format
     if not fmt.is_integer:
         return encode(v, fmt)
     low, high = int8_limits(fmt)

@@ -206,7 +206,7 @@ def _divided(call: Call, x: Array, q: QTensor, held: Calibration) -> tuple[Call,
             "alone, without batch axes of its own; dequantize it first"
         )
     at = call.x_contract[call.w_contract.index(axis)]
-    divided = x.astype(jnp.float32) / along(held.divisor, at - x.ndim, x.ndim)
+    divided = x.astype(jnp.float32) * along(1.0 / held.divisor, at - x.ndim, x.ndim)
     spec = call.activations
     if spec is not None:
         spec = dataclasses.replace(spec, granularity=PerTensor())

@@ -115,6 +115,6 @@ def _accumulator(
         channels=sums.channels,
         name=q.use.output,
         requantize=q.use.requantize or "float32",
-        spec=spec,
+        spec=q.use.results or spec,
         **about,
     )

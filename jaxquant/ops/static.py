@@ -13,7 +13,7 @@ from jaxquant.ops.activations import has_zero
 from jaxquant.ops.contract import integer_sums
 from jaxquant.ops.convolve import Conv, window_sum_int32
 from jaxquant.ops.operands import Placement, arranged, int8_codes, integer_range, place, weight
-from jaxquant.qtensor import Grid, QTensor, storage_codes, storage_scale
+from jaxquant.qtensor import Grid, QTensor, storage_codes, storage_scale, storage_values
 
 Lay = Callable[[Array], Array]
 
@@ -82,6 +82,23 @@ def zero_offset(q: QTensor, contracted: Sequence[int], zero_point: Array) -> Arr
     codes = codes.astype(jnp.int32)
     sums = jnp.sum(codes if zero is None else codes - zero, axis=at.contract, keepdims=True)
     return -zero_point * kept_vector(q, at, sums)
+
+
+def with_fine_scales(q: QTensor, contracted: Sequence[int]) -> QTensor:
+    """The tensor with the least of its scales for channels that are zero throughout.
+
+    Any scale will do for them, and biases are counted in units of it.
+    """
+    at = place(q, [a + len(q.batch) for a in contracted], ())
+    if at is None or q.scale.ndim != len(q.padded) + len(q.batch):
+        return q
+    zero = jnp.all(storage_values(q) == 0, axis=at.contract, keepdims=True)
+    if zero.shape != q.scale.shape:
+        return q
+    tail = tuple(range(len(q.batch), zero.ndim))
+    least = jnp.min(jnp.where(zero, jnp.inf, q.scale), axis=tail, keepdims=True)
+    scale = jnp.where(zero & jnp.isfinite(least), least, q.scale).astype(q.scale.dtype)
+    return dataclasses.replace(q, scale=scale)
 
 
 def _codes(q: QTensor, at: Placement) -> tuple[Array, Array | None]:

@@ -63,7 +63,7 @@ def _only(path: str, sites: Sites, leaves: dict[str, Any], stats: Statistics) ->
     elif site.over != (len(met) - 1,):
         reason = "meets another axis of the activation than its last"
     elif site.shape[site.contracted[0]] != met[-1]:
-        reason = f"is contracted in part, {met[-1]} of {site.shape[site.contracted[0]]} indices"
+        reason = f"has {site.shape[site.contracted[0]]} indices there, of {met[-1]} contracted"
     if reason:
         raise ValueError(
             f"{shown(path)}: activations with a scale for each channel need one dot_general over "

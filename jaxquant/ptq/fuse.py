@@ -61,20 +61,22 @@ def fused(qparams: Any, call: Call, recipe: Recipe, sites: Sites) -> tuple[Any, 
         return qparams, ()
     planner = plan(call, recipe)
     where = {site.key: site.param for site in sites.sites if site.param is not None}
-    edges = [
-        Edge(source, target, False, reason) for (source, target), reason in planner.exits.items()
-    ]
+    reasons: dict[tuple[str, str], str] = {}
     for (source, target), same in sorted(planner.edges.items(), key=lambda item: not item[1]):
-        a, reason = leaves[where[source]], ""
-        if same or not a.use.output:
-            reason = _joined(leaves, where[source], where[target], sites)
-        edges.append(Edge(source, target, not reason, reason))
+        if same or not leaves[where[source]].use.output:
+            reasons[source, target] = _joined(leaves, where[source], where[target], sites)
     for key, path in where.items():
         if is_qtensor(leaves[path]) and leaves[path].use.requantize and key in planner.chains:
             leaves[path] = _folded(leaves[path], sites[key], planner, sites)
+    fused_params = jax.tree.unflatten(tree, list(leaves.values()))
+    edges = [Edge(*ends, False, reason) for ends, reason in planner.exits.items()]
+    kept = plan(call.with_params(list(leaves.values())), recipe, as_it_is=True).edges
+    for ends in planner.edges:
+        reason = reasons.get(ends) or "it is added to what is float"
+        edges.append(Edge(*ends, ends in kept, "" if ends in kept else reason))
     order = {site.key: n for n, site in enumerate(sites.sites)}
     edges.sort(key=lambda e: order[e.source])
-    return jax.tree.unflatten(tree, list(leaves.values())), tuple(edges)
+    return fused_params, tuple(edges)
 
 
 def _joined(leaves: dict[str, Any], source: str, target: str, sites: Sites) -> str:
@@ -87,7 +89,7 @@ def _joined(leaves: dict[str, Any], source: str, target: str, sites: Sites) -> s
     grid = b.calibration.input
     if a.use.output in ("", b.use.grid):
         held = dataclasses.replace(a.calibration, output=grid)
-        use = dataclasses.replace(a.use, output=b.use.grid)
+        use = dataclasses.replace(a.use, output=b.use.grid, results=b.use.activations)
         leaves[source] = dataclasses.replace(a, use=use, calibration=held)
         return ""
     if (

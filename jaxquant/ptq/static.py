@@ -13,7 +13,7 @@ from jaxquant.capture import Observed, Statistics
 from jaxquant.interpret.serve import unsigned
 from jaxquant.interpret.sites import Site, Sites, path_str
 from jaxquant.observers import Range, finish_stacked, range_to_scale
-from jaxquant.ops import grid_of
+from jaxquant.ops import grid_of, with_fine_scales
 from jaxquant.qtensor import Calibration, Grid, is_qtensor
 from jaxquant.recipe import Recipe
 from jaxquant.report import shown
@@ -69,6 +69,8 @@ def calibrated(
         held = Calibration(input=grid_of(*range_to_scale(seen, spec), spec))
         if by is not None:
             held = dataclasses.replace(held, divisor=by.divisor, axis=by.axis)
+        if rule.requantize is not None:
+            leaf = with_fine_scales(leaf, [a - len(leaf.batch) for a in uses[0].contracted])
         name = _entry(stats, uses[0].key) if len(uses) == 1 else path
         use = dataclasses.replace(leaf.use, grid=f"{name}: {spec!r}", requantize=rule.requantize)
         leaves[path] = dataclasses.replace(leaf, use=use, calibration=held)

@@ -30,6 +30,7 @@ class Use:
       grid: name of the calibrated grid that the other operand is quantized to; operands on the
         same grid have the same name.
       output: name of the grid that integer results are requantized to; empty where they are not.
+      results: spec of that grid's codes.
     """
 
     activations: QSpec | None = None
@@ -37,6 +38,7 @@ class Use:
     requantize: str | None = None
     grid: str = ""
     output: str = ""
+    results: QSpec | None = None
 
 
 _DATA = ("codes", "scale", "zero_point", "codebook", "global_scale", "calibration")
