@@ -9,6 +9,8 @@ import jax
 import numpy as np
 
 from jaxquant.capture.statistics import Observed, Statistics
+from jaxquant.interpret.serve import unsigned
+from jaxquant.interpret.sites import Site, Sites
 from jaxquant.observers import Histogram, Range, score, suggest
 from jaxquant.observers.base import as_range
 from jaxquant.recipe import Recipe, Rule, as_recipe
@@ -19,7 +21,7 @@ _REPEAT = re.compile(r"#\d+$")
 
 
 def activation_report(
-    stats: Statistics, recipe: Recipe | Rule | Iterable[Rule]
+    stats: Statistics, recipe: Recipe | Rule | Iterable[Rule], sites: Sites | None = None
 ) -> ActivationReport:
     """How well the ranges that were found serve the recipe: clipping, noise, and what is better.
 
@@ -31,6 +33,9 @@ def activation_report(
     Args:
       stats: what `jaxquant.capture` found.
       recipe: whose specs quantize the activations; sites that it leaves in float are left out.
+      sites: of the function, from `jaxquant.trace`. They tell which activations cannot be negative
+        and so have unsigned codes, and which can have a scale for each channel; without them
+        every one is taken to have the recipe's codes, and those of parameters to.
 
     Raises:
       ValueError: the recipe is none, or leaves every site in float.
@@ -49,21 +54,27 @@ def activation_report(
             f"activation_report: expected what jaxquant.capture returns, got {type(stats).__name__}"
         )
     rows: list[SiteReport] = []
-    bare = False
     for key in stats:
         operands = stats[key]
         spec = _spec(recipe, key, len(operands))
         if spec is None:
             continue
+        site = None if sites is None else sites.get(key)
         for operand, seen in operands.items():
-            bare |= not isinstance(seen.observer, Histogram)
-            rows += _rows(key, operand, seen, spec)
+            side = ("lhs", "rhs").index(operand)
+            own = unsigned(spec) if site is not None and site.nonneg[side] else spec
+            channels = len(operands) == 1 and (site is None or _has_channels(site, side))
+            rows += _rows(key, operand, seen, own, channels)
     if not rows:
         raise ValueError(
             f"activation_report: {recipe!r} quantizes no activation that there are statistics of "
             f"({', '.join(stats) or 'there are none'})"
         )
-    note = "clipping and noise are known of observers with a histogram; profile() tells most"
+    bare = any(row.clipped is None for row in rows)
+    note = (
+        "clipping and noise are known of observers with a histogram per tensor; profile() tells "
+        "most"
+    )
     return ActivationReport(tuple(rows), (note,) if bare else ())
 
 
@@ -76,16 +87,21 @@ def _spec(recipe: Recipe, key: str, operands: int) -> QSpec | None:
     return None if rule is None else rule.activations
 
 
-def _rows(key: str, operand: str, seen: Observed, spec: QSpec) -> list[SiteReport]:
+def _has_channels(site: Site, side: int) -> bool:
+    """Whether the activation of a parameter's site can have a scale for each channel."""
+    last = (len(site.operands[side]) - 1,)
+    return site.primitive == "dot_general" and site.over == last and len(site.contracted) == 1
+
+
+def _rows(key: str, operand: str, seen: Observed, spec: QSpec, channels: bool) -> list[SiteReport]:
     found = seen.finish(spec)
     host = jax.tree.map(np.asarray, seen.state)
     rows = []
     for index in np.ndindex(*seen.lead):
-        state = {name: value[index] for name, value in host.items()}
+        state = {n: v[index] for n, v in host.items() if channels or n != "channels"}
         low, high = np.asarray(found.low)[index], np.asarray(found.high)[index]
         site = f"{key}[{', '.join(map(str, index))}]" if index else key
-        name = type(seen.observer).__name__.lower()
-        how = f"{spec.format.name}{'' if spec.symmetric else ' asymmetric'}, {name}"
+        how = f"{spec.format.name}{'' if spec.symmetric else ' asymmetric'}, {seen.observer!r}"
         row = SiteReport(site, operand, how, float(np.min(low)), float(np.max(high)))
         if isinstance(seen.observer, Histogram) and not np.ndim(low):
             row = _judged(row, state, as_range(low, high), spec)

@@ -83,8 +83,8 @@ def capture(
     >>> batches = (jnp.full((4, 3), v) for v in (1.0, -3.0))
     >>> print(capture(fn, params, batches, absmax()))
     site  operand  observer  range    updates
-    up    lhs      absmax    -3 .. 3  2
-    down  lhs      absmax    -2 .. 2  2
+    up    lhs      absmax()  -3 .. 3  2
+    down  lhs      absmax()  -2 .. 2  2
     """
     return capture_with(
         "capture", fn, params, (), batches, recipe, resume=resume, save=save, progress=progress

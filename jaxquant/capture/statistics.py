@@ -69,7 +69,7 @@ class Statistics(Mapping[str, Mapping[str, Observed]]):
     >>> stats = capture(lambda p, x: x @ p["w"], {"w": jnp.eye(2)}, [jnp.eye(2)], minmax())
     >>> print(stats)
     site  operand  observer  range   updates
-    w     lhs      minmax    0 .. 1  1
+    w     lhs      minmax()  0 .. 1  1
     >>> stats.finish("w", "lhs", jq.int8()).high
     Array(1., dtype=float32)
     """
@@ -155,8 +155,7 @@ class Statistics(Mapping[str, Mapping[str, Observed]]):
             for operand, entry in operands:
                 seen = self.entries[entry]
                 updates = np.asarray(seen.state["updates"])
-                name = type(seen.observer).__name__.lower()
-                rows.append((key, operand, name, _range(seen), _span(updates)))
+                rows.append((key, operand, repr(seen.observer), _range(seen), _span(updates)))
         width = [max(len(row[i]) for row in rows) for i in range(5)]
         return "\n".join(
             "  ".join(c.ljust(w) for c, w in zip(r, width, strict=True)).rstrip() for r in rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -234,11 +234,17 @@ def require_seen(state: State) -> None:
         raise ValueError(f"non-finite values in {int(bad)} of {int(updates)} batches")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Axis:
-    """The field that all observers have, and its check."""
+    """The field that all observers have, its check, and how they print: as they are called."""
 
+    name: ClassVar[str] = ""
     axis: int | tuple[int, ...] | None = None
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(self)
+        given = [f for f in fields if f.default != getattr(self, f.name) and f.name != "bins"]
+        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
 
     def __post_init__(self) -> None:
         if isinstance(self.axis, list):

@@ -32,7 +32,7 @@ consumes the array, measured by hand (medians of 15 in turns, 2 shared cores; re
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ from jaxquant.spec import QSpec
 _TINY = float(np.finfo(np.float32).tiny)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Histogram(Axis):
     """The observer that `histogram` makes; others differ in `finish` alone.
 
@@ -71,6 +71,8 @@ class Histogram(Axis):
     Attributes:
       bins: a power of two from 16 to 65536.
     """
+
+    name: ClassVar[str] = "histogram"
 
     bins: int = 2048
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,13 +12,15 @@ from jaxquant.observers.base import State, everywhere
 from jaxquant.observers.histogram import Histogram
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Profile(Histogram):
     """The observer that `profile` makes.
 
     State: that of a histogram per tensor, and `channels`, float32 `[features]`, the largest
     magnitude at each index of the last axis.
     """
+
+    name: ClassVar[str] = "profile"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ XLA's CPU backend, which does not vectorize it. A table of times is in `histogra
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,9 +30,11 @@ from jaxquant.observers.base import (
 from jaxquant.spec import QSpec
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AbsMax(Axis):
     """The observer that `absmax` makes. State: `amax`, float32 of the shape of the axes kept."""
+
+    name: ClassVar[str] = "absmax"
 
     def init(self, aval: Any) -> State:
         """See `Observer.init`."""
@@ -57,9 +59,11 @@ class AbsMax(Axis):
         return as_range(-amax, amax)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MinMax(Axis):
     """The observer that `minmax` makes. State: `min` and `max`, float32 of the axes kept."""
+
+    name: ClassVar[str] = "minmax"
 
     def init(self, aval: Any) -> State:
         """See `Observer.init`."""
@@ -86,13 +90,15 @@ class MinMax(Axis):
         return as_range(state["min"], state["max"])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MovingAverage(Axis):
     """The observer that `moving_average` makes. State: averages `low` and `high`, not corrected.
 
     Attributes:
       decay: `d`, at least 0 and less than 1.
     """
+
+    name: ClassVar[str] = "moving_average"
 
     decay: float = 0.9
 

@@ -7,6 +7,7 @@ takes as many times that.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from jaxquant.spec import QSpec
 Ends = tuple[float, float]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Search(Histogram):
     """A histogram whose range is chosen for each channel by itself."""
 
@@ -37,13 +38,15 @@ class Search(Histogram):
         return as_range(found[0], found[1])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Percentile(Search):
     """The observer that `percentile` makes.
 
     Attributes:
       q: percent of the values that are to lie within the range.
     """
+
+    name: ClassVar[str] = "percentile"
 
     q: float = 99.99
 
@@ -57,18 +60,22 @@ class Percentile(Search):
         return percentile_range(seen, self.q, spec)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MeanSquaredError(Search):
     """The observer that `mse` makes."""
+
+    name: ClassVar[str] = "mse"
 
     def choose(self, seen: Bars, spec: QSpec) -> Ends:
         """See `mse`."""
         return mse_range(seen, spec)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Entropy(Search):
     """The observer that `entropy` makes."""
+
+    name: ClassVar[str] = "entropy"
 
     bins: int = 4096
 
