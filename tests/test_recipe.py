@@ -1,6 +1,7 @@
 """Rules and recipes: what matches what, what is refused, what the presets say."""
 
 import copy
+import dataclasses
 import inspect
 import pickle
 import re
@@ -250,3 +251,119 @@ def test_presets(recipe, weights, activations, attention, lookup):
     assert recipe.name
     found = (rule.weights, rule.activations, rule.attention, rule.lookup)
     assert found == (weights, activations, attention, lookup)
+
+
+STATIC = jq.int8(granularity=PerTensor())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"observer": "mse"}, r"observer takes a value such as jq\.observers\.mse\(\), got 'mse'"),
+        ({"observer": jq.observers.mse}, r"observer takes a value such as .*, got <function mse"),
+        ({"observer": type(jq.observers.absmax())}, r"observer takes a value .*, got <class"),
+        (
+            {"activations": None, "observer": jq.observers.mse()},
+            "observer without activations or attention",
+        ),
+        (
+            {"observer": jq.observers.mse(axis=-1)},
+            r"activations has one scale, and mse\(axis=-1\) finds .* each channel; use axis=None",
+        ),
+        (
+            {"activations": jq.int8(), "observer": jq.observers.mse()},
+            r"a scale for each row .*activations takes .*PerTensor\(\) or PerChannel.*, got QSpec",
+        ),
+        (
+            {
+                "attention": jq.int8(granularity=PerChannel(-1)),
+                "activations": None,
+                "observer": jq.observers.mse(axis=-1),
+            },
+            r"a scale for each row .* attention takes granularity=PerTensor\(\), got QSpec",
+        ),
+        (
+            {
+                "activations": jq.int8(granularity=PerChannel(-1)),
+                "observer": jq.observers.absmax(),
+            },
+            r"activations has a scale .* last axis, so the observer needs axis=-1, got absmax\(\)",
+        ),
+        (
+            {"activations": QSpec("int16", PerTensor()), "observer": jq.observers.absmax()},
+            r".*activations .*at most 8 bits, got int16",
+        ),
+        ({"requantize": "float32"}, "requantize needs integer activations with an observer"),
+        (
+            {"requantize": "int", "observer": jq.observers.mse()},
+            r"requantize: expected one of \('float32', 'fixed_point'\), got 'int'",
+        ),
+        (
+            {
+                "activations": QSpec("float8_e4m3fn", PerTensor()),
+                "observer": jq.observers.mse(),
+                "requantize": "float32",
+            },
+            "requantize needs integer activations",
+        ),
+        (
+            {
+                "activations": jq.int8(granularity=PerChannel(-1)),
+                "observer": jq.observers.mse(axis=-1),
+                "requantize": "float32",
+            },
+            r"requantize needs activations with one scale, PerTensor\(\)",
+        ),
+    ],
+)
+def test_static_rules_that_cannot_be(given, message):
+    how = {"weights": jq.int8(), "activations": STATIC} | given
+    with pytest.raises(ValueError, match=rf"^Rule\('a/\*'\): {message}"):
+        Rule("a/*", **how)
+
+
+@pytest.mark.parametrize("name", ["observer", "requantize"])
+def test_a_rule_that_skips_observes_nothing(name):
+    given = {"observer": jq.observers.mse(), "requantize": "float32"}[name]
+    with pytest.raises(ValueError, match=f"skip=True leaves no place for {name}"):
+        Rule("a", skip=True, **{name: given})
+
+
+def test_static_presets():
+    (rule,) = jq.w8a8_static().rules
+    assert (rule.weights, rule.observer) == (jq.int8(), jq.observers.mse())
+    assert rule.activations == dataclasses.replace(STATIC, symmetric=False)
+    assert rule.attention is rule.requantize is None
+    (rule,) = jq.w8a8_static(jq.observers.minmax(), symmetric=True).rules
+    assert (rule.activations, rule.observer) == (STATIC, jq.observers.minmax())
+    (rule,) = jq.w8a8_static(per_channel=True).rules
+    assert rule.activations == jq.int8(granularity=PerChannel(-1))
+    assert rule.observer == jq.observers.absmax(axis=-1)
+    recipe = jq.w8a8_static(attention=True)
+    assert recipe.match("encoder/kernel").attention is None
+    assert recipe.attention_rule("encoder/attn").observer == jq.observers.mse()
+    assert recipe.attention_rule("encoder/attn").attention.granularity == PerTensor()
+    with pytest.raises(ValueError, match="needs axis=-1"):
+        jq.w8a8_static(jq.observers.mse(), per_channel=True)
+    for mode in ("float32", "fixed_point"):
+        (rule,) = jq.w8a8_integer(requantize=mode, symmetric=True).rules
+        assert (rule.requantize, rule.activations) == (mode, STATIC)
+    for recipe in (jq.w8a8_static(), jq.w8a8_integer()):
+        hash(recipe)
+        assert pickle.loads(pickle.dumps(recipe)) == recipe == copy.deepcopy(recipe)
+        assert "observer=mse()" in repr(recipe.rules[0])
+
+
+def test_the_first_rule_of_attention_decides():
+    recipe = Recipe(
+        [
+            Rule("head/**", skip=True),
+            Rule("a/**", weights=jq.int8()),  # says nothing of attention
+            Rule("a/**", attention=STATIC, observer=jq.observers.mse()),
+            Rule("**", attention=jq.int8()),
+        ]
+    )
+    assert recipe.attention_rule("head/scores") is None
+    assert recipe.attention_rule("a/scores") is recipe.rules[2]
+    assert recipe.attention_rule("b/scores").observer is None
+    assert Recipe([Rule("a", weights=jq.int8())]).attention_rule("a") is None

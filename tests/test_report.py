@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from jaxquant import Event, LeafReport, Report
+from jaxquant import ActivationReport, Edge, Event, LeafReport, Report, SiteReport
 
 LONG = "encoder/transformer/layers_with_a_long_name/self_attention/query_projection/kernel"
 
@@ -128,3 +128,59 @@ def test_an_empty_report_prints():
     assert report.ratio == 1.0
     assert report.bits_per_weight == 0.0
     assert "0 leaves" in str(report)
+
+
+ROWS = (
+    SiteReport("enc/w", "lhs", "int8, mse()", -0.5, 123.456789, 0.00125, 39.96),
+    SiteReport("w", "rhs", "uint8 asymmetric, minmax()", 0.0, 2.0),
+    SiteReport("", "lhs", "int8, profile()", 0.0, 0.0, 0.0, math.nan),
+    SiteReport("e[1]", "lhs", "int4, profile()", -1.0, 1.0, 0.5, math.inf, "per channel", 12.34),
+)
+
+
+def test_activations_line_up_and_say_what_is_not_known():
+    lines = str(ActivationReport(ROWS, ("a note",))).splitlines()
+    assert lines[-1] == "a note"
+    head, rule, *rows = lines[:-1]
+    assert " ".join(head.split()) == "site operand how suggestion range clipped % SQNR dB"
+    assert set(rule) == {"-"} and len(rule) == max(map(len, lines[:-1]))
+    assert [row.split()[0] for row in rows] == ["enc/w", "w", "(root)", "e[1]"]
+    assert [row.split()[-2:] for row in rows] == [
+        ["0.125", "40.0"], ["-", "-"], ["0.000", "-"], ["50.000", "exact"]
+    ]  # fmt: skip
+    assert "-0.5 .. 123.5" in rows[0]
+    assert "per channel: +12.3 dB" in rows[3]
+    assert len({len(line) for line in (head, rule, *rows)}) == 1
+    starts = [row.index(r.how) for row, r in zip(rows, ROWS, strict=True)]
+    assert set(starts) == {head.index("how")}
+
+
+def test_activations_are_json_and_found_by_site():
+    report = ActivationReport(ROWS)
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert [row["sqnr_db"] for row in data["sites"]] == [39.96, None, None, None]
+    assert data["sites"][3]["suggestion"] == "per channel"
+    assert data["sites"][1]["clipped"] is None
+    assert report["e[1]"].gain_db == 12.34
+    with pytest.raises(KeyError):
+        report["e"]
+
+
+def test_edges_are_counted_and_those_that_are_not_integer_listed():
+    edges = (Edge("a", "b", True), Edge("b", "tanh in mlp", False, "tanh"), Edge("", "c", True))
+    report = dataclasses.replace(REPORT, edges=edges, activations=ActivationReport(ROWS[:1]))
+    lines = str(report).splitlines()
+    at = lines.index("edges: 2 of 3 int8, the others:")
+    assert lines[at + 1] == "  b -> tanh in mlp: float, tanh"
+    assert lines[at + 2].startswith("tied:")
+    assert lines[-4:] == ["", *str(report.activations).splitlines()]
+    assert str(edges[2]) == "(root) -> c: int8"
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert data["edges"][1] == {
+        "source": "b", "target": "tanh in mlp", "integer": False, "reason": "tanh"
+    }  # fmt: skip
+    assert data["activations"]["sites"][0]["site"] == "enc/w"
+    whole = str(dataclasses.replace(REPORT, edges=edges[:1]))
+    assert "edges: 1 of 1 int8\n" in whole
+    assert "edges" not in str(REPORT)
+    assert REPORT.to_dict()["activations"] is None

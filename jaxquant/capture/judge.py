@@ -34,17 +34,18 @@ def activation_report(
       stats: what `jaxquant.capture` found.
       recipe: whose specs quantize the activations; sites that it leaves in float are left out.
       sites: of the function, from `jaxquant.trace`. They tell which activations cannot be negative
-        and so have unsigned codes, and which can have a scale for each channel; without them
-        every one is taken to have the recipe's codes, and those of parameters to.
+        and so have unsigned codes, and which can have a scale for each channel; without them all
+        have the recipe's own codes, and any that meets a parameter may be advised one.
 
     Raises:
       ValueError: the recipe is none, or leaves every site in float.
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
+    >>> from jaxquant.capture import capture
     >>> x = jax.nn.relu(jax.random.normal(jax.random.key(0), (64, 16)))
     >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.eye(16)}
     >>> recipe = jq.w8a8_static(jq.observers.profile(), symmetric=True)
-    >>> report = activation_report(jq.capture(fn, params, [x], recipe), recipe)
+    >>> report = activation_report(capture(fn, params, [x], recipe), recipe)
     >>> report["w"].suggestion, report["w"].clipped
     ('asymmetric', 0.0)
     """

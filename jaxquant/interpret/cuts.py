@@ -170,13 +170,14 @@ def concatenate(qs: Sequence[QTensor], axis: int) -> QTensor | None:
     for name in ("codes", "scale", "zero_point"):
         held = [getattr(f, name) for f in joined]
         parts[name] = None if held[0] is None else lax.concatenate(held, at or 0)
-    if axis < nb:
-        parts["calibration"] = None
+    parts["calibration"] = None if axis < nb else calibrated(first, lambda a: a)
     return with_arrays(dataclasses.replace(first, core=tuple(core)), **parts)
 
 
 def _joins(f: QTensor, first: QTensor, c: int) -> bool:
     """Whether two tensors differ at most in their size along storage axis `c`."""
+    if any(q.calibration is not None and q.calibration.divisor is not None for q in (f, first)):
+        return False
     static = ("spec", "dtype", "axes")
     if any(getattr(f, name) != getattr(first, name) for name in static):
         return False

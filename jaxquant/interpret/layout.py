@@ -180,8 +180,8 @@ def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
         return None  # a divisor stays with the axis it was made for
     rule = _RULES.get(name)
     results = _scaled(name, q, data) if name in ("mul", "div") else rule and rule(eqn, q, data)
-    if not results or name == "optimization_barrier":
-        return results or None
+    if not results or name in ("optimization_barrier", "convert_element_type"):
+        return results or None  # values lie as they did
     # what was made for the values as they lay no longer fits
     return [
         dataclasses.replace(r, calibration=moves.calibrated(r, lambda a: a)) if is_qtensor(r) else r

@@ -145,5 +145,5 @@ def suggest(
 def _channel_noise(seen: Bars, amax: Any, spec: QSpec) -> float:
     low = np.where(seen.low < 0, -amax, 0.0)
     high = np.where(seen.high > 0, amax, 0.0)
-    scale, _ = scales(low, high, spec)
+    scale = np.where(amax > 0, scales(low, high, spec)[0], 0.0)
     return float(np.mean(scale**2) / 12 * seen.counts.sum())

@@ -12,6 +12,7 @@ import jax
 from jax import Array
 
 from jaxquant.capture import Statistics, activation_report, capture
+from jaxquant.capture.batches import require_iterable
 from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.serve import serve
@@ -108,7 +109,7 @@ def ptq(
         call = trace_call(fn, qparams, args, kwargs)
         qparams, edges = fused(qparams, call, recipe, sites)
         report = dataclasses.replace(
-            report, edges=edges, activations=activation_report(stats, recipe)
+            report, edges=edges, activations=activation_report(stats, recipe, sites)
         )
     events = _replay(fn, qparams, args, kwargs, recipe)
     report = dataclasses.replace(report, attention=_attention(sites, qparams, recipe))
@@ -133,13 +134,15 @@ def _check_calibration(observed: bool, batches: Any, stats: Any) -> None:
 
 def _first(args: tuple[Any, ...], batches: Any) -> tuple[tuple[Any, ...], Iterable[Any]]:
     """Arguments to trace with, and all batches."""
-    if args or not isinstance(batches, Iterable):
-        return args, batches  # what is not to be iterated is capture's to refuse
-    first = list(itertools.islice(batches, 1))
+    require_iterable(batches, "ptq")
+    if args:
+        return args, batches
+    walk = iter(batches)  # once: a loader may start afresh each time
+    first = list(itertools.islice(walk, 1))
     if not first:
         raise ValueError("ptq: no batches; expected at least one")
     if not isinstance(batches, Sequence):
-        batches = itertools.chain(first, batches)
+        batches = itertools.chain(first, walk)
     return first[0] if isinstance(first[0], tuple) else (first[0],), batches
 
 

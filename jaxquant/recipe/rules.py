@@ -110,7 +110,7 @@ class Rule:
     def _check_static(self) -> None:
         given = [s for s in (self.activations, self.attention) if s is not None]
         if self.observer is not None:
-            if not isinstance(self.observer, Observer):
+            if not isinstance(self.observer, Observer) or isinstance(self.observer, type):
                 raise ValueError(
                     f"{self._name}: observer takes a value such as jq.observers.mse(), "
                     f"got {self.observer!r}"
@@ -119,6 +119,11 @@ class Rule:
                 raise ValueError(f"{self._name}: observer without activations or attention")
             for name, spec in (("activations", self.activations), ("attention", self.attention)):
                 self._check_granularity(name, spec)
+                if spec is not None and spec.format.bits > 8:
+                    raise ValueError(
+                        f"{self._name}: with an observer, {name} have at most 8 bits, "
+                        f"got {spec.format.name}"
+                    )
         if self.requantize is None:
             return
         if self.requantize not in REQUANTIZE:

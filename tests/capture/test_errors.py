@@ -120,7 +120,7 @@ def test_resume_wants_statistics_of_the_same_sites() -> None:
 
     cases = [
         (fn, other, [X], minmax(), "'c' is missing; 'b' is unknown"),
-        (dense, PARAMS, [X], absmax(), "'a' lhs: expected observer AbsMax.*got MinMax"),
+        (dense, PARAMS, [X], absmax(), "'a' lhs: expected observer absmax.*got MinMax"),
         (dense, PARAMS, [X[:2]], minmax(), r"'a' lhs: expected shape \(2, 8\), got \(4, 8\)"),
     ]
     for call, params, given, observer, message in cases:
