@@ -107,19 +107,18 @@ def test_export_writes_and_reads_it() -> None:
 
 
 def kept(q: jq.QTensor, batch: Any) -> None:
-    """Grids of inputs and of attention are left, everything that lay like the values is gone."""
+    """Grids are left, everything that lay like the values is gone."""
     held = q.calibration
-    assert (held.output, held.offset, held.folded, held.divisor) == (None,) * 4
+    assert (held.offset, held.folded, held.divisor) == (None,) * 3
     whole = tensor(*(() if batch is None else (L,))).calibration
-    want = Calibration(input=whole.input, attention=whole.attention)
+    want = Calibration(input=whole.input, output=whole.output, attention=whole.attention)
     assert_same(held, want if batch is None else jax.tree.map(batch, want))
 
 
 def test_moves_keep_the_grids_that_still_hold() -> None:
     q, one = tensor(L), tensor()
-    assert_same(
-        q.calibration.moved(), Calibration(q.calibration.input, attention=q.calibration.attention)
-    )
+    held = q.calibration
+    assert_same(held.moved(), Calibration(held.input, held.output, attention=held.attention))
     kept(cuts.cut(q, (1, 0, 0), (2, K, N)), lambda a: a[1:3])
     kept(cuts.cut(q, (jnp.int32(2), 0, 0), (1, K, N)), lambda a: a[2:3])
     kept(cuts.cut(one, (0, 2), (K, 3)), None)
@@ -141,7 +140,7 @@ def test_moves_keep_the_grids_that_still_hold() -> None:
     assert cuts.rows(one, index, 0, lax.GatherScatterMode.CLIP).calibration is None
     joined = cuts.concatenate([one, tensor(seed=1)], 1)
     assert joined.shape == (K, 2 * N)
-    kept(joined, None)
+    assert_same(joined.calibration, dataclasses.replace(one.calibration.moved(), output=None))
 
 
 def test_what_is_divided_is_not_joined_and_comes_back_in_any_stack() -> None:

@@ -170,7 +170,8 @@ def concatenate(qs: Sequence[QTensor], axis: int) -> QTensor | None:
     for name in ("codes", "scale", "zero_point"):
         held = [getattr(f, name) for f in joined]
         parts[name] = None if held[0] is None else lax.concatenate(held, at or 0)
-    parts["calibration"] = None if axis < nb else calibrated(first, lambda a: a)
+    fixed = None if axis < nb else calibrated(first, lambda a: a)
+    parts["calibration"] = None if fixed is None else dataclasses.replace(fixed, output=None)
     return with_arrays(dataclasses.replace(first, core=tuple(core)), **parts)
 
 

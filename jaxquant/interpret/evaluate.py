@@ -90,7 +90,7 @@ class Interpreter:
                 with self._ahead(operands if name in integers.AFFINE else ()):
                     kept = integers.results(eqn, operands)
                 if kept is not None:
-                    self.policy.summed(kept[0])
+                    self.policy.kept(self, eqn, operands, kept)
                     facts, signs = merge([v.facts for v in operands]), nonneg(eqn, positive)
                     return _valued(kept, facts, None, signs, None)
                 reason = integers.why(eqn, operands)
@@ -216,7 +216,7 @@ class Interpreter:
         """An activation that is kept as integers, as floats; that an edge ends here is reported."""
         if not is_integers(value.data):
             return value
-        self.policy.leaves(value.data, f"{name} in {self.where(scope)}", reason)
+        self.policy.leaves(self, value.data, f"{name} in {self.where(scope)}", reason)
         return Value(value.data.floats(), value.facts)
 
     def where(self, scope: tuple[str, ...]) -> str:

@@ -12,7 +12,14 @@ from jax import Array, lax
 
 from jaxquant.interpret import _compat
 from jaxquant.interpret.values import Value, varying
-from jaxquant.ops import Accumulator, Activation, Integers, added, is_integers
+from jaxquant.ops import (
+    Accumulator,
+    Activation,
+    Integers,
+    added,
+    inference_only,
+    is_integers,
+)
 
 ENTERED = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
 """Control flow that integers pass into; loops and branches take floats."""
@@ -25,7 +32,7 @@ def results(eqn: Any, operands: list[Value]) -> list[Any] | None:
     if name in AFFINE:
         return _affine(eqn, operands)
     if name in _SAME:
-        return [operands[0].data]
+        return [operands[0].data] if len(operands) == 1 else None
     if name == "convert_element_type":
         return _converted(eqn, operands[0].data)
     if name in ("max", "min", "clamp"):
@@ -62,8 +69,7 @@ def _affine(eqn: Any, operands: list[Value]) -> list[Any] | None:
     vector = _channel_vector(x, other)
     if vector is None or (name == "div" and not first):
         return None
-    origin = other.facts.origin
-    what = f"{name}{'' if first else ' from'} {origin.path if origin else 'a vector'}"
+    what = f"{name}{'' if first else ' from'} {_named(other)}"
     if name in ("mul", "neg"):
         return [x.scaled(vector, what)]
     if name == "div":
@@ -71,6 +77,15 @@ def _affine(eqn: Any, operands: list[Value]) -> list[Any] | None:
     if name == "sub" and not first:
         return [x.scaled(jnp.float32(-1.0), what).shifted(vector, what)]
     return [x.shifted(-vector if name == "sub" else vector, what)]
+
+
+def _named(value: Value) -> str:
+    """What tells one vector from another: a parameter's path, a constant's value."""
+    if value.facts.origin is not None:
+        return value.facts.origin.path
+    if not isinstance(value.data, jax.core.Tracer) and jnp.ndim(value.data) == 0:
+        return str(float(value.data))
+    return "a vector"
 
 
 def _channel_vector(x: Accumulator, value: Value) -> Array | None:
@@ -86,7 +101,9 @@ def _channel_vector(x: Accumulator, value: Value) -> Array | None:
     if shape:
         keep = [n if a in x.channels else 1 for a, n in enumerate(shape)]
         data = lax.slice(data, [0] * len(shape), keep)
-    return data.astype(jnp.float32)
+    data = data.astype(jnp.float32)
+    # what is traced may be differentiated; what is known may be folded beforehand
+    return inference_only(data) if isinstance(data, jax.core.Tracer) else data
 
 
 def _codes(x: Any) -> Activation | None:
@@ -115,12 +132,13 @@ def _clamped(eqn: Any, operands: list[Value]) -> list[Any] | None:
 
 
 def _of_two(eqn: Any, data: list[Any]) -> list[Any] | None:
-    on = [_codes(x) for x in data]
-    first = on[0]
-    if first is None or any(x is None or x.name != first.name for x in on):
+    on = [x for x in map(_codes, data) if x is not None]
+    if len(on) < len(data) or any(x.name != on[0].name for x in on):
         return None
-    codes = _compat.bind(eqn, [x.codes for x in on if x is not None])[0]
-    return [dataclasses.replace(first, codes=codes)]
+    codes = _compat.bind(eqn, [x.codes for x in on])[0]
+    source = tuple(dict.fromkeys(key for x in on for key in x.source))
+    also = tuple(dict.fromkeys(key for x in on for key in x.added))
+    return [dataclasses.replace(on[0], codes=codes, source=source, added=also)]
 
 
 def _scalar(value: Value) -> Array | None:
@@ -200,5 +218,9 @@ def why(eqn: Any, operands: list[Value]) -> str:
         both = all(is_integers(v.data) for v in operands)
         return "neither term is a sum yet" if both else "the other term is float"
     if name in AFFINE:
-        return f"{name} by what varies along other axes than channels, or after a clamp"
+        if any(isinstance(v.data, Activation) for v in operands):
+            return f"{name} after a clamp, a move or a sum, where results are codes already"
+        return f"{name} by what varies along other axes than the channels"
+    if name == "concatenate":
+        return "what it joins is not on one grid"
     return f"{name} has no integer form"

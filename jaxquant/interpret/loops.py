@@ -105,7 +105,7 @@ def _carried(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
 
 
 def _moved(facts: Facts) -> Facts:
-    return dataclasses.replace(facts, origin=None)
+    return dataclasses.replace(facts, origin=None, over=None)
 
 
 def _as_scanned(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
@@ -118,6 +118,8 @@ def _as_scanned(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
 
 def _inside(facts: Facts) -> Facts:
     """Facts of one slice of a scanned value."""
+    if facts.over is not None:
+        facts = dataclasses.replace(facts, over=frozenset(a - 1 for a in facts.over if a))
     origin = facts.origin
     if origin is None:
         return facts

@@ -180,13 +180,13 @@ class Observe(Policy):
         """As the inner policy."""
         self.inner.meets(eqn, operand)
 
-    def summed(self, data: Any) -> None:
+    def kept(self, ip: Interpreter, eqn: Any, operands: list[Value], results: list[Any]) -> None:
         """As the inner policy."""
-        self.inner.summed(data)
+        self.inner.kept(ip, eqn, operands, results)
 
-    def leaves(self, data: Any, where: str, reason: str) -> None:
+    def leaves(self, ip: Interpreter, data: Any, where: str, reason: str) -> None:
         """As the inner policy."""
-        self.inner.leaves(data, where, reason)
+        self.inner.leaves(ip, data, where, reason)
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
         """Two calls of one helper are one only if they observe alike."""

@@ -16,6 +16,7 @@ from jaxquant import ops
 from jaxquant.interpret.calls import Call
 from jaxquant.interpret.evaluate import Interpreter
 from jaxquant.interpret.serve import Serve
+from jaxquant.interpret.values import Facts, Value
 from jaxquant.qtensor import Calibration, Grid, QTensor, is_qtensor
 from jaxquant.recipe import Recipe
 
@@ -46,8 +47,8 @@ class Planner(Serve):
       edges: `(source, target)` of results that are the next contraction's input as integers, and
         whether they have to be on its grid: they have not if added to what is.
       exits: `(source, where)` of results that become float, and why.
-      chains: for each site, what is done to its sums, where that is known beforehand: where it
-        follows from the params alone, outside of loops and jitted helpers.
+      ends: for each site, its sums wherever they are used, by call path: with what was done to
+        them up to there, or `None` where that depends on more than concrete params.
     """
 
     ahead = True
@@ -58,33 +59,75 @@ class Planner(Serve):
         self.uniform = False
         self.edges: dict[tuple[str, str], bool] = {}
         self.exits: dict[tuple[str, str], str] = {}
-        self.chains: dict[str, Chain] = {}
+        self.ends: dict[str, dict[tuple[int, ...], Chain | None]] = {}
+        self._coded: dict[str, set[tuple[int, ...]]] = {}
+        self._taken: dict[int, Any] = {}
+        self._other: list[tuple[tuple[str, ...], Any]] = []
 
     def on_grid(self, x: ops.Activation, q: QTensor) -> bool:
         """Any integers will do: grids are chosen once it is known who takes what."""
         return not self.as_it_is or super().on_grid(x, q)
 
-    def edge(self, x: ops.Activation, target: str) -> None:
+    def edge(self, ip: Interpreter, given: Any, x: ops.Activation, target: str) -> None:
         """Notes where a result stays integer."""
         for source in x.source:
             self.edges[source, target] = True
         for source in x.added:
             self.edges.setdefault((source, target), False)
+        if isinstance(given, ops.Accumulator):
+            self._end(ip, given, coded=True)
+        else:
+            self._taken[id(x.codes)] = x
 
-    def leaves(self, data: Any, where: str, reason: str) -> None:
+    def leaves(self, ip: Interpreter, data: Any, where: str, reason: str) -> None:
         """Notes where a result becomes float."""
-        if where.startswith("the result"):
-            return  # as it should
-        held = (*data.source, *data.added) if isinstance(data, ops.Activation) else (data.key,)
-        for source in held:
-            self.exits[source, where] = reason
+        if isinstance(data, ops.Activation):
+            held = (*data.source, *data.added)
+            self._other.append((data.source, data))
+        else:
+            held = (data.key,)
+            self._end(ip, data, coded=False)
+        if not where.startswith("the result"):  # which is float, as it should
+            for source in held:
+                self.exits[source, where] = reason
 
-    def summed(self, data: Any) -> None:
-        """Notes what has been done to sums so far."""
-        if isinstance(data, ops.Accumulator):
-            vectors = data.gain, data.bias
-            if not any(isinstance(v, jax.core.Tracer) for v in vectors):
-                self.chains[data.key] = Chain(*vectors, data.chain, data.channels)
+    def kept(self, ip: Interpreter, eqn: Any, operands: list[Value], results: list[Any]) -> None:
+        """Notes where sums become codes, and where codes are added to sums."""
+        if any(isinstance(r, ops.Accumulator) for r in results):
+            return
+        given = [v.data for v in operands if ops.is_integers(v.data)]
+        for x in given:
+            if isinstance(x, ops.Accumulator):
+                self._end(ip, x, coded=True)
+            elif any(isinstance(y, ops.Accumulator) for y in given):
+                self._other.append((x.source, x))
+
+    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
+        """Helpers are walked in place: what is known stays known, arrays keep their identity."""
+        return None
+
+    def _end(self, ip: Interpreter, sums: ops.Accumulator, coded: bool) -> None:
+        traced = any(isinstance(v, jax.core.Tracer) for v in (sums.gain, sums.bias))
+        chain = None if traced else Chain(sums.gain, sums.bias, sums.chain, sums.channels)
+        self.ends.setdefault(sums.key, {})[ip.call_path] = chain
+        if coded:
+            self._coded.setdefault(sums.key, set()).add(ip.call_path)
+
+    def chain(self, key: str) -> Chain | None:
+        """What is done to the sums of a site, if it is one thing and known beforehand."""
+        ends = list(self.ends.get(key, {}).values())
+        return ends[0] if len(ends) == 1 else None
+
+    def clips(self, key: str) -> bool:
+        """Whether some use of a site's results would miss what is beyond the grid of another.
+
+        The grid has the range of what a contraction takes, and nothing else is sure to lie within.
+        So the sums may become codes in one place only, and what else is done with the codes has to
+        be done with the very array that a contraction takes.
+        """
+        if len(self._coded.get(key, ())) > 1:
+            return True
+        return any(key in source and id(x.codes) not in self._taken for source, x in self._other)
 
 
 def plan(call: Call, recipe: Recipe, *, as_it_is: bool = False) -> Planner:

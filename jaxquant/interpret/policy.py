@@ -57,10 +57,10 @@ class Policy:
     def meets(self, eqn: Any, operand: Value) -> None:
         """Told of each parameter that an equation computes with other than by contraction."""
 
-    def summed(self, data: Any) -> None:
-        """Told of integers after each step between contractions."""
+    def kept(self, ip: Interpreter, eqn: Any, operands: list[Value], results: list[Any]) -> None:
+        """Told of each equation between contractions that is done on integers."""
 
-    def leaves(self, data: Any, where: str, reason: str) -> None:
+    def leaves(self, ip: Interpreter, data: Any, where: str, reason: str) -> None:
         """Told of each activation kept as integers that becomes float, and why."""
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:

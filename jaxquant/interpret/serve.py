@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -134,16 +135,17 @@ class Serve(Policy):
         name, p = eqn.primitive.name, eqn.params
         if not is_qtensor(lhs.data) and not is_qtensor(rhs.data):
             return self._float(ip, site)
+        if is_qtensor(lhs.data) and is_qtensor(rhs.data):
+            # the one that is more an activation (rows looked up) gives way
+            live = lhs.facts.live or not rhs.facts.live
+            lhs = Value(dequantize(lhs.data), lhs.facts) if live else lhs
+            rhs = rhs if live else Value(dequantize(rhs.data), rhs.facts)
+            site = dataclasses.replace(site, lhs=lhs, rhs=rhs)
         kept = self._integers(ip, site)
         if kept is not None:
             return kept
         lhs, rhs = (self._in_float(ip, site, v) for v in (lhs, rhs))
         left, right = lhs.data, rhs.data
-        if is_qtensor(left) and is_qtensor(right):  # the one that is more an activation gives way
-            if lhs.facts.live or not rhs.facts.live:
-                left = dequantize(left)
-            else:
-                right = dequantize(right)
         if name == "conv_general_dilated" and p.get("out_sharding") is not None:
             # JAX itself cannot yet place a convolution on an explicit mesh for certain
             return _compat.bind(eqn, [ip.dense(v, eqn, site.scope) for v in (lhs, rhs)])[0]
@@ -190,7 +192,7 @@ class Serve(Policy):
         x = x.activation() if isinstance(x, ops.Accumulator) else x
         if isinstance(x, ops.Activation) and self.on_grid(x, q):
             codes = x.codes
-            self.edge(x, site.keys[0])
+            self.edge(ip, value.data, x, site.keys[0])
         else:
             codes, spec = self._in_float(ip, site, value).data, q.use.activations
             if spec is None or not jnp.issubdtype(codes.dtype, jnp.floating):
@@ -201,14 +203,13 @@ class Serve(Policy):
         else:
             known = {k: v for k, v in p.items() if k != "out_sharding"}
             sums = ops.conv_integer(ops.conv_of(**known), codes, q, **about)
-        self.summed(sums)
         return sums
 
     def on_grid(self, x: ops.Activation, q: QTensor) -> bool:
         """Whether an activation has the codes that a parameter's contraction takes."""
         return x.name == q.use.grid
 
-    def edge(self, x: ops.Activation, target: str) -> None:
+    def edge(self, ip: Interpreter, given: Any, x: ops.Activation, target: str) -> None:
         """Told of each activation that stays integer from one site to another."""
 
     def _float(self, ip: Interpreter, site: Contraction) -> Any:
@@ -224,7 +225,10 @@ class Serve(Policy):
             for name, v in (("lhs", lhs), ("rhs", rhs))
         }
         how |= {
-            f"{name}_grid": ip.slots.values.get(Slot(ip.call_path, name)) for name in ("lhs", "rhs")
+            f"{name}_grid": _suited(
+                ip.slots.values.get(Slot(ip.call_path, name)), how[f"{name}_spec"]
+            )
+            for name in ("lhs", "rhs")
         }
         return ops.dot_general_dynamic(data[0], data[1], **{**site.eqn.params, **how})
 
@@ -240,6 +244,11 @@ class Serve(Policy):
         if not ip.contracts(jaxpr):
             return False
         return self.any_attention or any(is_qtensor(v.data) for v in operands)
+
+
+def _suited(grid: Grid | None, spec: QSpec) -> Grid | None:
+    """A calibrated grid, unless it was made for another spec than the recipe's."""
+    return grid if grid is not None and grid.suits(spec) else None
 
 
 def _divides(site: Contraction, left: Any, right: Any) -> bool:

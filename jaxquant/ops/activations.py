@@ -108,7 +108,7 @@ def grid_of(scale: Array, zero_point: Array | None, spec: QSpec) -> Grid:
         zero = jnp.full(scale.shape, -shift, jnp.int32) if shift else None
     else:
         zero = zero_point.astype(jnp.int32) - shift
-    return Grid(scale.astype(jnp.float32), zero)
+    return Grid(scale.astype(jnp.float32), zero, spec)
 
 
 def fake_on_grid(x: Array, grid: Grid, spec: QSpec) -> Array:

@@ -218,6 +218,8 @@ def _grid(call: Call, q: QTensor) -> Grid | None:
     grid = None if q.calibration is None else q.calibration.input
     if grid is None or call.activations is None or not call.calibrated:
         return None
+    if not grid.suits(call.activations):
+        return None
     lead = grid.scale.ndim
     return grid if call.w_batch[:lead] == tuple(range(lead)) else None
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.ops.convolve import Conv
-from jaxquant.ops.integer import Accumulator
+from jaxquant.ops.integer import MOST, Accumulator
 from jaxquant.ops.static import Sums, conv_sums, dot_sums, plain_place, sum_offset, sum_scale
 from jaxquant.qtensor import Folded, QTensor
 
@@ -32,13 +32,13 @@ def dot_integer(
     Returns:
       `None` where the form has no integer sums: groups, codebooks, axes stored as one.
     """
-    return _accumulator(dot_sums(codes, q, over, flipped), q, over[1], about)
+    return _accumulator(dot_sums(codes, q, over, flipped, MOST), q, over[1], about)
 
 
 def conv_integer(conv: Conv, codes: Array, q: QTensor, **about: Any) -> Accumulator | None:
     """`dot_integer` of a convolution, padded with the zero point of the codes."""
     assert q.calibration is not None and q.calibration.input is not None
-    sums = conv_sums(conv, codes, q.calibration.input.zero_point, q)
+    sums = conv_sums(conv, codes, q.calibration.input.zero_point, q, MOST)
     return _accumulator(sums, q, conv.numbers.rhs_spec[1:], about)
 
 

@@ -21,7 +21,7 @@ from jaxquant.ops.requantize import fixed_point, rescaled
 from jaxquant.qtensor import Folded, Grid
 from jaxquant.spec import QSpec
 
-_MOST = float(2**30)  # a bias beyond would leave the sums no room in 32 bits
+MOST = 2**30  # a bias beyond would leave the sums no room in 32 bits
 _PARTS = float(2**20)
 _LEAST = float(jnp.finfo(jnp.float32).tiny) * _PARTS
 
@@ -162,7 +162,7 @@ class Accumulator:
         unit = self.scale if self.gain is None else self.scale * self.gain
         if self.bias is None:
             return None if self.gain is None else unit == 0
-        return jnp.abs(self.bias) >= _MOST * jnp.abs(unit)
+        return jnp.abs(self.bias) >= MOST * jnp.abs(unit)
 
     @property
     def _unit(self) -> Array:
@@ -196,7 +196,7 @@ class Accumulator:
         if alone is not None:
             whole = jnp.where(alone, 0, whole)
         if self.bias is not None:
-            units = jnp.clip(jnp.round(_quotient(self.bias, unit)), -_MOST, _MOST)
+            units = jnp.clip(jnp.round(_quotient(self.bias, unit)), -MOST, MOST)
             whole = whole + units.astype(jnp.int32)
         multiplier = shift = None
         if self.output is not None:

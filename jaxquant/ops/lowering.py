@@ -51,16 +51,16 @@ def one_device() -> bool:
     return jax.device_count() == 1
 
 
-def fits_int32(terms: Any, x_zero: bool, w_zero: bool) -> bool:
+def fits_int32(terms: Any, x_zero: bool, w_zero: bool, spare: int = 0) -> bool:
     """Whether an int32 holds the sum of `terms` products of int8 values less their zero points.
 
-    A symbolic number of terms is taken to fit.
+    And `spare` more. A symbolic number of terms is taken to fit.
 
     >>> fits_int32(2**17, False, False), fits_int32(2**17 - 1, False, False)
     (False, True)
     """
     largest = (255 if x_zero else 128) * (255 if w_zero else 128)
-    return not isinstance(terms, int) or terms * largest < 2**31
+    return not isinstance(terms, int) or terms * largest + spare < 2**31
 
 
 def limbs_win(rows: int, group: int | None = None, packed: bool = False) -> bool:

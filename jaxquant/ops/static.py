@@ -113,15 +113,20 @@ def _codes(q: QTensor, at: Placement) -> tuple[Array, Array | None]:
 
 
 def dot_sums(
-    codes: Array, q: QTensor, over: tuple[Sequence[int], Sequence[int]], flipped: bool
+    codes: Array,
+    q: QTensor,
+    over: tuple[Sequence[int], Sequence[int]],
+    flipped: bool,
+    spare: int = 0,
 ) -> Sums | None:
     """Sums of int8 `codes` and a QTensor over `over`, axes of the former and of the latter.
 
-    `flipped`: the QTensor is the left operand. `None` where the form has no integer sums.
+    `flipped`: the QTensor is the left operand; `spare`: what will yet be added to the sums. `None`
+    where the form has no integer sums, or an int32 might not hold them.
     """
     x_over, w_over = over
     at = plain_place(q, w_over)
-    if at is None or not lowering.fits_int32(_terms(at), True, _has_zero(q)):
+    if at is None or not lowering.fits_int32(_terms(at), True, _has_zero(q), spare):
         return None
     x = arranged(codes, x_over, (), at, w_over)
     values, zero = _codes(q, at)
@@ -139,13 +144,15 @@ def dot_sums(
     return Sums(total, lambda a: lax.expand_dims(a, others), channels)
 
 
-def conv_sums(conv: Conv, codes: Array, zero_point: Array | None, q: QTensor) -> Sums | None:
+def conv_sums(
+    conv: Conv, codes: Array, zero_point: Array | None, q: QTensor, spare: int = 0
+) -> Sums | None:
     """Sums of a convolution of int8 `codes`; padding is filled with the zero point of `codes`."""
     spec = conv.numbers.rhs_spec
     at = plain_place(q, spec[1:])
     if at is None or conv.batch_groups != 1 or len(at.keep) != 1:
         return None
-    if not lowering.fits_int32(_terms(at), True, _has_zero(q)):
+    if not lowering.fits_int32(_terms(at), True, _has_zero(q), spare):
         return None
     values, zero = _codes(q, at)
     order = [a for members in at.members for a in members]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxquant.interpret.calls import Call
-from jaxquant.interpret.plan import Planner, plan
+from jaxquant.interpret.plan import Chain, Planner, plan
 from jaxquant.interpret.sites import Site, Sites, path_str
 from jaxquant.ops import folded, zero_offset
 from jaxquant.ptq.static import contractions
@@ -64,10 +64,11 @@ def fused(qparams: Any, call: Call, recipe: Recipe, sites: Sites) -> tuple[Any, 
     reasons: dict[tuple[str, str], str] = {}
     for (source, target), same in sorted(planner.edges.items(), key=lambda item: not item[1]):
         if same or not leaves[where[source]].use.output:
-            reasons[source, target] = _joined(leaves, where[source], where[target], sites)
+            ends = where[source], where[target]
+            reasons[source, target] = _joined(leaves, ends, source, planner, sites)
     for key, path in where.items():
-        if is_qtensor(leaves[path]) and leaves[path].use.requantize and key in planner.chains:
-            leaves[path] = _folded(leaves[path], sites[key], planner, sites)
+        if is_qtensor(leaves[path]) and leaves[path].use.requantize:
+            leaves[path] = _folded(leaves[path], sites[key], planner.chain(key), sites)
     fused_params = jax.tree.unflatten(tree, list(leaves.values()))
     edges = [Edge(*ends, False, reason) for ends, reason in planner.exits.items()]
     kept = plan(call.with_params(list(leaves.values())), recipe, as_it_is=True).edges
@@ -79,11 +80,16 @@ def fused(qparams: Any, call: Call, recipe: Recipe, sites: Sites) -> tuple[Any, 
     return fused_params, tuple(edges)
 
 
-def _joined(leaves: dict[str, Any], source: str, target: str, sites: Sites) -> str:
+def _joined(
+    leaves: dict[str, Any], ends: tuple[str, str], key: str, planner: Planner, sites: Sites
+) -> str:
     """Gives a leaf the grid of the one that takes its results; or says why it cannot."""
+    source, target = ends
     a, b = leaves[source], leaves[target]
     if len(contractions(sites, source)) != 1:
         return f"{source} is contracted at several sites"
+    if planner.clips(key):
+        return "its results are used elsewhere too, beyond the range of what this takes"
     if a.batch != b.batch:
         return "one of them is in a loop"
     grid = b.calibration.input
@@ -110,12 +116,15 @@ def _equal(a: Grid, b: Grid) -> bool:
     ) and (a.zero_point is None) == (b.zero_point is None)
 
 
-def _folded(q: QTensor, site: Site, planner: Planner, sites: Sites) -> QTensor:
+def _folded(q: QTensor, site: Site, chain: Chain | None, sites: Sites) -> QTensor:
     assert site.param is not None
-    if q.batch or len(contractions(sites, site.param)) != 1 or _abstract(q):
+    # weights that are sliced or reshaped first have other channels than the parameter
+    moved = tuple(site.shape) not in site.operands
+    if chain is None or q.batch or moved or _abstract(q):
+        return q
+    if len(contractions(sites, site.param)) != 1:
         return q
     held: Calibration = q.calibration or Calibration()
-    chain = planner.chains[site.key]
     by = folded(q, _contracted(q, site), chain.gain, chain.bias, chain.channels, chain.steps)
     return (
         q

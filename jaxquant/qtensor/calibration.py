@@ -9,9 +9,11 @@ from collections.abc import Callable
 import jax
 from jax import Array
 
+from jaxquant.spec import QSpec
+
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("scale", "zero_point"), meta_fields=()
+    jax.tree_util.register_dataclass, data_fields=("scale", "zero_point"), meta_fields=("spec",)
 )
 @dataclasses.dataclass(frozen=True)
 class Grid:
@@ -20,10 +22,17 @@ class Grid:
     Attributes:
       scale: float32 `[*batch]`.
       zero_point: int32 like `scale`, in units of int8 codes; `None` where it is 0.
+      spec: what it was made for; `None` where that does not matter.
     """
 
     scale: Array
     zero_point: Array | None
+    spec: QSpec | None = None
+
+    def suits(self, spec: QSpec) -> bool:
+        """Whether codes of `spec` may lie on it."""
+        own = self.spec or spec
+        return (own.format, own.symmetric, own.range) == (spec.format, spec.symmetric, spec.range)
 
 
 @functools.partial(
@@ -81,4 +90,5 @@ class Calibration:
 
     def moved(self, batch: Callable[[Array], Array] = lambda a: a) -> Calibration:
         """What is left when the values have moved to other places; `batch` acts on batch axes."""
-        return jax.tree.map(batch, Calibration(input=self.input, attention=self.attention))
+        kept = Calibration(input=self.input, output=self.output, attention=self.attention)
+        return jax.tree.map(batch, kept)

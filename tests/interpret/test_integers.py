@@ -88,7 +88,7 @@ def in_a_loop(p, x):
     return lax.fori_loop(0, 2, lambda _, x: x @ p["b"], x @ p["a"])
 
 
-AFTER = "add by what varies along other axes than channels, or after a clamp"
+AFTER = "add after a clamp, a move or a sum, where results are codes already"
 OTHER = "it takes another grid than the first that takes these results"
 DYNAMIC = "a contraction that is not requantized takes floats"
 INTEGERS = "a -> b: int8"
