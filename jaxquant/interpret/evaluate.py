@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.interpret import _compat, integers, layout
+from jaxquant.interpret import _compat, integers, layout, placed
 from jaxquant.interpret.control_flow import RULES
 from jaxquant.interpret.integers import CONTRACTIONS
 from jaxquant.interpret.policy import Contraction, Policy, param_first
@@ -271,7 +271,7 @@ def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
 def abstract(x: Any) -> jax.ShapeDtypeStruct:
     """The float stand-in that a function is traced with: shape, dtype and explicit sharding."""
     if is_qtensor(x):
-        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=layout.sharding_of(x))
+        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.dtype), sharding=placed.sharding_of(x))
     aval = jax.typeof(x)
     weak = bool(getattr(aval, "weak_type", False))
     sharding = _compat.explicit_sharding(x)

@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant import ops
-from jaxquant.interpret import _compat, cuts, moves
+from jaxquant.interpret import cuts, moves, placed
 from jaxquant.interpret.runs import factors
 from jaxquant.interpret.values import Origin, Value
 from jaxquant.qtensor import QTensor, is_qtensor
@@ -121,35 +120,6 @@ def _stacked(origin: Origin | None, axis: int) -> Origin | None:
 _IDENTITY = {"copy", "copy_p", "stop_gradient", "name", "pvary", "pcast"}
 _SAME = _IDENTITY | {"slice", "dynamic_slice", "split", "rev", "optimization_barrier"}
 _SAME |= {"sharding_constraint", "reshard", "mesh_cast"}
-
-
-def storage_spec(q: QTensor, spec: Sequence[Any], groups: bool) -> PartitionSpec:
-    """A partition of `q`'s own axes as one of its codes (or, if `groups`, of its scales)."""
-    nb = len(q.batch)
-    full = tuple(spec) + (None,) * (q.ndim - len(spec))
-    parts = list(full[:nb])
-    for merged, count in zip(q.axes, q.groups, strict=True):
-        part = full[nb + len(q.core) + merged[0]]
-        parts.append(None if groups and count == 1 else part)
-    return PartitionSpec(*parts)
-
-
-def reshard(q: QTensor, sharding: Any, apply: Callable[[Any, Any], Any]) -> QTensor:
-    """Applies a sharding meant for the array that `q` stands for to codes and scales."""
-    if not isinstance(sharding, NamedSharding):
-        return q
-
-    def place(x: Any, groups: bool) -> Any:
-        if x is None:
-            return None
-        return apply(x, NamedSharding(sharding.mesh, storage_spec(q, tuple(sharding.spec), groups)))
-
-    return dataclasses.replace(
-        q,
-        codes=place(q.codes, False),
-        scale=place(q.scale, True),
-        zero_point=place(q.zero_point, True),
-    )
 
 
 def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
@@ -267,12 +237,12 @@ def _barrier(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
 
 
 def _constrain(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
-    return [reshard(q, eqn.params.get("sharding"), jax.lax.with_sharding_constraint)]
+    return [placed.reshard(q, eqn.params.get("sharding"), jax.lax.with_sharding_constraint)]
 
 
 def _reshard(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
     target = eqn.params.get("dst_sharding", eqn.params.get("sharding"))
-    return [reshard(q, target, jax.sharding.reshard)]
+    return [placed.reshard(q, target, jax.sharding.reshard)]
 
 
 _RULES: dict[str, Callable[[Any, QTensor, list[Any]], list[Any] | None]] = {
@@ -291,16 +261,3 @@ _RULES: dict[str, Callable[[Any, QTensor, list[Any]], list[Any] | None]] = {
     "sharding_constraint": _constrain,
     "reshard": _reshard,
 }
-
-
-def sharding_of(q: QTensor) -> NamedSharding | None:
-    """The sharding of the array that `q` stands for, where its mesh has explicit axes."""
-    sharding = _compat.explicit_sharding(q.codes)
-    if sharding is None:
-        return None
-    nb, spec = len(q.batch), tuple(sharding.spec)
-    spec += (None,) * (q.codes.ndim - len(spec))
-    parts: list[Any] = list(spec[:nb]) + [None] * len(q.core)
-    for merged, part in zip(q.axes, spec[nb:], strict=True):
-        parts[nb + len(q.core) + merged[0]] = part
-    return NamedSharding(sharding.mesh, PartitionSpec(*parts))

@@ -232,7 +232,7 @@ class Serve(Policy):
         }
         return ops.dot_general_dynamic(data[0], data[1], **{**site.eqn.params, **how})
 
-    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple:
+    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
         """Calls differ by what is quantized (structure), live or a parameter; seldom by key."""
         kinds = tuple((f.live, f.nonneg, f.origin is not None, f.over) for f in facts)
         return (kinds,) if self.uniform else (kinds, ip.call_path)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxquant.interpret import _compat, layout
+from jaxquant.interpret import _compat, placed
 from jaxquant.interpret.values import Facts, Value
 from jaxquant.qtensor import QTensor, is_qtensor
 
@@ -68,7 +68,7 @@ def shard_map(
             specs.append(spec)
             rebuild.append(None)
             continue
-        codes, scales = (layout.storage_spec(data, spec, groups) for groups in (False, True))
+        codes, scales = (placed.storage_spec(data, spec, groups) for groups in (False, True))
         lead = PartitionSpec(*scales[: len(data.batch)])
         parts = {"codes": codes, "scale": scales, "zero_point": scales}
         parts |= {"codebook": lead, "global_scale": lead}

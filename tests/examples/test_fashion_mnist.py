@@ -66,6 +66,7 @@ def test_images_are_read(folder):
         (idx(np.zeros((24, 28, 28)))[:-9], "not a whole gzip file"),
         (b"<html>", "not a whole gzip file"),
     ],
+    ids=("shape", "axes", "dtype", "empty", "short", "truncated", "no gzip"),
 )
 def test_broken_files_are_named(folder, content, said):
     name = "train-images-idx3-ubyte.gz"
