@@ -2,7 +2,7 @@
 
 from jaxquant.capture.batches import arguments
 from jaxquant.capture.judge import activation_report
-from jaxquant.capture.plan import Plan, observed_call, plan_of
+from jaxquant.capture.plan import Plan, observed_call, plan_of, require_observers
 from jaxquant.capture.run import CaptureError, batch_step, capture, capture_with
 from jaxquant.capture.statistics import Observed, Statistics
 
@@ -18,4 +18,5 @@ __all__ = [
     "capture_with",
     "observed_call",
     "plan_of",
+    "require_observers",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -14,6 +15,21 @@ from jaxquant.interpret.sites import path_str
 def arguments(batch: Any) -> tuple[Any, ...]:
     """The positional arguments that a batch is: a tuple holds them, anything else is the one."""
     return batch if type(batch) is tuple else (batch,)
+
+
+@contextlib.contextmanager
+def lists_told(args: tuple[Any, ...]) -> Iterator[None]:
+    """Adds to a `ValueError` that a list, if there is one among the arguments, is one argument."""
+    try:
+        yield
+    except ValueError as error:
+        inner = [x for a in args for x in (a if type(a) is tuple else (a,))]
+        if not any(type(x) is list for x in inner):
+            raise
+        raise ValueError(
+            f"{error}. The batch is or holds a list, which is one argument; only a tuple is "
+            "several: expected (x, y), not [x, y]"
+        ) from error
 
 
 class Alike:
@@ -41,7 +57,8 @@ def require_iterable(batches: Any, where: str) -> None:
 
 def _kinds(args: tuple[Any, ...]) -> dict[str, Any]:
     """What all batches have in common: structure, shapes, dtypes, and values that are static."""
-    flat, tree = jax.tree.flatten_with_path(args)
+    # a None is a value to compare, too
+    flat, tree = jax.tree.flatten_with_path(args, is_leaf=lambda x: x is None)
     kinds = {f"argument {path_str(path)}": _kind(leaf) for path, leaf in flat}
     return kinds | {"structure": tree}
 

@@ -17,6 +17,7 @@ from jaxquant.recipe import Recipe, Rule, as_recipe
 from jaxquant.report import ActivationReport, SiteReport
 from jaxquant.spec import QSpec
 
+_NOISY = 30.0  # dB
 _REPEAT = re.compile(r"#\d+$")
 
 
@@ -28,7 +29,8 @@ def activation_report(
     Clipped fraction and `SQNR = 10 log10(sum x^2 / sum (x - x_hat)^2)` are estimated from the
     histograms that `percentile`, `mse`, `entropy`, `histogram` and `profile` keep, on the samples
     that were captured. A suggestion is made where it gains 1 dB or more: another observer, a zero
-    point, or a scale for each channel (only after `profile`, which keeps the channels' absmax).
+    point, or a scale for each channel (only after `profile`, which keeps the channels' absmax, and
+    where rules can have one: without `requantize`, for a parameter of one dense layer).
 
     Args:
       stats: what `jaxquant.capture` found.
@@ -55,43 +57,58 @@ def activation_report(
             f"activation_report: expected what jaxquant.capture returns, got {type(stats).__name__}"
         )
     rows: list[SiteReport] = []
+    noisy: list[SiteReport] = []
     for key in stats:
         operands = stats[key]
-        spec = _spec(recipe, key, len(operands))
-        if spec is None:
+        rule = _rule(recipe, key, len(operands))
+        spec = None if rule is None else rule.activations if len(operands) == 1 else rule.attention
+        if rule is None or spec is None:
             continue
         site = None if sites is None else sites.get(key)
         for operand, seen in operands.items():
             side = ("lhs", "rhs").index(operand)
             own = unsigned(spec) if site is not None and site.nonneg[side] else spec
-            channels = len(operands) == 1 and (site is None or _has_channels(site, side))
-            rows += _rows(key, operand, seen, own, channels)
+            channels = len(operands) == 1 and rule.requantize is None
+            if sites is not None and site is not None and channels:
+                channels = _has_channels(sites, site, side)
+            found = _rows(key, operand, seen, own, channels)
+            rows += found
+            if channels and "channels" not in seen.state:
+                noisy += [r for r in found if r.sqnr_db is not None and r.sqnr_db < _NOISY]
     if not rows:
         raise ValueError(
             f"activation_report: {recipe!r} quantizes no activation that there are statistics of "
             f"({', '.join(stats) or 'there are none'})"
         )
-    bare = any(row.clipped is None for row in rows)
-    note = (
-        "clipping and noise are known of observers with a histogram per tensor; profile() tells "
-        "most"
-    )
-    return ActivationReport(tuple(rows), (note,) if bare else ())
+    notes = []
+    if any(row.clipped is None for row in rows):
+        notes.append(
+            "clipping and noise are known of observers with a histogram per tensor; profile() "
+            "tells most"
+        )
+    if noisy:
+        these = f"{noisy[0].site} has" if len(noisy) == 1 else f"{len(noisy)} activations have"
+        notes.append(
+            f"{these} less than {_NOISY:g} dB; captured with observers.profile(), this report "
+            "would tell whether a scale for each channel helps"
+        )
+    return ActivationReport(tuple(rows), tuple(notes))
 
 
-def _spec(recipe: Recipe, key: str, operands: int) -> QSpec | None:
-    """The spec of a site's activations; a site that was seen from both sides has no parameter."""
+def _rule(recipe: Recipe, key: str, operands: int) -> Rule | None:
+    """The rule of a site; one that was seen from both sides has no parameter."""
     if operands == 2:
-        rule = recipe.attention_rule(key)
-        return None if rule is None else rule.attention
-    rule = recipe.match(_REPEAT.sub("", key))
-    return None if rule is None else rule.activations
+        return recipe.attention_rule(key)
+    return recipe.match(_REPEAT.sub("", key))
 
 
-def _has_channels(site: Site, side: int) -> bool:
+def _has_channels(sites: Sites, site: Site, side: int) -> bool:
     """Whether the activation of a parameter's site can have a scale for each channel."""
-    last = (len(site.operands[side]) - 1,)
-    return site.primitive == "dot_general" and site.over == last and len(site.contracted) == 1
+    met = site.operands[side]
+    if site.primitive != "dot_general" or site.over != (len(met) - 1,) or site.param is None:
+        return False
+    alone = len(site.contracted) == 1 and len(sites.of(site.param)) == 1
+    return alone and site.shape[site.contracted[0]] == met[-1]
 
 
 def _rows(key: str, operand: str, seen: Observed, spec: QSpec, channels: bool) -> list[SiteReport]:

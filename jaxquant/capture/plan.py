@@ -65,7 +65,7 @@ def plan_of(call: Call, recipe: Recipe | Observer, where: str) -> Plan:
       ValueError: the recipe has no observer; a rule with one matches no site; a site is where no
         statistics can be carried out.
     """
-    _require_observers(recipe, where)
+    require_observers(recipe, where)
     observed: dict[str, tuple[Place, Observer]] = {}
     sites: dict[str, dict[str, str]] = {}
     known: dict[Any, str] = {}
@@ -141,7 +141,8 @@ def _deciding(recipe: Recipe, place: Place) -> Iterator[Rule]:
         yield from [r for r in rules if r.matches(place.keys[0])][:1]
 
 
-def _require_observers(recipe: Recipe | Observer, where: str) -> None:
+def require_observers(recipe: Recipe | Observer, where: str) -> None:
+    """Raises unless some rule of a recipe has an observer."""
     if isinstance(recipe, Recipe) and all(rule.observer is None for rule in recipe):
         raise ValueError(
             f"{where}: no rule of {recipe!r} has an observer; expected one as in "

@@ -13,19 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxquant.capture.batches import Alike, arguments, require_iterable
+from jaxquant.capture.batches import Alike, arguments, lists_told, require_iterable
 from jaxquant.capture.plan import Plan, observed_call, plan_of
 from jaxquant.capture.progress import Progress
 from jaxquant.capture.statistics import Statistics
-from jaxquant.capture.storage import described
+from jaxquant.capture.storage import Path, before_of, described, require_folder
 from jaxquant.interpret.calls import is_traced, trace_call
 from jaxquant.observers import Observer
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe, Rule, as_recipe
 
 _SAVE_EVERY = 5.0  # seconds
-
-Path = str | os.PathLike[str]
 
 
 class CaptureError(ValueError):
@@ -61,9 +59,10 @@ def capture(
         the only one. All have the structure, shapes and dtypes of the first.
       recipe: rules with `observer=`; or one observer, for all contractions.
       resume: statistics of an interrupted capture, or their file: as many batches as they have seen
-        are passed over, and the result is that of one uninterrupted capture.
-      save: a file to keep the statistics in: written every few seconds, at the end, and when an
-        error ends the capture.
+        are passed over, and the result is that of one uninterrupted capture. The file of `save`
+        need not exist yet, so that one command starts a capture and goes on with it.
+      save: a file, in a folder that exists, to keep the statistics in: written every few seconds,
+        at the end, and when an error ends the capture.
       progress: a progress bar, on standard error; by default if that is a terminal and the work
         takes more than a few seconds.
 
@@ -107,7 +106,9 @@ def capture_with(
     chosen = as_observing(recipe, where, params)
     if not callable(fn):
         raise ValueError(f"{where}: expected a function of params first, got {type(fn).__name__}")
-    before = Statistics.load(resume) if isinstance(resume, (str, os.PathLike)) else resume
+    if save is not None:
+        require_folder(save, where)
+    before = before_of(resume, save)
     require_iterable(batches, where)
     total = len(batches) if isinstance(batches, Sized) else None
     run: _Run | None = None
@@ -119,7 +120,8 @@ def capture_with(
             args = arguments(batch)
             difference = alike.difference(args)
             if run is None:
-                call = trace_call(fn, params, (*fixed, *args), {})
+                with lists_told(args):
+                    call = trace_call(fn, params, (*fixed, *args), {})
                 plan = plan_of(call, chosen, where)
                 if save is not None:
                     _require_storable(plan, where)
@@ -182,7 +184,7 @@ class _Run:
         """What went wrong after the batches so far."""
         kept = "" if self.save is None else f" and in {os.fspath(self.save)!r}"
         return CaptureError(
-            f"{self.where}: {message}; the statistics of {self.batches} batches are kept in this "
+            f"{self.where}: {message}; the statistics of {_counted(self.batches)} are kept in this "
             f"error's `statistics`{kept}",
             self.statistics(),
         )
@@ -214,8 +216,8 @@ class _Run:
         """Raises if batches or updates are missing at the end."""
         if count < self.skip:
             raise ValueError(
-                f"{self.where}: resume holds statistics of {self.skip} batches, and there are "
-                f"only {count}"
+                f"{self.where}: resume holds statistics of {_counted(self.skip)}, and there "
+                f"{'is' if count == 1 else 'are'} only {count}"
             )
         missing = self.statistics().unseen()
         if missing:
@@ -271,6 +273,10 @@ def _step(plan: Plan) -> Callable[..., tuple[dict[str, Any], jax.Array]]:
         return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, states), bad
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _counted(batches: int) -> str:
+    return f"{batches} batch{'' if batches == 1 else 'es'}"
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -209,6 +209,11 @@ def check_same(here: Statistics, other: Statistics, where: str) -> None:
         differences.append("sites that share an activation, or their order, differ")
     if differences:
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        what = "of other arrays"
+        if set(here) != set(other):
+            what = "of other sites"
+        elif any("expected observer" in d for d in differences):
+            what = "by another observer"
         raise ValueError(
-            f"{where}: these are statistics of other sites: {'; '.join(differences[:3])}{more}"
+            f"{where}: these are statistics {what}: {'; '.join(differences[:3])}{more}"
         )

@@ -17,7 +17,13 @@ from jaxquant import observers
 from jaxquant.capture.statistics import Observed, Statistics
 from jaxquant.observers import Observer
 
+Path = str | os.PathLike[str]
+
 _META, _FORMAT = "statistics.json", 1
+
+
+class _Unknown(Exception):
+    """What another version has written."""
 
 
 def save(stats: Statistics, path: str | os.PathLike[str]) -> None:
@@ -58,12 +64,17 @@ def save(stats: Statistics, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str]) -> Statistics:
     """See `Statistics.load`."""
     path = os.fspath(path)
+    if not os.path.exists(path):
+        raise ValueError(f"no statistics at {path!r}: there is no such file")
+    other = f"no statistics at {path!r}: expected a file that Statistics.save wrote; this is "
+    if os.path.isdir(path) or not zipfile.is_zipfile(path):
+        raise ValueError(f"{other}another, or damaged")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         meta = json.loads(arrays.pop(_META).tobytes())
         if meta["format"] != _FORMAT:
-            raise ValueError(f"written in format {meta['format']}, and this one reads {_FORMAT}")
+            raise _Unknown(f"in format {meta['format']}, and this version reads {_FORMAT}")
         entries = {}
         for number, entry in enumerate(meta["entries"]):
             start = f"{number}/"
@@ -79,11 +90,32 @@ def load(path: str | os.PathLike[str]) -> Statistics:
                 tuple(entry["lead"]),
             )
         sites = tuple((key, tuple(map(tuple, operands))) for key, operands in meta["sites"])
-    except FileNotFoundError:
-        raise ValueError(f"no statistics at {path!r}: there is no such file") from None
-    except (KeyError, TypeError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"no statistics at {path!r}: {error}") from error
+    except _Unknown as error:
+        raise ValueError(f"{other}{error}") from None
+    except KeyError as error:
+        raise ValueError(f"{other}another: it has no {error}") from error
+    except (TypeError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{other}damaged") from error
     return Statistics(entries, meta["batches"], sites)
+
+
+def require_folder(save: Path, where: str) -> None:
+    """Told before hours of work are lost."""
+    folder = os.path.dirname(os.fspath(save)) or "."
+    if not os.path.isdir(folder):
+        raise ValueError(f"{where}: save: there is no folder {folder!r} for {os.fspath(save)!r}")
+    if os.path.isdir(save):
+        raise ValueError(f"{where}: save: expected a file, got the folder {os.fspath(save)!r}")
+
+
+def before_of(resume: Statistics | Path | None, save: Path | None) -> Statistics | None:
+    """The statistics to go on with."""
+    if not isinstance(resume, (str, os.PathLike)):
+        return resume
+    same = save is not None and os.path.abspath(resume) == os.path.abspath(save)
+    if same and not os.path.exists(resume):
+        return None
+    return Statistics.load(resume)
 
 
 def described(observer: Observer) -> dict[str, Any]:
@@ -105,7 +137,7 @@ def _observer(meta: dict[str, Any]) -> Observer:
     name = meta["class"]
     kind = getattr(observers, name, None) if name in observers.__all__ else None
     if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
-        raise ValueError(f"unknown observer {name!r}")
+        raise _Unknown(f"of the observer {name!r}, which this version does not have")
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["fields"].items()}
     made: Any = kind(**fields)
     return made

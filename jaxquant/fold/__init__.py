@@ -1,5 +1,5 @@
 """BatchNorm folding: finds producers and BatchNorms by tracing, rewrites the params."""
 
-from jaxquant.fold.batchnorm import BatchNormFold, fold_batchnorm
+from jaxquant.fold.batchnorm import BatchNormFold, FoldReport, fold_batchnorm
 
-__all__ = ["BatchNormFold", "fold_batchnorm"]
+__all__ = ["BatchNormFold", "FoldReport", "fold_batchnorm"]

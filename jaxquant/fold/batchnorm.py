@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import linen, nnx
 
 from jaxquant.fold.forms import Form, form_of, opaque
 from jaxquant.fold.graph import Node, graph_of
@@ -14,6 +15,8 @@ from jaxquant.fold.match import elsewhere, producer_of, roles_of, site_of
 from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.sites import path_str
 from jaxquant.qtensor import is_qtensor
+from jaxquant.report import shown
+from jaxquant.report.text import table
 from jaxquant.rewrites import BatchNormSite, fold_site
 
 
@@ -35,9 +38,32 @@ class BatchNormFold:
     kernel: str | None = None
 
 
+class FoldReport(tuple[BatchNormFold, ...]):
+    """A tuple of records, one for each BatchNorm in the order of execution; prints as a table.
+
+    >>> print(FoldReport([BatchNormFold("bn", True, kernel="w"), BatchNormFold("b", False, "why")]))
+    BatchNorm  kernel  folded
+    --------------------------
+    bn         w       yes
+    b          -       no: why
+    """
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        rows = [
+            (shown(r.path), "-" if r.kernel is None else shown(r.kernel), _folded(r)) for r in self
+        ]
+        return "\n".join(table(("BatchNorm", "kernel", "folded"), rows, 3))
+
+
+def _folded(record: BatchNormFold) -> str:
+    return "yes" if record.folded else f"no: {record.reason}"
+
+
 def fold_batchnorm(
     fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
-) -> tuple[Any, tuple[BatchNormFold, ...]]:
+) -> tuple[Any, FoldReport]:
     """Moves the scale of every BatchNorm into the kernel before it, where there is just one.
 
     With `a = scale / sqrt(var + eps)`, per channel, the kernel becomes `a kernel` and the
@@ -56,12 +82,7 @@ def fold_batchnorm(
     activation), by a kernel that is computed or used more than once, whose input or parameters
     are used or returned elsewhere, and one that normalises by statistics of its batch.
 
-    An NNX model is folded in its pure form, and updated with the result:
-
-        model.eval()
-        graph, state = nnx.split(model)
-        state, info = fold_batchnorm(lambda state, x: nnx.merge(graph, state)(x), state, x)
-        model = nnx.merge(graph, state)
+    An NNX model is folded by `jaxquant.nnx.fold_batchnorm`.
 
     Args:
       fn: any traceable function whose first argument is a params pytree, for Linen
@@ -89,6 +110,7 @@ def fold_batchnorm(
     >>> params["w"].tolist(), params["bias"].tolist(), params["var"].tolist()
     ([[0.5, 0.0], [0.0, 0.5]], [-0.5, -0.5], [0.5, 0.5])
     """
+    _require_function(fn)
     if not callable(fn):
         raise ValueError(
             f"fold_batchnorm: expected a function of params first, got a {type(fn).__name__}"
@@ -104,7 +126,21 @@ def fold_batchnorm(
     params = jax.tree.map_with_path(
         lambda path, leaf: new.get(path_str(path), leaf), params, is_leaf=is_qtensor
     )
-    return params, info
+    return params, FoldReport(info)
+
+
+def _require_function(fn: Any) -> None:
+    kind = type(fn).__name__
+    if isinstance(fn, linen.Module):
+        raise ValueError(
+            f"fold_batchnorm: expected a function of params first, got the Linen module {kind}; "
+            "pass its apply, with all variables: fold_batchnorm(model.apply, variables, x)"
+        )
+    if isinstance(fn, nnx.Module):
+        raise ValueError(
+            f"fold_batchnorm: expected a function of params first, got the NNX module {kind}; "
+            "call jaxquant.nnx.fold_batchnorm(model, x)"
+        )
 
 
 def find_batchnorms(

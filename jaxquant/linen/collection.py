@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxquant.capture import Plan, Statistics, observed_call, plan_of
+from jaxquant.capture import Plan, Statistics, observed_call, plan_of, require_observers
 from jaxquant.interpret.calls import Call
 from jaxquant.recipe import Recipe
 
@@ -23,10 +23,19 @@ _FIELDS = {"batches", "sites"}
 
 def records(mutable: Any, recipe: Recipe | None) -> bool:
     """Whether a call is to record: the collection is mutable by name, and the recipe observes."""
-    named = mutable == NAME or (
+    return _named(mutable) and recipe is not None and any(r.observer is not None for r in recipe)
+
+
+def _named(mutable: Any) -> bool:
+    return mutable == NAME or (
         isinstance(mutable, (list, tuple, set, frozenset)) and NAME in mutable
     )
-    return named and recipe is not None and any(rule.observer is not None for rule in recipe)
+
+
+def require_recorded(mutable: Any, recipe: Recipe | None, found: Mapping[str, Any]) -> None:
+    """Raises where the collection was asked for and neither recorded nor the model's own."""
+    if _named(mutable) and recipe is not None and not found.get(NAME):
+        require_observers(recipe, f"linen: mutable: {NAME!r}")
 
 
 def parted(variables: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:

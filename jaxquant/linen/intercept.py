@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.serve import serve
-from jaxquant.linen.collection import NAME, parted, recorded, records
+from jaxquant.linen.collection import NAME, parted, recorded, records, require_recorded
 from jaxquant.linen.pure import arrays_only, as_given, leaves, prepared
 from jaxquant.params import dequantize_params
 from jaxquant.qtensor import is_qtensor
@@ -88,7 +88,9 @@ def interceptor(recipe: Recipe | Rule | Iterable[Rule] | None = None) -> Interce
             ready = prepared(traced, call.variables, chosen)
             if ready is None:
                 return next_fun(*args, **kwargs)
-            return call.finish(*rebuild(serve(ready, chosen)[0]))
+            result = call.finish(*rebuild(serve(ready, chosen)[0]))
+            require_recorded(call.root.mutable, chosen, call.root.variables())
+            return result
         finally:
             local.outermost = None
 

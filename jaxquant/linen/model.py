@@ -12,7 +12,15 @@ import jax
 from jaxquant.capture import Statistics, plan_of
 from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.serve import serve
-from jaxquant.linen.collection import NAME, parted, recorded, records, require_sound, statistics_of
+from jaxquant.linen.collection import (
+    NAME,
+    parted,
+    recorded,
+    records,
+    require_recorded,
+    require_sound,
+    statistics_of,
+)
 from jaxquant.linen.pure import arrays_only, as_given, prepared
 from jaxquant.ptq import ptq
 from jaxquant.qtensor import is_qtensor
@@ -65,7 +73,7 @@ class QuantizedModel:
 
         Raises:
           ValueError: nothing is quantized, or what `jaxquant.quantize_params` refuses; a `quant`
-            collection of another model.
+            collection of another model, or one asked for with no observer in the recipe.
 
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
         >>> x, qmodel = jnp.ones((2, 32)), quantized(nn.Dense(8), jq.w8a8())
@@ -85,15 +93,23 @@ class QuantizedModel:
         else:
             call = prepared(traced, variables, self.recipe)
             if call is None:
-                return self.model.apply(variables, *args, **kwargs)
+                return self._float(variables, args, kwargs)
             result = rebuild(serve(call, self.recipe)[0])
         if kwargs.get("mutable", False) is False and not kwargs.get("capture_intermediates"):
             return result
         out, mutated = result
+        require_recorded(kwargs.get("mutable"), self.recipe, mutated)
         given = dict(jax.tree.leaves_with_path(variables, is_leaf=is_qtensor))
         return out, jax.tree.map_with_path(
             lambda path, new: as_given(new, given.get(path)), mutated, is_leaf=is_qtensor
         )
+
+    def _float(self, variables: Any, args: Any, kwargs: Any) -> Any:
+        """A call that has nothing to quantize."""
+        result: Any = self.model.apply(variables, *args, **kwargs)
+        if kwargs.get("mutable", False) is not False:
+            require_recorded(kwargs["mutable"], self.recipe, result[1])
+        return result
 
     def statistics(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Statistics:
         """The `quant` collection of variables as `jaxquant.capture` returns statistics.
@@ -119,7 +135,7 @@ class QuantizedModel:
         >>> y, seen = qmodel.apply(variables, x, mutable=["quant"])
         >>> print(qmodel.statistics({**variables, **seen}, x))
         site           operand  observer  range    updates
-        params/kernel  lhs      minmax    -1 .. 3  1
+        params/kernel  lhs      minmax()  -1 .. 3  1
         """
         variables, held = parted(variables)
         if self.recipe is None or held is None:

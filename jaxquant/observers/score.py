@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxquant.observers.base import Range
-from jaxquant.observers.noise import Bars, bars, clip_points, noise, scales
+from jaxquant.observers.noise import Bars, Floats, bars, clip_points, noise, scales
 from jaxquant.observers.search import Ends, mse_range, percentile_range
 from jaxquant.spec import QSpec
 
@@ -100,8 +100,11 @@ def suggest(
     """The best of a few alternatives to a range, if it gains enough.
 
     They are: an asymmetric spec over `[min, max]`, for integers; the range that `mse` or
-    `percentile` at 99.99 or 99.9 would choose; a scale for each channel, for integers, whose noise
-    is taken to be `S_c^2 / 12` for values other than zero, `S_c` from the channel's absmax.
+    `percentile` at 99.99 or 99.9 would choose; a scale for each channel, for integers, without
+    zero points, as `w8a8_static(per_channel=True)` has them: its noise is taken to be `S_c^2 / 12`
+    for values other than zero, `S_c` from the channel's absmax or `2^-8` of the largest one. That
+    is the noise of the activation; what the weights, which take these scales over, lose is not in
+    it.
 
     Args:
       state: of `histogram`, `profile` or another that keeps one, per tensor.
@@ -142,8 +145,10 @@ def suggest(
     return Suggestion(what, found[what], gain) if gain >= min_gain_db else None
 
 
-def _channel_noise(seen: Bars, amax: Any, spec: QSpec) -> float:
-    low = np.where(seen.low < 0, -amax, 0.0)
-    high = np.where(seen.high > 0, amax, 0.0)
-    scale = np.where(amax > 0, scales(low, high, spec)[0], 0.0)
-    return float(np.mean(scale**2) / 12 * seen.counts.sum())
+def _channel_noise(seen: Bars, amax: Floats, spec: QSpec) -> float:
+    """The noise of scales for each channel that move into the weights: signed, no zero points."""
+    # as these scales are made: none is less than 2^-8 of the largest
+    used = np.maximum(amax, np.max(amax, initial=0.0) * 2.0**-8)
+    scale, _ = scales(-used, used, QSpec(spec.format.name.removeprefix("u"), range=spec.range))
+    # what is always zero makes no noise
+    return float(np.mean(np.where(amax > 0, scale, 0.0) ** 2) / 12 * seen.counts.sum())

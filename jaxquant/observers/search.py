@@ -54,6 +54,11 @@ class Percentile(Search):
         super().__post_init__()
         if not 0 < self.q <= 100:
             raise ValueError(f"percentile: expected 0 < q <= 100, got {self.q}")
+        if self.q < 1:
+            raise ValueError(
+                f"percentile: q is in percent, such as 99.9, and {self.q} would clip nearly all; "
+                f"did you mean {100 * self.q:g}?"
+            )
 
     def choose(self, seen: Bars, spec: QSpec) -> Ends:
         """See `percentile`."""
@@ -95,7 +100,7 @@ def percentile(
     exceeds the exact percentile (a value that was seen) by at most one bin, `4 max|x| / bins`.
 
     Args:
-      q: more than 0, at most 100, which is the range of `minmax`.
+      q: in percent, at least 1, at most 100, which is the range of `minmax`.
       bins: a power of two; see `histogram`.
       axis: axes that have ranges of their own; `None`: one range per tensor.
 
@@ -138,8 +143,13 @@ def entropy(bins: int | None = None, axis: int | tuple[int, ...] | None = None) 
     For each candidate `t = i w` the reference `P` is the histogram of `|x|` up to `t`, what lies
     beyond added to its last bin; `Q` merges the bins up to `t` to as many levels as the spec has
     for magnitudes (128 for int8) and spreads each level evenly over its non-empty bins. The least
-    `KL(P || Q)` wins, the widest range where several are alike. A candidate whose last bin is empty
-    but receives outliers diverges infinitely. Exact zeros are left out: every spec has them.
+    `sum P log(P / Q)` wins, the widest range where several are alike. A candidate whose last bin is
+    empty but receives outliers diverges infinitely. Exact zeros are left out: every spec has them.
+
+    `P` and `Q` are both divided by the number of all values. TensorRT divides `Q` by its own sum,
+    which forgives any number of outliers: of data far from zero a range that ends in the first
+    non-empty bin would win, where both are one bin. So a candidate costs `log(N / M)` more here,
+    where `M` of `N` values are inside: about the clipped fraction, as long as that is small.
 
     For an asymmetric spec each side of zero is searched by itself: with all `2^b` levels if
     the data lie on one side, with half of them each otherwise. Formats with as many levels
@@ -243,8 +253,8 @@ def entropy_range(seen: Bars, spec: QSpec) -> Ends:
 def _least_divergent(counts: Floats, levels: int) -> int:
     """How many of the bins (`[bins]`, from zero outwards) the best range holds.
 
-    With `P`, `Q` as in `entropy`, not yet divided by their sums `N` and `M`, and `q_g` the value of
-    `Q` on the non-empty bins of level `g`: `N KL = sum P log P - sum_g P_g log q_g + N log(M / N)`.
+    With `P`, `Q` as in `entropy`, times the number `N` of values, and `q_g` the value of `Q` on the
+    non-empty bins of level `g`, `N` times the divergence is `sum P log P - sum_g P_g log q_g`.
     Sums over bins are differences of running sums, so a candidate costs as much as its levels.
     """
     occupied = np.flatnonzero(counts)
@@ -259,13 +269,11 @@ def _least_divergent(counts: Floats, levels: int) -> int:
     # bin b of i belongs to level floor(b levels / i), so level g starts at ceil(g i / levels)
     starts = -(-np.arange(levels + 1) * sizes[:, None] // levels)
     masses, held = np.diff(running[starts]), np.diff(filled[starts])
-    inside, final = running[sizes], counts[sizes - 1]
-    outside = running[-1] - inside
+    outside, final = running[-1] - running[sizes], counts[sizes - 1]
     self_term = logs[sizes] - _xlogx(final) + _xlogx(final + outside)
     log_q = np.log(np.where(masses > 0, masses / np.maximum(held, 1), 1.0))
     cross_term = np.sum(masses * log_q, axis=1) + outside * log_q[:, -1]
-    divergence = self_term - cross_term + running[-1] * np.log(np.maximum(inside, 1) / running[-1])
-    divergence = np.where((final == 0) & (outside > 0), np.inf, divergence)
+    divergence = np.where((final == 0) & (outside > 0), np.inf, self_term - cross_term)
     best = divergence <= np.min(divergence) + 1e-12 * running[-1]
     return int(sizes[np.flatnonzero(best)[-1]])
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 from jax import Array
 
-from jaxquant.capture import Statistics, activation_report, capture
-from jaxquant.capture.batches import require_iterable
+from jaxquant.capture import Statistics, activation_report, arguments, capture
+from jaxquant.capture.batches import lists_told, require_iterable
 from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.serve import serve
@@ -21,7 +22,7 @@ from jaxquant.numerics import compute_dtype
 from jaxquant.params import quantize_params
 from jaxquant.ptq.channels import divided
 from jaxquant.ptq.fuse import fused, with_offsets
-from jaxquant.ptq.static import Divided, calibrated, check_sites
+from jaxquant.ptq.static import Divided, calibrated, check_observers, check_sites
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe, Rule, as_recipe, attention_spec
 from jaxquant.report import Event, Report, shown
@@ -35,7 +36,7 @@ def ptq(
     recipe: Recipe | Rule | Iterable[Rule],
     *args: Any,
     batches: Iterable[Any] | None = None,
-    stats: Statistics | None = None,
+    stats: Statistics | str | os.PathLike[str] | None = None,
     key: Array | None = None,
     platforms: str | Sequence[str] | None = None,
     **kwargs: Any,
@@ -57,7 +58,8 @@ def ptq(
       *args: the other arguments to trace with; by default those of the first batch.
       batches: calibration samples, each the tuple of `fn`'s arguments after the params (or the one
         argument); any iterable, gone through once.
-      stats: what `jaxquant.capture` found, in place of `batches`.
+      stats: what `jaxquant.capture` found with the observers of this recipe, or the file it is in;
+        in place of `batches`.
       key: PRNG key for encoders that round stochastically.
       platforms: platforms to check for missing dtypes, of `cpu`, `cuda`, `rocm` and `tpu` (`gpu`
         is both of the middle); by default the current one.
@@ -70,7 +72,7 @@ def ptq(
       ValueError: `recipe` is none, a platform is unknown, a rule matches nothing, nothing is
         quantized, a leaf is not finite or cannot be quantized as its rule says, or `fn` does not
         fit `params`; a rule has an observer and there are neither batches nor statistics, or
-        statistics of another model; what `jaxquant.capture` refuses.
+        statistics of another model or by another observer; what `jaxquant.capture` refuses.
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
@@ -87,9 +89,12 @@ def ptq(
         raise ValueError(f"ptq: expected a function of params first, got a {type(fn).__name__}")
     observed = any(rule.observer is not None for rule in recipe.rules)
     _check_calibration(observed, batches, stats)
+    if isinstance(stats, (str, os.PathLike)):
+        stats = Statistics.load(stats)
     if batches is not None:
         args, batches = _first(args, batches)
-    call = trace_call(fn, params, args, kwargs)
+    with lists_told(args if batches is not None else ()):
+        call = trace_call(fn, params, args, kwargs)
     sites = sites_of(call)
     if not sites.sites:
         raise ValueError(
@@ -102,6 +107,7 @@ def ptq(
     by_channel: dict[str, Divided] = {}
     if stats is not None:
         check_sites(sites, stats)
+        check_observers(recipe, sites, stats)
         params, by_channel = divided(params, recipe, sites, stats)
     qparams, report = quantize_params(params, recipe, sites=sites, key=key)
     if stats is not None:
@@ -143,7 +149,7 @@ def _first(args: tuple[Any, ...], batches: Any) -> tuple[tuple[Any, ...], Iterab
         raise ValueError("ptq: no batches; expected at least one")
     if not isinstance(batches, Sequence):
         batches = itertools.chain(first, walk)
-    return first[0] if isinstance(first[0], tuple) else (first[0],), batches
+    return arguments(first[0]), batches
 
 
 def _replay(

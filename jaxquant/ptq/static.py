@@ -12,7 +12,7 @@ from jax import Array
 from jaxquant.capture import Observed, Statistics
 from jaxquant.interpret.serve import unsigned
 from jaxquant.interpret.sites import Site, Sites, path_str
-from jaxquant.observers import Range, finish_stacked, range_to_scale
+from jaxquant.observers import Observer, Range, finish_stacked, range_to_scale
 from jaxquant.ops import grid_of, with_fine_scales
 from jaxquant.qtensor import Calibration, Grid, is_qtensor
 from jaxquant.recipe import Recipe
@@ -88,7 +88,10 @@ def contractions(sites: Sites, path: str) -> list[Site]:
 
 
 def check_sites(sites: Sites, stats: Statistics) -> None:
-    """Raises unless every site that there are statistics of is one of the traced function's."""
+    """Raises unless every site that there are statistics of is one of the traced function's.
+
+    Shapes have to agree in rank, and in what the parameter fixes.
+    """
     if not isinstance(stats, Statistics):
         raise ValueError(
             f"stats: expected what jaxquant.capture returns, got {type(stats).__name__}"
@@ -104,12 +107,50 @@ def check_sites(sites: Sites, stats: Statistics) -> None:
     for key in stats:
         for operand, seen in stats[key].items():
             expected = sites[key].operands[("lhs", "rhs").index(operand)]
-            # all but the number of rows has to agree
             if len(expected) != len(seen.shape):
                 raise ValueError(
                     f"stats: {shown(key)}, {operand}: expected statistics of an array like "
                     f"{list(expected)}, got {list(seen.shape)}"
                 )
+            for a in _fixed(sites[key], expected):
+                if expected[a] != seen.shape[a]:
+                    raise ValueError(
+                        f"stats: {shown(key)}, {operand}: expected statistics of an array with "
+                        f"{expected[a]} values along axis {a}, like {list(expected)}, got "
+                        f"{seen.shape[a]}, of {list(seen.shape)}"
+                    )
+
+
+def _fixed(site: Site, operand: tuple[int, ...]) -> list[int]:
+    """Axes of an activation whose size its parameter fixes; the number of rows, say, is free."""
+    if site.primitive != "conv_general_dilated":
+        return list(site.over)
+    # of all but the batch axis, only the one with the kernel's input features
+    sizes = [site.shape[a] for a in site.contracted]
+    found = [a for a in site.over if operand[a] in sizes]
+    return found if len(found) == 1 else []
+
+
+def check_observers(recipe: Recipe, sites: Sites, stats: Statistics) -> None:
+    """Raises where statistics are of another observer than the recipe's rule has.
+
+    Sites that share an entry, as those of concatenated parameters, may share one's observer.
+    Ranges per channel for one per tensor, and the reverse, are left to `seen_range`.
+    """
+    named: dict[str, list[tuple[str, Observer]]] = {}
+    for key, operands in stats.sites:
+        param = sites[key].param
+        rule = recipe.attention_rule(key) if param is None else recipe.match(param)
+        if rule is not None and rule.observer is not None:
+            for _, entry in operands:
+                named.setdefault(entry, []).append((key, rule.observer))
+    for entry, rules in named.items():
+        got, (key, expected) = stats.entries[entry].observer, rules[0]
+        if got not in [observer for _, observer in rules] and got.axis == expected.axis:
+            raise ValueError(
+                f"stats: {shown(key)}: expected statistics of {expected!r}, which its rule has, "
+                f"got those of {got!r}; capture with this recipe, or put {got!r} in the rule"
+            )
 
 
 def _seen(stats: Statistics, key: str, operand: str) -> Observed:

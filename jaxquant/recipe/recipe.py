@@ -137,9 +137,10 @@ def as_recipe(value: Any, where: str, params: Any = None) -> Recipe:
         got = "None"
     elif callable(value):
         name = getattr(value, "__name__", type(value).__name__)
-        own = getattr(value, "__module__", "").startswith("jaxquant.")
+        module = getattr(value, "__module__", "") or ""
+        own, room = module.startswith("jaxquant."), "observers." * ("observers" in module)
         kind = "class" if isinstance(value, type) else "function"
-        got = f"the {kind} {name}" + (f"; call it: jq.{name}()" if own else "")
+        got = f"the {kind} {name}" + (f"; call it: jq.{room}{name}()" if own else "")
     raise ValueError(f"{where}: expected a Recipe such as jq.w8a8(), got {got}")
 
 

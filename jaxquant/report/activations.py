@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from jaxquant.report.text import shown, table
@@ -41,6 +42,8 @@ class SiteReport:
 class ActivationReport:
     """How calibrated activations are quantized; `print` shows it as a table.
 
+    It iterates over its entries, and `report["w"]` is the first entry of a site.
+
     Attributes:
       sites: one entry for each activation.
       notes: remarks on the whole.
@@ -61,6 +64,16 @@ class ActivationReport:
             if row.site == site:
                 return row
         raise KeyError(site)
+
+    def __contains__(self, site: object) -> bool:
+        """Whether there is an entry of a site; an entry itself is contained, too."""
+        return any(row.site == site or row == site for row in self.sites)
+
+    def __iter__(self) -> Iterator[SiteReport]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-serialisable values; what is not finite becomes `None`."""

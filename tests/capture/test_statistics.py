@@ -86,7 +86,9 @@ def test_merged_shards_equal_one_pass() -> None:
     merged, whole = shards[0].merge(shards[1]), run(given, observer)
     assert merged.batches == 3
     assert_same(merged, whole)
-    with pytest.raises(ValueError, match=r"merge: these are statistics of other sites: .*observer"):
+    with pytest.raises(
+        ValueError, match=r"merge: these are statistics by another observer: .*observer"
+    ):
         whole.merge(run(given[:1], dataclasses.replace(observer, observer=absmax())))
 
 
@@ -134,7 +136,7 @@ def test_files_that_hold_no_statistics(tmp_path: Any) -> None:
         meta["entries"][0]["observer"] = {"class": name, "fields": {}}
         arrays["statistics.json"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
         np.savez(path, **arrays)
-        with pytest.raises(ValueError, match=f"unknown observer '{name}'"):
+        with pytest.raises(ValueError, match=f"of the observer '{name}', which"):
             Statistics.load(path)
 
 

@@ -293,3 +293,19 @@ def test_no_batchnorm_at_all_and_quantized_params():
     quantized, _ = jq.quantize_params(params, rule)
     with pytest.raises(ValueError, match="quantized already"):
         fold_batchnorm(normed, quantized, jnp.ones((2, 3)))
+
+
+def test_modules_are_told_the_call_and_the_report_prints():
+    with pytest.raises(ValueError, match=r"the Linen module Dense; .*fold_batchnorm\(model\.apply"):
+        jq.fold_batchnorm(nn.Dense(2), {}, jnp.ones((1, 2)))
+    with pytest.raises(ValueError, match=r"the NNX module Linear; call jaxquant\.nnx\.fold_batch"):
+        jq.fold_batchnorm(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {}, jnp.ones((1, 2)))
+
+    def fn(p, x):
+        y = (x @ p["w"] - p["mean"][None]) / jnp.sqrt(p["var"][None] + 0.5)
+        return y + p["bias"][None]
+
+    params = {"w": jnp.eye(2), **{n: jnp.ones(2) for n in ("mean", "var", "bias")}}
+    _, info = jq.fold_batchnorm(fn, params, jnp.ones((1, 2)))
+    assert isinstance(info, tuple) and info == tuple(info) and info[0].folded
+    assert str(info).splitlines()[2].split() == ["var", "w", "yes"]

@@ -38,9 +38,7 @@ class Stateful(nn.Module):
 
 
 RECIPE = jq.Recipe(
-    [
-        jq.Rule("**", weights=jq.int8(), activations=STATIC, attention=STATIC, observer=minmax())
-    ]
+    [jq.Rule("**", weights=jq.int8(), activations=STATIC, attention=STATIC, observer=minmax())]
 )
 MODEL = Net()
 QMODEL = linen.quantized(MODEL, RECIPE)
@@ -152,3 +150,15 @@ def test_ptq_takes_the_collection() -> None:
     assert jax.tree.structure(by_collection) == jax.tree.structure(by_batches)
     jax.tree.map(np.testing.assert_array_equal, by_collection, by_batches)
     assert by_collection["params"]["kernel"].calibration is not None
+
+
+def test_a_collection_that_nothing_would_fill_is_refused() -> None:
+    model, x = nn.Dense(8), GIVEN[0][0]
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"linen: mutable: 'quant': no rule of <Recipe w8a8: 1 r"):
+        linen.quantized(model, jq.w8a8()).apply(variables, x, mutable=["quant"])
+    with (
+        nn.intercept_methods(linen.interceptor(jq.w8a8())),
+        pytest.raises(ValueError, match="has an observer"),
+    ):
+        model.apply(variables, x, mutable=["quant"])

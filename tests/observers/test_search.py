@@ -119,7 +119,7 @@ def test_mse_of_other_formats():
 
 
 def kl_reference(counts, levels):
-    """The search of TensorRT written plainly: bin by bin, level by level."""
+    """The documented search written plainly: bin by bin, level by level."""
     last = np.flatnonzero(counts)[-1] + 1
     best, best_i = np.inf, last
     for i in range(levels, last + 1):
@@ -131,7 +131,7 @@ def kl_reference(counts, levels):
             members = np.flatnonzero((level == g) & (counts[:i] > 0))
             if members.size:
                 candidate[members] = counts[members].sum() / members.size
-        p, q = reference / reference.sum(), candidate / max(candidate.sum(), 1)
+        p, q = reference / counts.sum(), candidate / counts.sum()
         held = p > 0
         if (q[held] == 0).any():
             continue
@@ -166,6 +166,19 @@ def test_entropy_cuts_outliers_and_keeps_what_is_even():
     assert chosen(entropy(), data("outliers"), QSpec("int8"))[1] < 10
     even = np.random.default_rng(0).uniform(-1, 1, size=SIZE).astype(np.float32)
     assert chosen(entropy(), even, QSpec("int8"))[1] > 0.95
+
+
+@pytest.mark.parametrize("shift", [5.0, -10.0, 50.0])
+def test_entropy_keeps_data_far_from_zero(shift):
+    x = (np.random.default_rng(1).normal(size=SIZE) + shift).astype(np.float32)
+    for spec in (QSpec("int8"), QSpec("int8", symmetric=False)):
+        low, high = chosen(entropy(), x, spec)
+        assert np.mean((x < low) | (x > high)) < 0.01
+
+
+def test_a_fraction_for_percent_is_refused():
+    with pytest.raises(ValueError, match=r"q is in percent, such as 99\.9.* did you mean 99\.9\?"):
+        percentile(0.999)
 
 
 @pytest.mark.parametrize("observer", [percentile(), mse(), entropy()])

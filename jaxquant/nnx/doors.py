@@ -1,0 +1,185 @@
+"""What is done with a whole model: `ptq`, `capture`, `fold_batchnorm`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from flax import nnx
+from jax import Array
+
+from jaxquant.capture import Statistics, arguments, capture_with
+from jaxquant.capture.batches import require_iterable
+from jaxquant.fold import FoldReport
+from jaxquant.fold import fold_batchnorm as fold_function
+from jaxquant.nnx.model import Quantized
+from jaxquant.nnx.parts import arrays_of, parts_of
+from jaxquant.observers import Observer
+from jaxquant.ptq import ptq as ptq_function
+from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.report import Report
+
+
+def ptq(
+    model: nnx.Module,
+    recipe: Recipe | Rule | Iterable[Rule],
+    *args: Any,
+    method: str = "__call__",
+    key: Array | None = None,
+    batches: Iterable[Any] | None = None,
+    stats: Statistics | str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> tuple[Quantized, Report]:
+    """Quantizes the parameters of an NNX model by a recipe, into a new model.
+
+    As `jaxquant.ptq`: sites come from tracing `model(*args, **kwargs)` once, nothing is run, and
+    `args` may be `jax.ShapeDtypeStruct`s. Parameters are the `nnx.Param`s, their key paths the
+    model's attributes, such as `layers/0/attn/query/kernel`. The model itself, with its
+    statistics and random states, stays as it is.
+
+    With `requantize`, biases and BatchNorms that follow a contraction are folded into its integers
+    with the values they have now; change none of them afterwards.
+
+    Args:
+      model: the float model, or a quantized one to quantize more of.
+      recipe: rules on key paths, such as `jaxquant.w8a8()`; a rule or several make one.
+      *args: what to trace the method with.
+      method: name of the method to trace; parameters that it does not use stay float.
+      key: PRNG key for encoders that round stochastically.
+      batches: calibration samples for rules with an observer, each the tuple of the method's
+        arguments (or the one argument); of the first `args` are the default.
+      stats: what `capture` found, or its file, in place of `batches`.
+      **kwargs: keyword arguments of the method.
+
+    Returns:
+      The quantized model, see `Quantized`, and a report on every parameter.
+
+    Raises:
+      ValueError: `recipe` is none; `model` is no NNX module, lacks the method or has variables that
+        are references; a rule matches nothing, nothing is quantized, or a parameter is not finite
+        or cannot be quantized as its rule says.
+
+    >>> import jax, jax.numpy as jnp, jaxquant.nnx, jaxquant as jq
+    >>> from flax import nnx
+    >>> model = nnx.Sequential(nnx.Linear(64, 32, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> qmodel, report = jq.nnx.ptq(model, jq.w8a8(), jnp.ones((1, 64)))
+    >>> report["layers/0/kernel"].action
+    'int8 per channel, activations int8'
+    >>> x = jax.random.normal(jax.random.key(1), (4, 64))
+    >>> bool(abs(nnx.jit(qmodel)(x) - model(x)).max() < 0.03)
+    True
+    """
+    recipe = as_recipe(recipe, "nnx.ptq", model)
+    graphdef, params, moving, rest = parts_of(_inner(model), method, "nnx.ptq")
+
+    def call(params: Any, moving: Any, args: Any, kwargs: Any) -> Any:
+        copy = nnx.merge(graphdef, params, *moving, *rest, copy=True)
+        return arrays_of(getattr(copy, method)(*args, **kwargs))[0]
+
+    if batches is not None:
+        require_iterable(batches, "nnx.ptq")
+    samples = None if batches is None else ((moving, arguments(b), kwargs) for b in batches)
+    given = (moving, args, kwargs) if args or samples is None else ()
+    qparams, report = ptq_function(
+        call, params, recipe, *given, key=key, batches=samples, stats=stats
+    )
+    return Quantized(nnx.merge(graphdef, qparams, *moving, *rest, copy=True)), report
+
+
+def capture(
+    model: nnx.Module,
+    batches: Iterable[Any],
+    recipe: Recipe | Rule | Iterable[Rule] | Observer,
+    *,
+    method: str = "__call__",
+    resume: Statistics | str | os.PathLike[str] | None = None,
+    save: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Statistics:
+    """Runs `model(*batch)` for every batch and gathers statistics of its activations.
+
+    As `jaxquant.capture`, with the key paths of `ptq`. The model stays as it is: each batch finds
+    the same batch statistics and random states, so call `model.eval()` first.
+
+    Args:
+      model: the model, float or quantized.
+      batches: any iterable of tuples of the method's arguments, or of single ones.
+      recipe: rules with `observer=`; or one observer, for all contractions.
+      method: name of the method to run.
+      resume: statistics of an interrupted capture, or their file.
+      save: a file to keep the statistics in.
+      progress: a progress bar, on standard error.
+
+    Raises:
+      ValueError: as `jaxquant.capture`; `model` is no NNX module, lacks the method or has variables
+        that are references.
+
+    >>> import jax.numpy as jnp, jaxquant.nnx, jaxquant as jq
+    >>> from flax import nnx
+    >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    >>> print(jq.nnx.capture(model, [jnp.ones((3, 4))], jq.observers.minmax()))
+    site    operand  observer  range   updates
+    kernel  lhs      minmax()  0 .. 1  1
+    """
+    where = "nnx.capture"
+    graphdef, params, moving, rest = parts_of(_inner(model), method, where)
+
+    def call(params: Any, moving: Any, *args: Any) -> Any:
+        copy = nnx.merge(graphdef, params, *moving, *rest, copy=True)
+        return arrays_of(getattr(copy, method)(*args))[0]
+
+    return capture_with(
+        where, call, params, (moving,), batches, recipe, resume=resume, save=save, progress=progress
+    )
+
+
+def fold_batchnorm(
+    model: nnx.Module, *args: Any, method: str = "__call__", **kwargs: Any
+) -> tuple[Any, FoldReport]:
+    """Moves the scale of every BatchNorm into the kernel before it, where there is just one.
+
+    As `jaxquant.fold_batchnorm`, for a model: `a = scale / sqrt(var + eps)` goes into the kernel,
+    and the BatchNorm becomes the identity plus a shift. To be called after `model.eval()`, and
+    before `ptq`.
+
+    Args:
+      model: the float model; it stays as it is.
+      *args: what to trace the method with, arrays or `jax.ShapeDtypeStruct`s.
+      method: name of the method to trace.
+      **kwargs: keyword arguments of the method.
+
+    Returns:
+      The folded model, of the same class, and a record on each BatchNorm.
+
+    Raises:
+      ValueError: as `jaxquant.fold_batchnorm`; `model` is no NNX module or quantized, lacks the
+        method or has variables that are references.
+
+    >>> import jax.numpy as jnp, jaxquant.nnx, jaxquant as jq
+    >>> from flax import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs))
+    >>> model.eval()
+    >>> folded, info = jq.nnx.fold_batchnorm(model, jnp.ones((1, 4)))
+    >>> print(info)
+    BatchNorm  kernel           folded
+    ----------------------------------
+    layers/1   layers/0/kernel  yes
+    """
+    where = "nnx.fold_batchnorm"
+    if isinstance(model, Quantized):
+        raise ValueError(f"{where}: the model is quantized already; fold first, then call ptq")
+    parts_of(_inner(model), method, where)
+    graphdef, state = nnx.split(model)
+
+    def call(state: Any, *args: Any, **kwargs: Any) -> Any:
+        copy = nnx.merge(graphdef, state, copy=True)
+        return arrays_of(getattr(copy, method)(*args, **kwargs))[0]
+
+    state, info = fold_function(call, state, *args, **kwargs)
+    return nnx.merge(graphdef, state, copy=True), info
+
+
+def _inner(model: Any) -> Any:
+    return model.model if isinstance(model, Quantized) else model
