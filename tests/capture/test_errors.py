@@ -144,7 +144,7 @@ def test_resume_wants_statistics_of_the_same_sites() -> None:
     ):
         capture(dense, PARAMS, [X], minmax(), resume=longer)
     with pytest.raises(ValueError, match="resume: expected Statistics, got dict"):
-        capture(dense, PARAMS, [X], minmax(), resume={})  # type: ignore[arg-type]
+        capture(dense, PARAMS, [X], minmax(), resume={})
 
 
 def test_sites_out_of_which_nothing_can_be_carried() -> None:

@@ -93,4 +93,4 @@ def test_none_is_named() -> None:
 
 def test_observers_are_called_from_their_room() -> None:
     with pytest.raises(ValueError, match=r"call it: jq\.observers\.mse\(\)"):
-        capture(dense, PARAMS, [X], mse)  # type: ignore[arg-type]
+        capture(dense, PARAMS, [X], mse)

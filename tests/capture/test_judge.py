@@ -218,9 +218,9 @@ def test_the_report_of_ptq_has_it() -> None:
 def test_mistakes() -> None:
     stats, recipe = captured()
     with pytest.raises(ValueError, match=r"expected what jaxquant\.capture returns, got dict"):
-        jq.activation_report({}, recipe)  # type: ignore[arg-type]
+        jq.activation_report({}, recipe)
     with pytest.raises(ValueError, match=r"activation_report: expected a Recipe.*got None"):
-        jq.activation_report(stats, None)  # type: ignore[arg-type]
+        jq.activation_report(stats, None)
     with pytest.raises(ValueError, match=r"w8a16.* quantizes no activation .*\(even, relu, "):
         jq.activation_report(stats, jq.w8a16())
     channels = jq.w8a8_static(per_channel=True)
