@@ -138,7 +138,7 @@ def test_float16_is_computed_in_bfloat16_on_a_tpu_and_the_report_says_so(params,
 @pytest.mark.parametrize("recipe", [jq.w8a8(), jq.w4a16(group=4), jq.nf4(group=4)], ids=repr)
 def test_degenerate_shapes(shape: tuple[int, int], recipe: jq.Recipe) -> None:
     # a weight in which every value would need its own scale is kept: hence the second one
-    two = lambda p, x: (x @ p["w"], jnp.ones((3, 16)) @ p["v"])  # noqa: E731
+    two = lambda p, x: (x @ p["w"], jnp.ones((3, 16)) @ p["v"])
     params = {"w": jnp.ones(shape), "v": jnp.ones((16, 4))}
     rows = jnp.ones((3, shape[0]))
     qparams, report = jq.ptq(two, params, recipe, rows)

@@ -100,7 +100,7 @@ def test_explicit_mesh(name: str, params) -> None:
     h = jnp.asarray(np.random.default_rng(1).standard_normal((16, D)), jnp.float32)
 
     def plain(p, h):
-        block = lambda h, q: (h + jnp.tanh(h @ q["up"]) @ q["down"], None)  # noqa: E731
+        block = lambda h, q: (h + jnp.tanh(h @ q["up"]) @ q["down"], None)
         return lax.scan(block, h, p)[0]
 
     want_params, _ = jq.ptq(plain, layers, RECIPES[name], h)
@@ -149,9 +149,9 @@ def test_out_sharding_is_honoured_and_gradients_follow(name: str, spec, params) 
     with jax.set_mesh(mesh):
         w = jax.device_put(params["up"][0], NamedSharding(mesh, spec))
         h = jnp.ones((8, D))
-        product = lambda p, h: jnp.dot(h, p["w"], out_sharding=P("data", None))  # noqa: E731
+        product = lambda p, h: jnp.dot(h, p["w"], out_sharding=P("data", None))
         qparams, _ = jq.ptq(product, {"w": w}, RECIPES[name], h)
-        loss = lambda fn, p: lambda h: jnp.sum(jnp.sin(fn(p, h)))  # noqa: E731
+        loss = lambda fn, p: lambda h: jnp.sum(jnp.sin(fn(p, h)))
         got = jax.jit(jq.quantized(product))(qparams, h)
         assert jax.typeof(got).sharding.spec == P("data", None)
         grad = jax.jit(jax.grad(loss(jq.quantized(product), qparams)))(h)

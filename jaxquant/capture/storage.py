@@ -30,7 +30,7 @@ def save(stats: Statistics, path: str | os.PathLike[str]) -> None:
     """See `Statistics.save`."""
     path = os.fspath(path)
     entries: list[dict[str, Any]] = []
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for number, (name, seen) in enumerate(stats.entries.items()):
         entries.append(
             {
@@ -53,7 +53,7 @@ def save(stats: Statistics, path: str | os.PathLike[str]) -> None:
     handle, aside = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]  # NumPy types these as an option
+            np.savez(file, **arrays)
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -129,7 +129,8 @@ def described(observer: Observer) -> dict[str, Any]:
         raise ValueError(
             f"only observers of jaxquant.observers can be written to a file, got {observer!r}"
         )
-    fields = dataclasses.fields(observer)  # type: ignore[arg-type]  # all of these are dataclasses
+    made: Any = observer  # a dataclass, as all of these are
+    fields = dataclasses.fields(made)
     return {"class": name, "fields": {f.name: getattr(observer, f.name) for f in fields}}
 
 

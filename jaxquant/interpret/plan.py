@@ -46,6 +46,7 @@ class Planner(Serve):
     Attributes:
       edges: `(source, target)` of results that are the next contraction's input as integers, and
         whether they have to be on its grid: they have not if added to what is.
+      arrays: for those that have to be, which array it is that is taken.
       exits: `(source, where)` of results that become float, and why.
       ends: for each site, its sums wherever they are used, by call path: with what was done to
         them up to there, or `None` where that depends on more than concrete params.
@@ -58,6 +59,7 @@ class Planner(Serve):
         self.as_it_is = as_it_is
         self.uniform = False
         self.edges: dict[tuple[str, str], bool] = {}
+        self.arrays: dict[tuple[str, str], int] = {}
         self.exits: dict[tuple[str, str], str] = {}
         self.ends: dict[str, dict[tuple[int, ...], Chain | None]] = {}
         self._coded: dict[str, set[tuple[int, ...]]] = {}
@@ -72,6 +74,7 @@ class Planner(Serve):
         """Notes where a result stays integer."""
         for source in x.source:
             self.edges[source, target] = True
+            self.arrays[source, target] = id(x.codes)
         for source in x.added:
             self.edges.setdefault((source, target), False)
         if isinstance(given, ops.Accumulator):

@@ -190,9 +190,9 @@ class Serve(Policy):
             return None
         x = value.data
         x = x.activation() if isinstance(x, ops.Accumulator) else x
-        if isinstance(x, ops.Activation) and self.on_grid(x, q):
-            codes = x.codes
-            self.edge(ip, value.data, x, site.keys[0])
+        taken = x if isinstance(x, ops.Activation) and self.on_grid(x, q) else None
+        if taken is not None:
+            codes = taken.codes
         else:
             codes, spec = self._in_float(ip, site, value).data, q.use.activations
             if spec is None or not jnp.issubdtype(codes.dtype, jnp.floating):
@@ -203,6 +203,8 @@ class Serve(Policy):
         else:
             known = {k: v for k, v in p.items() if k != "out_sharding"}
             sums = ops.conv_integer(ops.conv_of(**known), codes, q, **about)
+        if sums is not None and taken is not None:
+            self.edge(ip, value.data, taken, site.keys[0])
         return sums
 
     def on_grid(self, x: ops.Activation, q: QTensor) -> bool:

@@ -134,12 +134,12 @@ def finish_stacked(observer: Observer, state: State, spec: QSpec, lead: int) -> 
     """
     if not lead:
         return observer.finish(state, spec)
-    host = {name: np.asarray(value) for name, value in state.items()}
+    host: dict[str, Any] = {name: np.asarray(value) for name, value in state.items()}
     shape = host["updates"].shape[:lead]
     ranges = []
     for index in np.ndindex(*shape):
         try:
-            ranges.append(observer.finish({k: v[index] for k, v in host.items()}, spec))  # type: ignore[misc]
+            ranges.append(observer.finish({k: v[index] for k, v in host.items()}, spec))
         except ValueError as error:
             raise ValueError(f"layer {', '.join(map(str, index))}: {error}") from None
     low, high = (np.stack([np.asarray(r[end]) for r in ranges]) for end in (0, 1))

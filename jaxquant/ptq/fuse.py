@@ -61,11 +61,13 @@ def fused(qparams: Any, call: Call, recipe: Recipe, sites: Sites) -> tuple[Any, 
         return qparams, ()
     planner = plan(call, recipe)
     where = {site.key: site.param for site in sites.sites if site.param is not None}
+    apart = _apart(planner, leaves, where)
     reasons: dict[tuple[str, str], str] = {}
     for (source, target), same in sorted(planner.edges.items(), key=lambda item: not item[1]):
         if same or not leaves[where[source]].use.output:
             ends = where[source], where[target]
-            reasons[source, target] = _joined(leaves, ends, source, planner, sites)
+            clips = source in apart or planner.clips(source)
+            reasons[source, target] = _joined(leaves, ends, clips, sites)
     for key, path in where.items():
         if is_qtensor(leaves[path]) and leaves[path].use.requantize:
             leaves[path] = _folded(leaves[path], sites[key], planner.chain(key), sites)
@@ -80,15 +82,25 @@ def fused(qparams: Any, call: Call, recipe: Recipe, sites: Sites) -> tuple[Any, 
     return fused_params, tuple(edges)
 
 
-def _joined(
-    leaves: dict[str, Any], ends: tuple[str, str], key: str, planner: Planner, sites: Sites
-) -> str:
+def _apart(planner: Planner, leaves: dict[str, Any], where: dict[str, str]) -> set[str]:
+    """Sites of whose results different parts are taken, on different grids: none holds them all."""
+    first: dict[str, tuple[int, Grid]] = {}
+    found = set()
+    for (source, target), array in planner.arrays.items():
+        grid = leaves[where[target]].calibration.input
+        other = first.setdefault(source, (array, grid))
+        if other[0] != array and not _equal(other[1], grid):
+            found.add(source)
+    return found
+
+
+def _joined(leaves: dict[str, Any], ends: tuple[str, str], clips: bool, sites: Sites) -> str:
     """Gives a leaf the grid of the one that takes its results; or says why it cannot."""
     source, target = ends
     a, b = leaves[source], leaves[target]
     if len(contractions(sites, source)) != 1:
         return f"{source} is contracted at several sites"
-    if planner.clips(key):
+    if clips:
         return "its results are used elsewhere too, beyond the range of what this takes"
     if a.batch != b.batch:
         return "one of them is in a loop"

@@ -47,9 +47,8 @@ def calibrated(
     `divided` are those whose activations have a scale for each channel.
 
     Raises:
-      ValueError: statistics of other sites, or none of a site that needs them.
+      ValueError: there are no statistics of a site that needs them.
     """
-    check_sites(sites, stats)
     flat, tree = jax.tree.flatten_with_path(qparams, is_leaf=is_qtensor)
     leaves = {path_str(path): leaf for path, leaf in flat}
     for path, leaf in leaves.items():

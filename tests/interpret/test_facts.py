@@ -35,7 +35,7 @@ def wrapped(h):
 
 @pytest.mark.parametrize("after", [by_size, behind_a_barrier, wrapped])
 def test_values_that_may_be_negative_keep_their_sign(after) -> None:
-    fn = lambda p, x: after(x @ p["w"])  # noqa: E731
+    fn = lambda p, x: after(x @ p["w"])
     _, _, got = call(fn, {"w": w}, jq.w8a8(), 3 * x)
     _, _, want = call(fn, {"w": w}, jq.w8a8(attention=False), 3 * x)
     assert np.linalg.norm(got - want) <= 0.02 * np.linalg.norm(want)
@@ -53,14 +53,14 @@ def test_softmax_gets_unsigned_codes_which_are_finer() -> None:
 
 @pytest.mark.parametrize("index", [-40, -4, -1, 1, 9])
 def test_a_dynamic_index_out_of_range_is_clamped_as_in_float(index: int) -> None:
-    fn = lambda p, x, i: x @ lax.dynamic_index_in_dim(p["w"], i, 0, keepdims=False)  # noqa: E731
+    fn = lambda p, x, i: x @ lax.dynamic_index_in_dim(p["w"], i, 0, keepdims=False)
     qparams, _, got = call(fn, {"w": stack}, jq.w8a16(), x, jnp.int32(index))
     want = fn(jq.dequantize_params(qparams), x, jnp.int32(index))
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
 
 
 def test_a_product_of_parameters_is_nobodys_site() -> None:
-    fn = lambda p, x: x @ (p["w"] + p["a"] @ p["b"]) + x @ p["v"]  # noqa: E731
+    fn = lambda p, x: x @ (p["w"] + p["a"] @ p["b"]) + x @ p["v"]
     params = {"w": w, "v": w, "a": normal(60, 16, 4), "b": normal(61, 4, 32)}
     found = jq.trace(fn, params, x)
     assert list(found) == ["v"]
@@ -86,7 +86,7 @@ def test_each_call_of_a_jitted_helper_is_reported_for_itself() -> None:
     ids=repr,
 )
 def test_what_was_to_run_on_integers_and_does_not_is_reported(weights, on_integers) -> None:
-    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    fn = lambda p, x: x @ p["w"]
     recipe = jq.Recipe([jq.Rule("**", weights=weights, activations=jq.int8())])
     _, report, _ = call(fn, {"w": w}, recipe, x)
     assert [e.kind for e in report.events] == ([] if on_integers else ["contracted in float"])
@@ -109,7 +109,7 @@ def test_a_scalar_factor_has_its_gradient(traced: str) -> None:
 
 
 def test_only_params_handed_on_whole_come_out_quantized() -> None:
-    fn = lambda p, x: (p["w"], p["w"] * 0.5, p["w"][::-1], p["w"].T, x @ p["w"])  # noqa: E731
+    fn = lambda p, x: (p["w"], p["w"] * 0.5, p["w"][::-1], p["w"].T, x @ p["w"])
     _, _, out = call(fn, {"w": normal(62, 16, 16)}, jq.w8a16(), x)
     assert [isinstance(o, jq.QTensor) for o in out] == [True, False, False, False, False]
 
@@ -117,7 +117,7 @@ def test_only_params_handed_on_whole_come_out_quantized() -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_stacked_parameters_stay_quantized(axis: int) -> None:
     spec = "bd,edf->ebf" if axis == 0 else "bd,def->ebf"
-    fn = lambda p, x: jnp.einsum(spec, x, jnp.stack([p["a"], p["b"]], axis))  # noqa: E731
+    fn = lambda p, x: jnp.einsum(spec, x, jnp.stack([p["a"], p["b"]], axis))
     qparams, report, got = call(fn, {"a": w, "b": 2 * w}, jq.w8a16(), x)
     assert [leaf.quantized for leaf in report.leaves] == [True, True]
     assert not report.events
@@ -136,7 +136,7 @@ def test_very_large_and_small_weights_keep_their_precision(spec: str, size: floa
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp6", "mxfp8", "nvfp4"])
 def test_float16_does_not_overflow_where_a_scale_is_rounded_up(name: str) -> None:
-    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    fn = lambda p, x: x @ p["w"]
     rng = np.random.default_rng(0)
     big = jnp.asarray(rng.uniform(0.1, 1, (256, 8)) * 65000, jnp.float16)
     small = jnp.asarray(rng.standard_normal((4, 256)) * 1e-3, jnp.float16)

@@ -40,7 +40,7 @@ def test_gradients_are_those_of_the_dequantized_weights(name: str) -> None:
 
 
 def test_gradients_of_int8_activations_pass_straight_through() -> None:
-    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    fn = lambda p, x: x @ p["w"]
     qparams, _ = jq.ptq(fn, {"w": w}, jq.w8a8(), x)
     g = normal(30, 4, 32)
     _, vjp = jax.vjp(lambda x: jq.quantized(fn)(qparams, x), x)
@@ -48,7 +48,7 @@ def test_gradients_of_int8_activations_pass_straight_through() -> None:
 
 
 def test_float_leaves_beside_quantized_ones_train() -> None:
-    fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"][None]) @ p["head"]  # noqa: E731
+    fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"][None]) @ p["head"]
     params = {"w": w, "b": normal(31, 32), "head": v}
     recipe = jq.Recipe([jq.Rule("head", skip=True), jq.Rule("w", weights=jq.int8())])
     qparams, _ = jq.ptq(fn, params, recipe, x)
@@ -66,7 +66,7 @@ def test_float_leaves_beside_quantized_ones_train() -> None:
 
 
 def test_asking_for_the_gradient_of_a_qtensor_raises() -> None:
-    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    fn = lambda p, x: x @ p["w"]
     qparams, _ = jq.ptq(fn, {"w": w}, jq.w8a8(), x)
     with pytest.raises(TypeError, match="int8"):
         jax.grad(lambda q: jq.quantized(fn)(q, x).sum())(qparams)
@@ -90,7 +90,7 @@ def test_vmap_over_models() -> None:
     models = {"w": jnp.stack([w, 2 * w]), "v": jnp.stack([v, -v])}
     one, _ = jq.ptq(mlp, {"w": w, "v": v}, jq.w8a8(), x)
     sites = jq.trace(mlp, {"w": w, "v": v}, x)
-    make = lambda p: jq.quantize_params(p, jq.w8a8(), sites=sites)[0]  # noqa: E731
+    make = lambda p: jq.quantize_params(p, jq.w8a8(), sites=sites)[0]
     both = jax.vmap(make)(models)
     assert jax.tree.map(lambda a: a[0].tolist(), both) == jax.tree.map(lambda a: a.tolist(), one)
     got = jax.jit(jax.vmap(jq.quantized(mlp), (0, None)))(both, x)
@@ -160,7 +160,7 @@ def test_loops_stay_loops_and_remat_stays_remat() -> None:
 
 
 def test_a_custom_rule_beside_a_site_is_kept() -> None:
-    fn = lambda p, x: soft(x @ p["w"])  # noqa: E731
+    fn = lambda p, x: soft(x @ p["w"])
     big = 400 * x
     qparams, _ = jq.ptq(fn, {"w": w}, jq.w8a8(), big)
     grads = jax.grad(lambda x: jq.quantized(fn)(qparams, x).sum())(big)
@@ -195,7 +195,7 @@ def test_a_pallas_call_gets_the_dequantized_weight_and_the_report_says_so() -> N
 
 
 def test_quantized_params_come_out_as_they_went_in() -> None:
-    fn = lambda p, x: (p, x @ p["w"])  # noqa: E731
+    fn = lambda p, x: (p, x @ p["w"])
     qparams, _ = jq.ptq(fn, {"w": w}, jq.w8a8(), x)
     out, _ = jax.jit(jq.quantized(fn))(qparams, x)
     assert jax.tree.structure(out) == jax.tree.structure(qparams)

@@ -95,7 +95,7 @@ def test_the_interceptor_records_and_other_collections_are_updated() -> None:
 
     (y, seen), more, applied, (plain, kept) = both(variables, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), (y, seen), applied)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)  # noqa: E731
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
     jax.tree.map(close, (y, seen["batch_stats"]), (plain, kept["batch_stats"]))
     state, later = (q["sites"]["params/Dense_0/kernel"]["lhs"] for q in (seen["quant"], more))
     assert (seen["quant"]["batches"], more["batches"]) == (1, 2)

@@ -31,7 +31,7 @@ def test_gradient_is_that_of_the_dequantized_contraction(name, dtype):
                     q, x, (((0,), (1,)), ((), ())), None, dtype, activations=spec
                 ), x,
             )[1](g.T)  # fmt: skip
-            theirs = lambda x: lax.dot_general(  # noqa: E731
+            theirs = lambda x: lax.dot_general(
                 x, dequantize(q), MATRIX, preferred_element_type=dtype
             )
             return jax.vjp(lambda x: ours(x, q), x)[1](g), left, jax.vjp(theirs, x)[1](g)

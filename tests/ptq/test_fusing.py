@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ PARAMS = {
     "rows": normal(11, 16),
     "stack": normal(12, 3, 12, 12) / 4,
     "steps": normal(13, 16),
+    "few": normal(18, 12, 24) / 4 * jnp.where(jnp.arange(24) < 5, 0.05, 1.0)[None],
     **{f"c{i}": normal(14 + i, 3, 3, 4, 4) / 5 for i in range(4)},
 }
 
@@ -164,6 +166,11 @@ CASES: dict[str, tuple[Callable[..., Any], Any, list[str]]] = {
         X,
         ["w -> optimization_barrier in the root: float, optimization_barrier has no integer form"],
     ),
+    "two parts of it": (  # of which the first is small
+        lambda p, x: (lambda h: (h[:, :5] @ p["w2"][:5], h @ p["w3"]))(relu(x @ (p["few"]))),
+        X,
+        [f"few -> w2: float, {ELSEWHERE}", f"few -> w3: float, {ELSEWHERE}"],
+    ),
     "looked up": (
         lambda p, t: relu(p["table"][t] @ p["w"] + p["b"][None]) @ p["w2"],
         jnp.arange(20),
@@ -194,6 +201,17 @@ def test_what_is_folded_is_used_only_where_it_belongs() -> None:
     assert qparams["w"].calibration.folded is not None
     got, want = jax.jit(lambda q: jq.quantized(fn)(q, X, 0.5))(qparams), fn(params, X, 0.5)
     assert jnp.linalg.norm(got - want) < 0.03 * jnp.linalg.norm(want)
+
+
+def test_what_has_no_integer_sums_is_no_edge() -> None:
+    static = RECIPE.rules[0]
+    groups = dataclasses.replace(static, pattern="w2", weights=jq.int4(group=4))
+    params = {name: PARAMS[name] for name in ("w", "w2")}
+    _, report = jq.ptq(
+        lambda p, x: relu(x @ p["w"]) @ p["w2"], params, [groups, static], batches=[X]
+    )
+    reason = "a contraction that is not requantized takes floats"
+    assert [str(e) for e in report.edges] == [f"w -> dot_general in the root: float, {reason}"]
 
 
 def test_a_bias_has_no_gradient() -> None:
