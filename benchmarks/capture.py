@@ -11,16 +11,14 @@ last contraction is not computed, so that a ratio may be below 1.
 from __future__ import annotations
 
 import argparse
-import platform
-import time
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _interleaved import print_table, ratios
 
 from jaxquant import observers
 from jaxquant.capture import batch_step
@@ -74,24 +72,14 @@ class CNN(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-def ratios(model: nn.Module, x: jax.Array, rounds: int) -> tuple[dict[str, float], float]:
+def measured(model: nn.Module, x: jax.Array, rounds: int) -> tuple[dict[str, float], float]:
     """Time of a batch by each observer relative to float, and float's milliseconds."""
     variables = jax.jit(model.init)(jax.random.key(0), x)
     plain = jax.jit(model.apply)
     calls: dict[str, Callable[[], Any]] = {"float": lambda: plain(variables, x).block_until_ready()}
     for name, observer in OBSERVERS.items():
         calls[name] = batch_step(model.apply, variables, (x,), observer)
-    for call in calls.values():
-        call()  # compile
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    unit = np.asarray(times.pop("float"))
-    found = {name: float(np.median(np.asarray(t) / unit)) for name, t in times.items()}
-    return found, float(np.median(unit)) * 1e3
+    return ratios(calls, rounds)
 
 
 def main() -> None:
@@ -108,15 +96,15 @@ def main() -> None:
     }
     if options.quick:
         cases = {"MLP 64 x 4, 64 rows": (MLP(64), (64, 64))}
-    print(f"| time / float's | float, ms | {' | '.join(OBSERVERS)} |")
-    print("|---" * (len(OBSERVERS) + 2) + "|")
-    for name, (model, shape) in cases.items():
-        x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-        found, unit = ratios(model, x, 3 if options.quick else options.rounds)
-        cells = " | ".join(f"{found[observer]:.2f}" for observer in OBSERVERS)
-        print(f"| {name} | {unit:.2f} | {cells} |", flush=True)
-    versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("jaxquant", "jax", "jaxlib"))
-    print(f"\n{versions}, Python {platform.python_version()}, {jax.default_backend()}")
+    rounds = 3 if options.quick else options.rounds
+    data = np.random.default_rng(0)
+    print_table(
+        OBSERVERS,
+        (
+            (name, measured(model, jnp.asarray(data.standard_normal(shape), jnp.float32), rounds))
+            for name, (model, shape) in cases.items()
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ else the machine does falls on all alike.
 from __future__ import annotations
 
 import argparse
-import platform
-import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _interleaved import print_table, ratios
 from jax import lax
 
 import jaxquant as jq
@@ -53,33 +51,17 @@ def normal(seed: int, shape: Sequence[int]) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def seconds(call: Callable[[], jax.Array]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    call().block_until_ready()
-    return time.perf_counter() - start
-
-
-def ratios(
+def measured(
     fn: Callable[..., Any], w: jax.Array, x: jax.Array, rounds: int
 ) -> tuple[dict[str, float], float]:
     """Time of each preset relative to float, and float's milliseconds."""
-    calls: dict[str, Callable[[], jax.Array]] = {}
     plain = jax.jit(fn)
-    calls["float"] = lambda: plain({"w": w}, x)
+    calls: dict[str, Callable[[], Any]] = {"float": lambda: plain({"w": w}, x).block_until_ready()}
     for name, recipe in PRESETS.items():
         qparams, _ = jq.ptq(fn, {"w": w}, recipe, x)
         served = jax.jit(jq.quantized(fn))
-        calls[name] = lambda served=served, q=qparams: served(q, x)
-    for call in calls.values():
-        call().block_until_ready()  # compile
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call))
-    unit = np.asarray(times.pop("float"))
-    found = {name: float(np.median(np.asarray(t) / unit)) for name, t in times.items()}
-    return found, float(np.median(unit)) * 1e3
+        calls[name] = lambda served=served, q=qparams: served(q, x).block_until_ready()
+    return ratios(calls, rounds)
 
 
 def main() -> None:
@@ -99,15 +81,18 @@ def main() -> None:
         cases.append(
             (name + (", depthwise" if i == 1 else ""), conv, (k, k, i, o), (b, h, h, channels))
         )
-    print(f"| time / float's | float, ms | {' | '.join(PRESETS)} |")
-    print("|---" * (len(PRESETS) + 2) + "|")
-    for name, fn, w_shape, x_shape in cases:
-        w = normal(0, w_shape) / np.sqrt(np.prod(w_shape[:-1]))
-        found, unit = ratios(fn, w, normal(1, x_shape), 3 if options.quick else options.rounds)
-        cells = " | ".join(f"{found[preset]:.2f}" for preset in PRESETS)
-        print(f"| {name} | {unit:.2f} | {cells} |", flush=True)
-    versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("jaxquant", "jax", "jaxlib"))
-    print(f"\n{versions}, Python {platform.python_version()}, {jax.default_backend()}")
+    rounds = 3 if options.quick else options.rounds
+
+    def weight(shape: tuple[int, ...]) -> jax.Array:
+        return normal(0, shape) / np.sqrt(np.prod(shape[:-1]))
+
+    print_table(
+        PRESETS,
+        (
+            (name, measured(fn, weight(w_shape), normal(1, x_shape), rounds))
+            for name, fn, w_shape, x_shape in cases
+        ),
+    )
 
 
 if __name__ == "__main__":

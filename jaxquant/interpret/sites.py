@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-
 
 def path_str(path: tuple[Any, ...]) -> str:
     """A tree path as the key that rules and reports use, parts joined by `/`.
@@ -115,8 +113,3 @@ class Sites(Mapping[str, Site]):
         return "\n".join(
             "  ".join(c.ljust(w) for c, w in zip(r, width, strict=True)).rstrip() for r in rows
         )
-
-
-def array_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Paths and leaves of a tree."""
-    return [(path_str(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]

@@ -63,13 +63,6 @@ class Activation:
         """Rank of the array."""
         return len(self.codes.shape)
 
-    @property
-    def zero(self) -> Array:
-        """The code of 0."""
-        if self.grid.zero_point is None:
-            return jnp.int8(0)
-        return self.grid.zero_point.astype(jnp.int8)
-
     def floats(self) -> Array:
         """The float array that it stands for."""
         values = self.codes.astype(jnp.float32)
