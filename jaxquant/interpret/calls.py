@@ -14,7 +14,7 @@ from jaxquant.interpret import _compat
 from jaxquant.interpret.evaluate import Interpreter, abstract
 from jaxquant.interpret.sites import path_str
 from jaxquant.interpret.values import Facts, Origin, Value
-from jaxquant.qtensor import dequantize, is_qtensor
+from jaxquant.qtensor import dequantize, is_qtensor, is_trained
 
 STATIC = (bool, int, float, complex, str, bytes)
 
@@ -65,7 +65,7 @@ class Call:
         """Evaluates the call and returns `fn`'s result."""
         out = interpreter.run(self.jaxpr, self.consts, self.values(leaves), ())
         out = [interpreter.in_float(v, (), "the result", "results are floats") for v in out]
-        return jax.tree.unflatten(self.out_tree, [_result(v) for v in out])
+        return jax.tree.unflatten(self.out_tree, [self._result(v) for v in out])
 
     def with_params(self, params: list[Any]) -> Call:
         """The call with other leaves in place of those of `params`, in their order."""
@@ -76,20 +76,21 @@ class Call:
         ]
         return dataclasses.replace(self, leaves=leaves)
 
+    def _result(self, value: Value) -> Any:
+        """Params that are handed on stay as they are; rows or slices of one are ordinary arrays."""
+        if not is_qtensor(value.data):
+            return value.data
+        origin = value.facts.origin
+        if origin is None or not origin.moved:
+            if is_trained(value.data) and origin is not None:
+                return self.leaves[self.paths.index(origin.path)]  # the float one, which is trained
+            return dequantize(value.data) if value.facts.live else value.data
+        return dequantize(value.data)
+
     @property
     def param_paths(self) -> list[str]:
         """Key paths of the parameters."""
         return [p for p in self.paths if p is not None]
-
-
-def _result(value: Value) -> Any:
-    """Params that are handed on stay as they are; rows or slices of one are ordinary arrays."""
-    if not is_qtensor(value.data):
-        return value.data
-    origin = value.facts.origin
-    if origin is None or not origin.moved:
-        return dequantize(value.data) if value.facts.live else value.data
-    return dequantize(value.data)
 
 
 def trace_call(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.interpret import _compat
@@ -17,8 +18,8 @@ from jaxquant.interpret.loops import Scope, scan, signed, while_loop, with_facts
 from jaxquant.interpret.sharded import shard_map
 from jaxquant.interpret.slots import Frame
 from jaxquant.interpret.values import Facts, Value, merge
-from jaxquant.ops import is_integers
-from jaxquant.qtensor import is_qtensor
+from jaxquant.ops import is_integers, with_gradients_of
+from jaxquant.qtensor import dequantize, is_qtensor
 
 if TYPE_CHECKING:
     from jaxquant.interpret.evaluate import Interpreter
@@ -141,11 +142,44 @@ def _custom_rule(
     jaxpr, consts = _compat.opened(eqn.params["call_jaxpr"])
     if not ip.policy.enters_rules(ip, jaxpr, operands):
         return ip._plain(eqn, operands, positive, scope)
+    if ip.policy.keeps_rules and ip.contracts(jaxpr):
+        return _rule_kept(ip, eqn, signed(operands, positive), scope)
     if ip.policy.inline_rules and ip.contracts(jaxpr):
         kind = eqn.primitive.name.removesuffix("_call")
         message = "a contraction is inside, so its own derivative rule is not kept"
         ip.report("inlined", ip.where(scope), kind, message)
     return ip.run(jaxpr, consts, signed(operands, positive), scope)
+
+
+def _rule_kept(ip: Interpreter, eqn: Any, operands: list[Value], scope: Scope) -> list[Value]:
+    """Computed on codes, differentiated by its own rule at the quantized parameters."""
+    jaxpr, consts = _compat.opened(eqn.params["call_jaxpr"])
+    facts = [v.facts for v in operands]
+    out_facts: list[Facts] = []
+    slots = ip.slots.inside(ip.call_path)
+
+    def forward(held: Any) -> tuple[list, list]:
+        data, values = held
+        out, left = ip.slots.within(
+            slots, values, lambda: ip.run(jaxpr, consts, with_facts(data, facts), scope)
+        )
+        out_facts[:] = [v.facts for v in out]
+        return [ip.dense(v, eqn, scope) for v in out], left
+
+    floats = tuple(dequantize(v.data) if is_qtensor(v.data) else v.data for v in operands)
+    held = [v.data for v in operands], ip.slots.read(slots)
+    like = jax.eval_shape(forward, held)[1]
+
+    def reference(*floats: Any) -> tuple[list, list]:
+        return _compat.bind(eqn, list(floats)), [jax.tree.map(_zeros, a) for a in like]
+
+    out, left = with_gradients_of(forward, reference, held, floats)
+    ip.slots.leave(slots, left)
+    return with_facts(out, out_facts)
+
+
+def _zeros(like: Any) -> Any:
+    return jnp.zeros(like.shape, like.dtype)
 
 
 def _call(

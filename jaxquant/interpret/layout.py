@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant import ops
-from jaxquant.interpret import cuts, moves, placed
+from jaxquant.interpret import _compat, cuts, moves, placed
 from jaxquant.interpret.runs import factors
 from jaxquant.interpret.values import Origin, Value
-from jaxquant.qtensor import QTensor, is_qtensor
+from jaxquant.qtensor import QTensor, dequantize, is_qtensor, is_trained
 
 Axes = tuple[tuple[int, ...], ...]
 
@@ -126,6 +126,8 @@ def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
     """Results of a layout primitive on quantized operands; `None` if it is none or cannot be."""
     name, params = eqn.primitive.name, eqn.params
     data = [v.data for v in operands]
+    if any(is_trained(d) for d in data):
+        return _trained_results(eqn, operands)
     if name in ("concatenate", "stack"):
         if not all(is_qtensor(d) for d in data):
             return None
@@ -156,6 +158,25 @@ def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
     return [
         dataclasses.replace(r, calibration=moves.calibrated(r, lambda a: a)) if is_qtensor(r) else r
         for r in results
+    ]
+
+
+def _trained_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
+    """The same on codes and on the floats beside them, which gradients go to."""
+    trained = [v.data for v in operands if is_trained(v.data)]
+    codes = [Value(v.data.constant, v.facts) if is_trained(v.data) else v for v in operands]
+    moved = quantized_results(eqn, codes)
+    if moved is None:
+        return None
+    floats = [dequantize(v.data) if is_qtensor(v.data) else v.data for v in operands]
+    values = _compat.bind(eqn, floats)
+    if eqn.primitive.name == "optimization_barrier":
+        return [
+            v.data.over(m, w) if is_trained(v.data) else m
+            for v, m, w in zip(operands, moved, values, strict=True)
+        ]
+    return [
+        trained[0].over(m, w) if is_qtensor(m) else w for m, w in zip(moved, values, strict=True)
     ]
 
 

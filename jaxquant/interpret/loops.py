@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.interpret import _compat, moves
 from jaxquant.interpret.slots import Frame
 from jaxquant.interpret.values import Facts, Value
-from jaxquant.qtensor import is_qtensor
+from jaxquant.qtensor import is_qtensor, is_trained
 
 if TYPE_CHECKING:
     from jaxquant.interpret.evaluate import Interpreter
@@ -113,6 +115,13 @@ def _as_scanned(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
     if not is_qtensor(value.data) or value.data.batch:
         return value
     led = moves.demote(value.data)
+    if led is not None and is_trained(led):
+        # a key for each step, what is learned for all
+        length, key = value.data.core[0], led.key
+        if key is not None:
+            key = jax.random.key_data(jax.random.split(jax.random.wrap_key_data(key), length))
+        learned = jax.tree.map(lambda a: jnp.broadcast_to(a, (length, *a.shape)), led.learned)
+        led = dataclasses.replace(led, key=key, learned=learned)
     return Value(ip.dense(value, eqn, scope) if led is None else led, value.facts)
 
 

@@ -40,10 +40,12 @@ class Policy:
 
     Attributes:
       inline_rules: whether a custom derivative rule is lost where its body is entered.
+      keeps_rules: whether a rule whose body is entered still gives the gradient of the result.
       ahead: whether what follows from concrete params alone is computed while tracing.
     """
 
     inline_rules = False
+    keeps_rules = False
     ahead = False
 
     def contract(self, ip: Interpreter, site: Contraction) -> Any:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jaxquant.interpret import _compat, placed
 from jaxquant.interpret.values import Facts, Value
-from jaxquant.qtensor import QTensor, is_qtensor
+from jaxquant.qtensor import QTensor, is_qtensor, is_trained
 
 if TYPE_CHECKING:
     from jaxquant.interpret.evaluate import Interpreter
@@ -72,6 +72,8 @@ def shard_map(
         lead = PartitionSpec(*scales[: len(data.batch)])
         parts = {"codes": codes, "scale": scales, "zero_point": scales}
         parts |= {"codebook": lead, "global_scale": lead}
+        if is_trained(data):
+            parts["values"] = spec
         names = [name for name in parts if getattr(data, name) is not None]
         leaves.append([getattr(data, name) for name in names])
         specs.append([parts[name] for name in names])

@@ -52,6 +52,10 @@ class AbsMax(Axis):
         """The larger of both."""
         return {"amax": jnp.maximum(a["amax"], b["amax"]), **counted_both(a, b)}
 
+    def range(self, state: State) -> Range:
+        """`[-amax, amax]` so far; may be traced."""
+        return Range(-state["amax"], state["amax"])
+
     def finish(self, state: State, spec: QSpec) -> Range:
         """`[-amax, amax]`, whatever the spec."""
         require_seen(state)
@@ -83,6 +87,10 @@ class MinMax(Axis):
         """The wider of both, at each end."""
         low, high = jnp.minimum(a["min"], b["min"]), jnp.maximum(a["max"], b["max"])
         return {"min": low, "max": high, **counted_both(a, b)}
+
+    def range(self, state: State) -> Range:
+        """`[min, max]` so far; may be traced."""
+        return Range(state["min"], state["max"])
 
     def finish(self, state: State, spec: QSpec) -> Range:
         """`[min, max]`."""
@@ -131,6 +139,14 @@ class MovingAverage(Axis):
         faded = faded.reshape(later.shape + (1,) * (a["low"].ndim - later.ndim))
         new = {name: faded * a[name] + b[name] for name in ("low", "high")}
         return {**new, **counted_both(a, b)}
+
+    def range(self, state: State) -> Range:
+        """`v / (1 - d^n)` at each end so far, `n` the finite updates; may be traced."""
+        seen = (state["updates"] - state["bad"]).astype(jnp.float32)
+        weight = 1 - jnp.power(jnp.float32(self.decay), seen)
+        weight = jnp.where(seen > 0, weight, 1.0)
+        weight = weight.reshape(seen.shape + (1,) * (state["low"].ndim - seen.ndim))
+        return Range(state["low"] / weight, state["high"] / weight)
 
     def finish(self, state: State, spec: QSpec) -> Range:
         """`v / (1 - d^n)` at each end."""

@@ -1,6 +1,13 @@
 """Contractions and lookups with the signatures of `jax.lax`, whose operands may be quantized."""
 
-from jaxquant.ops.activations import fake, grid_of, on_grid, quantize_activation
+from jaxquant.ops.activations import (
+    fake,
+    fake_on_grid,
+    grid_of,
+    on_grid,
+    own_zero_point,
+    quantize_activation,
+)
 from jaxquant.ops.backward import constant, inference_only
 from jaxquant.ops.conv import conv_general_dilated
 from jaxquant.ops.convolve import conv_of
@@ -11,6 +18,7 @@ from jaxquant.ops.integer import Accumulator, Activation, Integers, added, is_in
 from jaxquant.ops.ragged import ragged_dot_general
 from jaxquant.ops.static import with_fine_scales, zero_offset
 from jaxquant.ops.take import gather
+from jaxquant.ops.training import dot_trained, with_gradients_of, with_rounded_gradient
 
 __all__ = [
     "Accumulator",
@@ -24,15 +32,20 @@ __all__ = [
     "dot_general",
     "dot_general_dynamic",
     "dot_integer",
+    "dot_trained",
     "fake",
+    "fake_on_grid",
     "folded",
     "gather",
     "grid_of",
     "inference_only",
     "is_integers",
     "on_grid",
+    "own_zero_point",
     "quantize_activation",
     "ragged_dot_general",
     "with_fine_scales",
+    "with_gradients_of",
+    "with_rounded_gradient",
     "zero_offset",
 ]

@@ -39,7 +39,7 @@ def has_zero(spec: QSpec) -> bool:
 
 
 def quantize_activation(
-    x: Array, spec: QSpec, shared: Sequence[int]
+    x: Array, spec: QSpec, shared: Sequence[int], key: Array | None = None
 ) -> tuple[Array, Array, Array | None]:
     """Codes, scale and zero point of an activation, the scale shared over the axes `shared`.
 
@@ -51,6 +51,7 @@ def quantize_activation(
       x: float array.
       spec: format and range rule; its granularity is not looked at.
       shared: axes that one scale serves, as `shared_axes` gives them.
+      key: PRNG key to round at random without bias; `None` rounds to nearest.
 
     Returns:
       `(codes, scale, zero)`, the last two of rank `x.ndim`, `zero` int32 or `None`.
@@ -64,7 +65,7 @@ def quantize_activation(
     scale = scale.astype(jnp.float32)
     if total is not None:
         scale = scale * total
-    codes = scaled_codes(x, scale, zero, fmt)
+    codes = scaled_codes(x, scale, zero, fmt, key=key)
     finite = jnp.isfinite(jnp.max(jnp.abs(x), axis=inner, keepdims=True, initial=0.0))
     scale = jnp.where(finite, scale, jnp.nan)
     if integer_range(fmt) is None or not fmt.is_integer:
@@ -125,6 +126,18 @@ def fake_on_grid(x: Array, grid: Grid, spec: QSpec) -> Array:
     return (values * grid.scale).astype(x.dtype)
 
 
+def own_zero_point(grid: Grid, spec: QSpec) -> Array | None:
+    """The zero point of a grid in the format's own codes: the inverse of `grid_of`.
+
+    >>> grid = grid_of(jnp.float32(1.0), jnp.int32(3), QSpec("uint8", symmetric=False))
+    >>> int(own_zero_point(grid, QSpec("uint8", symmetric=False)))
+    3
+    """
+    if grid.zero_point is None:
+        return None
+    return grid.zero_point + (spec.format.qmin - int8_limits(spec.format)[0])
+
+
 def int8_limits(fmt: Format) -> tuple[int, int]:
     """The least and greatest code of an integer format, as int8.
 
@@ -135,15 +148,16 @@ def int8_limits(fmt: Format) -> tuple[int, int]:
     return fmt.qmin - shift, fmt.qmax - shift
 
 
-def fake(x: Array, spec: QSpec, contracted: Sequence[int]) -> Array:
+def fake(x: Array, spec: QSpec, contracted: Sequence[int], key: Array | None = None) -> Array:
     """An activation rounded to what `spec` can hold: quantized and dequantized, in its own dtype.
 
     Args:
       x: float array.
       spec: any granularity; axes left open follow from `contracted`.
       contracted: axes of `x` that will be summed over.
+      key: PRNG key to round at random without bias; `None` rounds to nearest.
 
     >>> fake(jnp.array([[1.0, -127.0]]), QSpec("int8", range="qmax"), (1,)).tolist()
     [[1.0, -127.0]]
     """
-    return dequantize(encode_array(x, spec.at(tuple(contracted), x.ndim)))
+    return dequantize(encode_array(x, spec.at(tuple(contracted), x.ndim), key=key))

@@ -124,10 +124,11 @@ def dot_general(
     call = dataclasses.replace(call, activations=spec, calibrated=activations is FROM_USE)
     if q.calibration is not None and q.calibration.divisor is not None:
         call, x, q = _divided(call, jnp.asarray(x), q, q.calibration)
-    return straight_through(functools.partial(_forward, call), call.reference)(jnp.asarray(x), q)
+    return straight_through(functools.partial(evaluated, call), call.reference)(jnp.asarray(x), q)
 
 
-def _forward(call: Call, x: Array, q: QTensor) -> Array:
+def evaluated(call: Call, x: Array, q: QTensor, key: Array | None = None) -> Array:
+    """The result of one call; with a `key`, `x` is rounded at random."""
     at = place(q, call.w_contract, call.w_batch)
     spec, grid = call.activations, _grid(call, q)
     together = at is not None and spec is not None and _same_kind(q, spec, at, call, x.ndim)
@@ -137,7 +138,7 @@ def _forward(call: Call, x: Array, q: QTensor) -> Array:
     def rounded(x: Array) -> Array:
         if spec is None or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        return fake(x, spec, call.x_contract) if grid is None else fake_on_grid(x, grid, spec)
+        return fake(x, spec, call.x_contract, key) if grid is None else fake_on_grid(x, grid, spec)
 
     if not together:
         x = rounded(x)
@@ -154,7 +155,7 @@ def _forward(call: Call, x: Array, q: QTensor) -> Array:
         scale = moving_scale(q, at, len(moved.free))
         moved = dataclasses.replace(moved, values=moved.values.astype(jnp.float32) * scale)
     if spec is not None and together:
-        out = _quantized(call, moved, q, at, spec, grid)
+        out = _quantized(call, moved, q, at, spec, grid, key)
     else:
         out = _weight_only(call, moved, q, at)
     return finish(call, x, q, at, out)
@@ -225,13 +226,19 @@ def _grid(call: Call, q: QTensor) -> Grid | None:
 
 
 def _quantized(
-    call: Call, x: Operand, q: QTensor, at: Placement, spec: QSpec, grid: Grid | None
+    call: Call,
+    x: Operand,
+    q: QTensor,
+    at: Placement,
+    spec: QSpec,
+    grid: Grid | None,
+    key: Array | None,
 ) -> Array:
     """Codes of both operands multiplied."""
     everything = isinstance(spec.granularity, PerTensor)
     shared = tuple(range(x.values.ndim)) if everything else (*x.groups, *x.inner)
     if grid is None:
-        codes, scale, zero = quantize_activation(x.values, spec, shared)
+        codes, scale, zero = quantize_activation(x.values, spec, shared, key)
     else:
         rest = range(grid.scale.ndim, x.values.ndim)  # batch axes come first
         grid = jax.tree.map(lambda a: lax.expand_dims(a, rest), grid)

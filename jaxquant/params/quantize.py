@@ -76,7 +76,7 @@ def apply_recipe(
     flat, tree = jax.tree.flatten_with_path(params, is_leaf=is_qtensor)
     leaves = [(path_str(path), leaf) for path, leaf in flat]
     plans, notes = make_plans(leaves, recipe, sites, again=again)
-    _check_finite([(p.path, x) for p, (_, x) in zip(plans, leaves, strict=True) if p.spec])
+    check_finite([(p.path, x) for p, (_, x) in zip(plans, leaves, strict=True) if p.spec])
 
     done: dict[Any, tuple[str, QTensor, Info | None]] = {}
     seen: dict[Any, str] = {}
@@ -91,7 +91,7 @@ def apply_recipe(
             how = (array, plan.spec, plan.minor, plan.batch_axes, plan.rule)
             if how not in done:
                 encoder = plan.rule.encoder or rtn()
-                q, info = _encode(leaf, plan, encoder, key)
+                q, info = encode_leaf(leaf, plan, encoder, key)
                 if use:
                     q = with_use(q, Use(plan.rule.activations, recipe.attention))
                 done[how] = (path, q, info)
@@ -111,7 +111,7 @@ def apply_recipe(
     return jax.tree.unflatten(tree, out), report
 
 
-def _check_finite(leaves: list[tuple[str, Any]]) -> None:
+def check_finite(leaves: list[tuple[str, Any]]) -> None:
     """One pass over all arrays, then one wait for the answers."""
     concrete = [
         (p, x) for p, x in leaves if not isinstance(x, (jax.ShapeDtypeStruct, jax.core.Tracer))
@@ -129,7 +129,7 @@ def _count_bad(x: Array) -> Array:
     return jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32)
 
 
-def _encode(
+def encode_leaf(
     leaf: Any, plan: Plan, encoder: Encoder, key: Array | None
 ) -> tuple[QTensor, Info | None]:
     own = None if key is None else jax.random.fold_in(key, zlib.crc32(plan.path.encode()))

@@ -2,8 +2,16 @@
 
 from jaxquant.qtensor import export as _export  # noqa: F401 - registers QTensor with jax.export
 from jaxquant.qtensor.calibration import Calibration, Folded, Grid
-from jaxquant.qtensor.quantize import along, dequantize, encode_array, quantize
-from jaxquant.qtensor.scales import scaled_codes, scales_over, store_scale
+from jaxquant.qtensor.quantize import (
+    along,
+    dequantize,
+    encode_array,
+    encode_given,
+    encode_stacked,
+    quantize,
+    storage_layout,
+)
+from jaxquant.qtensor.scales import scaled_codes, scales_of_range, scales_over, store_scale
 from jaxquant.qtensor.storage import (
     blocked,
     from_storage,
@@ -16,25 +24,32 @@ from jaxquant.qtensor.storage import (
     unblocked,
 )
 from jaxquant.qtensor.tensor import QTensor, Use, is_qtensor, with_use
+from jaxquant.qtensor.trained import Trained, is_trained
 
 __all__ = [
     "Calibration",
     "Folded",
     "Grid",
     "QTensor",
+    "Trained",
     "Use",
     "along",
     "blocked",
     "dequantize",
     "encode_array",
+    "encode_given",
+    "encode_stacked",
     "from_storage",
     "is_qtensor",
+    "is_trained",
     "pad_to",
     "quantize",
     "scaled_codes",
+    "scales_of_range",
     "scales_over",
     "spread",
     "storage_codes",
+    "storage_layout",
     "storage_scale",
     "storage_values",
     "store_scale",

@@ -23,6 +23,7 @@ from jaxquant.qtensor.storage import (
     unblocked,
 )
 from jaxquant.qtensor.tensor import QTensor
+from jaxquant.qtensor.trained import Trained
 from jaxquant.spec import PerBlock, PerChannel, PerGroup, QSpec
 
 
@@ -89,27 +90,92 @@ def _quantize(
     return jax.tree.map(lambda a: a.reshape(w.shape[:batch_axes] + a.shape[1:]), stacked)
 
 
-def encode_array(w: Array, spec: QSpec) -> QTensor:
+def encode_stacked(
+    w: Array, spec: QSpec, *, minor: tuple[int, ...] = (), batch_axes: int = 0
+) -> QTensor:
+    """`quantize` without its checks, compiled as it is: for arrays that may be non-finite."""
+    return _quantize(w, None, spec, minor, batch_axes)
+
+
+def encode_array(
+    w: Array, spec: QSpec, *, key: Array | None = None, minor: tuple[int, ...] = ()
+) -> QTensor:
     """`quantize` without its checks: for activations, which may be non-finite."""
-    return _encode(w, None, spec, ())
+    return _encode(w, key, spec, minor)
 
 
 def _encode(w: Array, key: Array | None, spec: QSpec, minor: tuple[int, ...]) -> QTensor:
-    fmt, placed = spec.format, spec.resolve(w.shape, minor)
-    blank = QTensor(
-        codes=w,
-        scale=w,
+    blank = storage_layout(w.shape, spec, minor, w.dtype.name)
+    x = blocked(blank, to_storage(blank, w.astype(jnp.float32)))
+    scale, zero, global_scale = scales_over(x, tuple(range(1, x.ndim, 2)), spec)
+    return _filled(blank, x, scale, zero, global_scale, key)
+
+
+def encode_given(
+    w: Array,
+    scale: Array,
+    zero_point: Array | None,
+    global_scale: Array | None,
+    spec: QSpec,
+    *,
+    minor: tuple[int, ...] = (),
+) -> QTensor:
+    """Codes of an array on given scales: `q = clip(round(w / S) + Z)`.
+
+    Args:
+      w: float array `[*core]`, of any values.
+      scale: `[*groups]`, in the spec's dtype for scales, none of them zero or subnormal.
+      zero_point: `[*groups]` float32, integral; `None` for a symmetric spec.
+      global_scale: `[]` float32; `None` where the spec has none.
+      spec: format and granularity, axes named.
+      minor: axes to store last, as for `quantize`.
+
+    >>> q = encode_given(
+    ...     jnp.array([0.4, 3.0]), jnp.ones(1), None, None, QSpec("int8", PerChannel(()))
+    ... )
+    >>> dequantize(q).tolist()
+    [0.0, 3.0]
+    """
+    blank = storage_layout(w.shape, spec, minor, w.dtype.name)
+    x = blocked(blank, to_storage(blank, w.astype(jnp.float32)))
+    zero = None if zero_point is None else spread(blank, zero_point)
+    return _filled(blank, x, spread(blank, scale), zero, global_scale, None)
+
+
+def storage_layout(
+    shape: tuple[int, ...], spec: QSpec, minor: tuple[int, ...], dtype: str
+) -> QTensor:
+    """How an array of `shape` is stored: a `QTensor` without batch axes that holds no arrays.
+
+    >>> storage_layout((6, 3), QSpec("int8", PerGroup(4, axis=0)), (), "float32").groups
+    (3, 2)
+    """
+    placed = spec.resolve(shape, minor)
+    none: Any = None
+    return QTensor(
+        codes=none,
+        scale=none,
         zero_point=None,
         codebook=None,
         global_scale=None,
-        spec=_negative_axes(spec, w.ndim),
-        core=w.shape,
+        spec=_negative_axes(spec, len(shape)),
+        core=shape,
         axes=placed.axes,
         blocks=placed.blocks,
-        dtype=w.dtype.name,
+        dtype=dtype,
     )
-    x = blocked(blank, to_storage(blank, w.astype(jnp.float32)))
-    scale, zero, global_scale = scales_over(x, tuple(range(1, x.ndim, 2)), spec)
+
+
+def _filled(
+    blank: QTensor,
+    x: Array,
+    scale: Array,
+    zero: Array | None,
+    global_scale: Array | None,
+    key: Array | None,
+) -> QTensor:
+    """The codes of blocks `x` `[g0, b0, g1, b1, ...]`; `scale` and `zero` `[g0, 1, g1, 1, ...]`."""
+    fmt = blank.spec.format
     effective = scale.astype(jnp.float32)
     if global_scale is not None:
         effective = effective * global_scale
@@ -169,6 +235,8 @@ def dequantize(q: QTensor, dtype: Any = None) -> Array:
     Array([[-1.,  0.,  1.]], dtype=float32)
     """
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
+    if isinstance(q, Trained) and q.values is not None:
+        return q.values.astype(dtype)  # equal, and gradients pass
     scaled = blocked(q, storage_values(q)) * spread(q, storage_scale(q))
     values = from_storage(q, unblocked(q, scaled))
     if q.calibration is not None and q.calibration.divisor is not None:

@@ -41,11 +41,11 @@ class Use:
     results: QSpec | None = None
 
 
-_DATA = ("codes", "scale", "zero_point", "codebook", "global_scale", "calibration")
-_META = ("spec", "core", "axes", "blocks", "dtype", "use")
+DATA = ("codes", "scale", "zero_point", "codebook", "global_scale", "calibration")
+META = ("spec", "core", "axes", "blocks", "dtype", "use")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_META)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=DATA, meta_fields=META)
 @dataclasses.dataclass(frozen=True)
 class QTensor:
     """An array stored as codes and scales: `r = S (q - Z)`, or `r = S codebook[q]`.

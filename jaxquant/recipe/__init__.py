@@ -3,6 +3,7 @@
 from jaxquant.recipe.patterns import pattern_matches
 from jaxquant.recipe.presets import (
     fp8,
+    int8_training,
     mxfp4,
     nf4,
     w4a8,
@@ -29,6 +30,7 @@ __all__ = [
     "int6",
     "int7",
     "int8",
+    "int8_training",
     "mxfp4",
     "nf4",
     "pattern_matches",

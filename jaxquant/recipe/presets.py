@@ -13,7 +13,7 @@ from jaxquant.observers import Observer, absmax, mse
 from jaxquant.recipe.recipe import Recipe
 from jaxquant.recipe.rules import Requantize, Rule
 from jaxquant.recipe.specs import int4, int8
-from jaxquant.spec import PerChannel, PerGroup, PerTensor, QSpec
+from jaxquant.spec import Gradients, PerChannel, PerGroup, PerTensor, QSpec
 
 
 def w8a8(*, attention: bool = True) -> Recipe:
@@ -161,3 +161,25 @@ def mxfp4() -> Recipe:
     QSpec(float4_e2m1fn, PerGroup(size=32, axis=None), scale_dtype='float8_e8m0fnu')
     """
     return Recipe([Rule("**", weights=QSpec("mxfp4"), lookup=int8())], "mxfp4")
+
+
+def int8_training(gradients: Gradients | None = None, *, attention: bool = False) -> Recipe:
+    """As `w8a8`, for training with `fake_quantized`: all three contractions of a layer on int8.
+
+    Args:
+      gradients: how gradients are quantized, by default int8 rounded at random for both.
+      attention: quantize attention scores and attention times values to int8 as well; their
+        gradients are float.
+
+    >>> import jaxquant as jq
+    >>> jq.int8_training().rules[0].gradients.stochastic
+    True
+    """
+    rule = Rule(
+        "**",
+        weights=int8(),
+        activations=int8(),
+        attention=int8() if attention else None,
+        gradients=Gradients() if gradients is None else gradients,
+    )
+    return Recipe([rule], "int8_training")

@@ -9,11 +9,13 @@ from typing import Literal
 from jaxquant.encoders import Encoder
 from jaxquant.observers import Observer
 from jaxquant.recipe.patterns import compile_glob, pattern_matches
-from jaxquant.spec import PerChannel, PerTensor, QSpec
+from jaxquant.spec import Gradients, PerChannel, PerTensor, QSpec
+from jaxquant.ste import Estimator
 
 Pattern = str | re.Pattern[str]
 Requantize = Literal["float32", "fixed_point"]
 REQUANTIZE = ("float32", "fixed_point")
+_TRAINING = ("weight_estimator", "activation_estimator", "gradients")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +42,18 @@ class Rule:
         layer's int8 input: `"float32"` by a float32 multiplier, `"fixed_point"` by an int32
         multiplier and a rounding shift.
 
+      weight_estimator: how gradients pass the rounding of weights in training, and what is learned
+        with them; a value of `jaxquant.ste`. `None` is `ste.straight_through()`.
+      activation_estimator: the same for activations. One that learns a step makes them static.
+      gradients: in training, how gradients are quantized so that the contractions of the backward
+        pass run on integers, too; `None` leaves those in float.
+
     Raises:
       ValueError: nothing to do, or `skip` beside something to do; activations without weights;
         activations or attention in a format other than integers or 8-bit floats, or with another
         granularity than `PerTensor()` or `PerChannel()`; an observer without either, or with a
-        scale for each row; `requantize` without static integer activations.
+        scale for each row; `requantize` without static integer activations; an estimator or
+        `gradients` without what they are for.
 
     >>> import jaxquant as jq
     >>> rule = jq.Rule("**/mlp/**", weights=jq.int8(), activations=jq.int8())
@@ -62,6 +71,9 @@ class Rule:
     lookup: QSpec | None = None
     observer: Observer | None = None
     requantize: Requantize | None = None
+    weight_estimator: Estimator | None = None
+    activation_estimator: Estimator | None = None
+    gradients: Gradients | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
@@ -81,7 +93,9 @@ class Rule:
                 f"{self._name}: encoder takes a value such as rtn(), got {self.encoder!r}"
             )
         if self.skip:
-            given += [n for n in ("encoder", "observer", "requantize") if getattr(self, n)]
+            given += [
+                n for n in ("encoder", "observer", "requantize", *_TRAINING) if getattr(self, n)
+            ]
         if self.skip and given:
             raise ValueError(f"{self._name}: skip=True leaves no place for {', '.join(given)}")
         if not self.skip and not given:
@@ -106,6 +120,7 @@ class Rule:
             if self.observer is None:
                 _check_dynamic(f"{self._name}: {name}", specs[name])
         self._check_static()
+        self._check_training()
 
     def _check_static(self) -> None:
         given = [s for s in (self.activations, self.attention) if s is not None]
@@ -159,6 +174,42 @@ class Rule:
             raise ValueError(
                 f"{self._name}: requantize needs activations with one scale, PerTensor()"
             )
+
+    def _check_training(self) -> None:
+        for name, spec in (
+            ("weight_estimator", self.weights or self.lookup),
+            ("activation_estimator", self.activations),
+        ):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            if not isinstance(given, Estimator) or isinstance(given, type):
+                raise ValueError(
+                    f"{self._name}: {name} takes a value such as jq.ste.lsq(), got {given!r}"
+                )
+            if spec is None:
+                raise ValueError(f"{self._name}: {name} without {name.partition('_')[0]}s")
+        learner = self.activation_estimator
+        if learner is not None and learner.learns:
+            if "codebook" in learner.learns:
+                raise ValueError(f"{self._name}: {learner!r} is for weights alone")
+            if self.observer is not None:
+                raise ValueError(
+                    f"{self._name}: {learner!r} learns the range that the observer would find; "
+                    "leave one of them out"
+                )
+            if self.activations is not None and self.activations.granularity != PerTensor():
+                raise ValueError(
+                    f"{self._name}: {learner!r} learns one step, so activations take "
+                    f"granularity=PerTensor(), got {self.activations!r}"
+                )
+        if self.gradients is not None:
+            if not isinstance(self.gradients, Gradients):
+                raise ValueError(
+                    f"{self._name}: gradients takes jq.Gradients(...), got {self.gradients!r}"
+                )
+            if self.activations is None:
+                raise ValueError(f"{self._name}: gradients without activations")
 
     @property
     def _name(self) -> str:

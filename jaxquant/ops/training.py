@@ -1,0 +1,192 @@
+"""Contractions in training: computed on codes as served, differentiated with respect to floats."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxquant.ops.activations import fake, shared_axes
+from jaxquant.ops.dot_call import Call
+from jaxquant.ops.dot_general import evaluated
+from jaxquant.qtensor import QTensor, dequantize, encode_array
+from jaxquant.spec import Gradients, QSpec
+
+
+def with_gradients_of(
+    forward: Callable[[Any], Any], reference: Callable[..., Any], held: Any, floats: Any
+) -> Any:
+    """`forward(held)`, differentiated as if it were `reference(*floats)`.
+
+    No gradient goes to `held`, whatever it holds.
+
+    >>> twice = with_gradients_of(jnp.round, lambda x: 2 * x, jnp.float32(1.6), (jnp.ones(()),))
+    >>> float(twice)
+    2.0
+    """
+
+    @jax.custom_vjp
+    def call(held: Any, floats: Any) -> Any:
+        return forward(held)
+
+    def fwd(held: Any, floats: Any) -> tuple[Any, Any]:
+        return forward(held), floats
+
+    def bwd(floats: Any, g: Any) -> tuple[None, Any]:
+        return None, jax.vjp(lambda *f: reference(*f), *floats)[1](g)
+
+    call.defvjp(fwd, bwd)
+    return call(held, floats)
+
+
+def with_rounded_gradient(
+    y: Array, spec: QSpec | None, key: Array | None, over: tuple[int, ...]
+) -> Array:
+    """`y`, whose gradient is rounded to `spec` on its way back, a scale shared over axes `over`."""
+
+    @jax.custom_vjp
+    def call(y: Array, key: Any) -> Array:
+        return y
+
+    def bwd(key: Any, g: Array) -> tuple[Array, None]:
+        if spec is None:
+            return g, None
+        one, _ = _keys(key, g)
+        own = None if one is None else jax.random.wrap_key_data(one)
+        return fake(g, spec, over, own), None
+
+    call.defvjp(lambda y, key: (y, key), bwd)
+    return call(y, key)
+
+
+def dot_trained(
+    forward: Callable[[Array, QTensor], Array],
+    x: Array,
+    rounded: Array,
+    q: QTensor,
+    values: Array,
+    key: Array | None,
+    gradients: Gradients,
+    params: dict[str, Any],
+    flipped: bool,
+) -> Array:
+    """`forward(x, q)`, whose gradients come from contractions on codes as well.
+
+    For `y[m, n] = sum_k x[m, k] w[k, n]` and `g = dL/dy`:
+    `dx[m, k] = sum_n Q(g s_w)[m, n] q_w[k, n]` and `dw[k, n] = sum_m q_x[m, k] Q(s_x g)[m, n]`:
+    scales along the contracted axis move to `g`, which then is quantized with a scale for each
+    index that is kept. What is kept for the backward pass are the codes of `x` and `w`.
+
+    Args:
+      forward: the contraction, as served.
+      x: float array.
+      rounded: what `x` is rounded to, where its gradient goes; `x` itself gets none.
+      q: codes of the parameter, of the shape that is contracted.
+      values: `dequantize(q)`, where the parameter's gradient goes.
+      key: PRNG key data, uint32 `[2]`; `None` rounds `g` to nearest.
+      gradients: specs of `g`.
+      params: parameters of the `dot_general` equation.
+      flipped: whether `q` is the left operand.
+
+    Source: gradients rounded at random, Gupta et al. (2015); all three contractions on integers,
+    Wang et al., "Training Deep Neural Networks with 8-bit Floating Point Numbers" (2018).
+    """
+    numbers = params["dimension_numbers"]
+    rest = params.get("precision"), params.get("preferred_element_type")
+    (own, others), (own_batch, others_batch) = (
+        (numbers[0][::-1], numbers[1][::-1]) if flipped else (numbers[0], numbers[1])
+    )
+    spec = q.use.activations
+
+    @jax.custom_vjp
+    def call(x: Array, rounded: Array, q: QTensor, values: Array, key: Any) -> Array:
+        return forward(x, q)
+
+    def fwd(x: Array, rounded: Array, q: QTensor, values: Array, key: Any) -> tuple[Array, Any]:
+        kept: Any = rounded
+        if gradients.weight is not None and spec is not None:
+            # dynamic codes are those that the contraction is computed with
+            dynamic = shared_axes(spec, own, x.ndim) is not None and q.calibration is None
+            kept = encode_array(x if dynamic else rounded, spec.at(tuple(own), x.ndim))
+        return forward(x, q), (kept, q, key)
+
+    def bwd(residuals: Any, g: Array) -> tuple[Any, ...]:
+        kept, q, key = residuals
+        to_x, to_w = _keys(key, g) if gradients.stochastic else (None, None)
+        w_side = _Side(tuple(others), tuple(others_batch), q.ndim)
+        x_side = _Side(tuple(own), tuple(own_batch), kept.ndim)
+        dx = _product(g, q, gradients.input, to_x, w_side, x_side, flipped, rest)
+        dw = _product(g, kept, gradients.weight, to_w, x_side, w_side, not flipped, rest)
+        return None, dx.astype(rounded.dtype), None, dw.astype(values.dtype), None
+
+    call.defvjp(fwd, bwd)
+    return call(lax.stop_gradient(x), rounded, q, values, key)
+
+
+class _Side:
+    """One operand of the forward contraction: its contracted, batch and free axes."""
+
+    def __init__(self, contract: tuple[int, ...], batch: tuple[int, ...], ndim: int) -> None:
+        self.contract, self.batch = contract, batch
+        self.free = tuple(a for a in range(ndim) if a not in contract and a not in batch)
+
+
+def _product(
+    g: Array,
+    q: QTensor | Array,
+    spec: QSpec | None,
+    key: Array | None,
+    inside: _Side,
+    outside: _Side,
+    flipped: bool,
+    rest: tuple[Any, Any],
+) -> Array:
+    """The gradient of the operand `outside`: `g` contracted with the other one, `q`.
+
+    `flipped`: whether `inside` came first in the forward pass.
+    """
+    nb = len(inside.batch)
+    first, second = (inside, outside) if flipped else (outside, inside)
+    lefts = tuple(range(nb, nb + len(first.free)))
+    rights = tuple(range(nb + len(first.free), nb + len(first.free) + len(second.free)))
+    summed = lefts if flipped else rights
+    batch = tuple(range(nb))
+    precision, preferred = rest
+    if spec is None or not isinstance(q, QTensor):
+        other = dequantize(q) if isinstance(q, QTensor) else q
+        out = lax.dot_general(
+            g.astype(other.dtype), other, ((summed, inside.free), (batch, inside.batch)), precision
+        )
+    else:
+        call = Call(
+            summed, inside.free, batch, inside.batch, False, precision, preferred, None, spec, False
+        )
+        bare = dataclasses.replace(q, calibration=None)
+        if key is None:
+            out = evaluated(call, g, bare)
+        else:
+            out = evaluated(call, g, bare, jax.random.wrap_key_data(key))
+    # [batch, free of g (those of outside), contracted axes of inside, ascending]
+    order = sorted(range(len(inside.contract)), key=lambda i: inside.contract[i])
+    place: dict[int, int] = {a: i for i, a in enumerate(outside.batch)}
+    place |= {a: nb + i for i, a in enumerate(outside.free)}
+    place |= {outside.contract[i]: nb + len(outside.free) + n for n, i in enumerate(order)}
+    return jnp.transpose(out, [place[a] for a in range(out.ndim)])
+
+
+def _keys(key: Array | None, g: Array) -> tuple[Array | None, Array | None]:
+    """Keys for both uses of `g`: of the given one and of what `g` holds.
+
+    The steps of a loop, and the sites of one parameter, share its key; their gradients differ.
+    """
+    if key is None:
+        return None, None
+    bits = lax.bitcast_convert_type(g.astype(jnp.float32), jnp.uint32)
+    word = jnp.sum(bits, dtype=jnp.uint32)  # modulo 2^32: the same on any number of devices
+    own = jax.random.fold_in(jax.random.wrap_key_data(key), word)
+    one, two = jax.random.split(own)
+    return jax.random.key_data(one), jax.random.key_data(two)

@@ -1,0 +1,123 @@
+"""`convert`: what was trained, as it is served."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxquant.encoders import Info, measure
+from jaxquant.interpret.sites import Sites, path_str
+from jaxquant.params.plan import Plan, identity
+from jaxquant.params.quantize import check_finite, encode_leaf
+from jaxquant.ptq.fuse import with_offsets
+from jaxquant.qat.leaves import encoded
+from jaxquant.qat.state import QuantState, require_same
+from jaxquant.qtensor import QTensor, is_qtensor
+from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.report import shown
+from jaxquant.spec import QSpec
+
+
+def convert(params: Any, quant_state: QuantState, recipe: Recipe | Rule | Iterable[Rule]) -> Any:
+    """The params that `quantized(fn)` takes, of float params trained with `fake_quantized(fn)`.
+
+    Codes, scales, zero points and codebooks are those that training computes with at this state, so
+    that `quantized(fn)` gives what `fake_quantized(fn, recipe)` gave.
+
+    Args:
+      params: the trained float params.
+      quant_state: the state that they were trained with.
+      recipe: the recipe that they were trained by.
+
+    Returns:
+      The params with `QTensor`s in place of what the recipe quantizes.
+
+    Raises:
+      ValueError: the state was made for another recipe or other params; a weight, or something
+        learned, is not finite.
+
+    >>> import jax, jax.numpy as jnp, jaxquant as jq
+    >>> fn, recipe = lambda p, x: x @ p["w"], jq.w8a8()
+    >>> params, x = {"w": jax.random.normal(jax.random.key(0), (64, 8))}, jnp.ones((2, 64))
+    >>> state = jq.init_quant_state(fn, params, recipe, x)
+    >>> trained, state = jq.fake_quantized(fn, recipe)(params, x, quant_state=state)
+    >>> served = jq.quantized(fn)(jq.convert(params, state, recipe), x)
+    >>> bool((trained == served).all())
+    True
+    """
+    where = "convert"
+    chosen = as_recipe(recipe, where, params)
+    flat, tree = jax.tree.flatten_with_path(params, is_leaf=is_qtensor)
+    leaves = [(path_str(path), leaf) for path, leaf in flat]
+    for path, leaf in leaves:
+        if is_qtensor(leaf):
+            raise ValueError(f"{where}: {shown(path)}: expected float params, got {leaf!r}")
+    require_same(quant_state, chosen, _kinds(leaves), where)
+    plans = {plan.path: plan for plan in quant_state.layout.plans}
+    quantized = [(p, x) for p, x in leaves if p in plans and plans[p].spec is not None]
+    check_finite(quantized)
+    _check_learned(quant_state, where)
+
+    done: dict[Any, QTensor] = {}
+    out = []
+    for path, leaf in leaves:
+        plan = plans.get(path)
+        if plan is None or plan.spec is None:
+            out.append(leaf)
+            continue
+        shared = (identity(path, leaf), path if _own(quant_state, path) else None)
+        if shared not in done:
+            done[shared], _ = encode_leaf(leaf, plan, _AsTrained(plan, chosen, quant_state), None)
+        out.append(done[shared])
+    qparams = jax.tree.unflatten(tree, out)
+    sites = {site.key: site for plan in quant_state.layout.plans for site in plan.sites}
+    return with_offsets(qparams, Sites(tuple(sites.values()), {}, {}))
+
+
+def _kinds(leaves: list[tuple[str, Any]]) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    arrays = [(p, x) for p, x in leaves if hasattr(x, "shape") and hasattr(x, "dtype")]
+    return tuple((p, tuple(jnp.shape(x)), str(jnp.result_type(x))) for p, x in arrays)
+
+
+def _own(state: QuantState, path: str) -> bool:
+    """Whether something was learned for this leaf, which one tied to it lacks."""
+    learned = (*state.learned.values(), state.constants)
+    return bool(state.ranges) or any(path in found for found in learned)
+
+
+def _check_learned(state: QuantState, where: str) -> None:
+    for path, leaf in jax.tree.leaves_with_path(state.learned):
+        if not isinstance(leaf, jax.core.Tracer) and not np.isfinite(np.asarray(leaf)).all():
+            raise ValueError(
+                f"{where}: {path_str(path)}: what was learned is not finite; take the state of an "
+                "earlier step"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _AsTrained:
+    """The encoder of one leaf, see `jaxquant.encoders.Encoder`: codes as training makes them."""
+
+    plan: Plan
+    recipe: Recipe
+    state: QuantState
+
+    def __call__(
+        self,
+        w: Array,
+        spec: QSpec,
+        *,
+        key: Array | None = None,
+        minor: tuple[int, ...] = (),
+        batch_axes: int = 0,
+        stats: Any = None,
+    ) -> tuple[QTensor, Info]:
+        """Encodes `w`; all else is known from the plan."""
+        q = jax.jit(lambda w, state: encoded(w, self.plan, self.recipe, state))(w, self.state)
+        return q, measure(w, q)

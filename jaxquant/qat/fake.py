@@ -1,0 +1,275 @@
+"""`fake_quantized`: a function in training, its params float and its contractions on codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxquant.capture.plan import Plan as Observations
+from jaxquant.capture.plan import plan_of
+from jaxquant.interpret.calls import Call, trace_call
+from jaxquant.interpret.evaluate import Interpreter
+from jaxquant.interpret.observe import Observe, statistics_slot
+from jaxquant.interpret.policy import Policy
+from jaxquant.interpret.record import sites_of
+from jaxquant.interpret.slots import SiteValues
+from jaxquant.interpret.train import Train
+from jaxquant.params.plan import Plan, make_plans
+from jaxquant.qat.leaves import learns_activations, observes, trained, weight_estimator
+from jaxquant.qat.schedule import Phase, Schedule
+from jaxquant.qat.state import QuantState, leaves_of, require_same
+from jaxquant.qtensor import is_qtensor
+from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.report import shown
+
+
+def fake_quantized(
+    fn: Callable[..., Any],
+    recipe: Recipe | Rule | Iterable[Rule],
+    *,
+    schedule: Schedule | None = None,
+    frozen: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """The function that computes `fn` with float params as it will be served quantized.
+
+    Params and activations are rounded as the recipe's rules say, and contractions run on their
+    codes: the result is that of `quantized(fn)` with the params that `convert` makes, bit for bit
+    as far as contractions go. Gradients pass each rounding straight through, or as the rules'
+    estimators have it, to the float params. It works under `jit`, `grad`, `vmap` and in any loop.
+
+    The signature is `fn`'s own, with one more keyword, `quant_state`: what `init_quant_state` made
+    for rules with observers, with estimators that learn, or with gradients rounded at random. With
+    it, the result is `(what fn returns, the state after it)`; ranges in the result's state take
+    this call's activations in, while the call itself uses them as they came.
+
+    Args:
+      fn: any traceable function; params are its first argument, float.
+      recipe: the rules.
+      schedule: what changes in the course of training.
+      frozen: `fn` with BatchNorm on running statistics, from `schedule.freeze_batchnorm` on; it
+        returns what `fn` returns.
+
+    Raises:
+      ValueError: at the call: a rule needs a state and there is none, or it was made for another
+        recipe or other params; as `jaxquant.quantize_params`. At once: `recipe` or `schedule` is
+        none, or they do not go together.
+
+    >>> import jax, jax.numpy as jnp, jaxquant as jq
+    >>> fn = lambda p, x: x @ p["w"]
+    >>> fake = jq.fake_quantized(fn, jq.w8a8())
+    >>> params, x = {"w": jnp.eye(4)}, jnp.arange(4.0)[None]
+    >>> grads = jax.jit(jax.grad(lambda p: fake(p, x).sum()))(params)
+    >>> grads["w"][:, 0].round(1)
+    Array([0., 1., 2., 3.], dtype=float32)
+    """
+    where = "fake_quantized"
+    chosen = as_recipe(recipe, where)
+    if not callable(fn):
+        raise ValueError(f"{where}: expected a function of params first, got {type(fn).__name__}")
+    phases = _phases(chosen, schedule, frozen, where)
+
+    @functools.wraps(fn)
+    def wrapped(params: Any, /, *args: Any, quant_state: Any = None, **kwargs: Any) -> Any:
+        call = trace_call(fn, params, args, kwargs)
+        require_float(call, where)
+        if quant_state is None:
+            if schedule is not None:
+                raise ValueError(f"{where}: a schedule counts steps; {_ASK}")
+            plans = plans_of(call, chosen)
+            _require_stateless(plans, where)
+            return _run(call, plans, phases[0], None, None)[0]
+        require_same(quant_state, chosen, leaves_of(call), where)
+        last = call
+        if any(phase.frozen for phase in phases):
+            assert frozen is not None
+            last = trace_call(frozen, params, args, kwargs)
+            _require_alike(call, last, where)
+        return _step(call, last, phases, schedule, quant_state)
+
+    return wrapped
+
+
+_ASK = (
+    "make a state with jaxquant.init_quant_state(fn, params, recipe, example) and pass it as "
+    "quant_state="
+)
+
+
+def _phases(
+    recipe: Recipe, schedule: Schedule | None, frozen: Any, where: str
+) -> tuple[Phase, ...]:
+    if schedule is None:
+        schedule = Schedule()
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"{where}: schedule: expected a jq.Schedule, got {schedule!r}")
+    if schedule.freeze_batchnorm is not None and frozen is None:
+        raise ValueError(
+            f"{where}: the schedule freezes BatchNorm at step {schedule.freeze_batchnorm}; pass "
+            "frozen=, the function with BatchNorm on running statistics"
+        )
+    require_trainable(recipe, where)
+    return schedule.phases(recipe)
+
+
+def require_trainable(recipe: Recipe, where: str) -> None:
+    """Raises for what rules say that cannot be trained with."""
+    for rule in recipe:
+        if rule.requantize is not None:
+            raise ValueError(
+                f"{where}: {rule!r}: integer results have no gradient; train without requantize"
+            )
+        if rule.observer is None:
+            continue
+        if rule.attention is not None and rule.activations is None:
+            raise ValueError(
+                f"{where}: {rule!r}: attention is trained with ranges found at run time; leave "
+                "the observer out"
+            )
+        if not hasattr(rule.observer, "range"):
+            raise ValueError(
+                f"{where}: {rule!r}: {rule.observer!r} cannot follow activations under jit; use "
+                "jq.observers.moving_average(), minmax() or absmax()"
+            )
+        if rule.observer.axis is not None:
+            raise ValueError(
+                f"{where}: {rule!r}: a scale for each channel of an activation is not trained; "
+                "use an observer with axis=None and granularity=PerTensor()"
+            )
+
+
+def require_float(call: Call, where: str) -> None:
+    """Raises where some parameter is quantized already."""
+    for leaf, path in zip(call.leaves, call.paths, strict=True):
+        if path is not None and is_qtensor(leaf):
+            raise ValueError(
+                f"{where}: {shown(path)}: expected float params, got {leaf!r}; "
+                "training holds float params, convert makes quantized ones of them"
+            )
+
+
+def plans_of(call: Call, recipe: Recipe) -> tuple[Plan, ...]:
+    """What is done with each leaf of the params of a traced call."""
+    leaves = [(p, x) for p, x in zip(call.paths, call.leaves, strict=True) if p is not None]
+    return tuple(make_plans(leaves, recipe, sites_of(call))[0])
+
+
+def _require_stateless(plans: Sequence[Plan], where: str) -> None:
+    for plan in plans:
+        reasons = []
+        if plan.spec is not None and weight_estimator(plan).learns:
+            reasons.append(f"{weight_estimator(plan)!r} learns")
+        if learns_activations(plan) is not None:
+            reasons.append(f"{learns_activations(plan)!r} learns")
+        if observes(plan):
+            reasons.append("its rule has an observer")
+        gradients = None if plan.spec is None or plan.rule is None else plan.rule.gradients
+        if gradients is not None and gradients.stochastic:
+            reasons.append("gradients are rounded at random, by a key")
+        if reasons:
+            raise ValueError(f"{where}: {shown(plan.path)}: {reasons[0]}; {_ASK}")
+
+
+def _require_alike(call: Call, other: Call, where: str) -> None:
+    def kinds(call: Call) -> Any:
+        return [(v.aval.shape, v.aval.dtype) for v in call.jaxpr.outvars]
+
+    if call.out_tree != other.out_tree or kinds(call) != kinds(other):
+        raise ValueError(
+            f"{where}: frozen: expected a result like fn's, {call.out_tree} of {kinds(call)}, "
+            f"got {other.out_tree} of {kinds(other)}"
+        )
+
+
+def observations(call: Call, recipe: Recipe, where: str) -> Observations | None:
+    """What a recipe's observers see of a traced call; `None` if it has none."""
+    if all(rule.observer is None for rule in recipe):
+        return None
+    return plan_of(call, recipe, where)
+
+
+def _step(
+    call: Call,
+    frozen: Call,
+    phases: Sequence[Phase],
+    schedule: Schedule | None,
+    state: QuantState,
+) -> tuple[Any, QuantState]:
+    """One use of a state: the result, and the state after it."""
+    recipe = state.layout.recipe
+    seen = {id(c): observations(c, recipe, "fake_quantized") for c in (call, frozen)}
+
+    def branch(phase: Phase) -> Callable[[QuantState], Any]:
+        own = frozen if phase.frozen else call
+
+        def run(state: QuantState) -> Any:
+            return _run(own, state.layout.plans, phase, state, seen[id(own)])
+
+        return run
+
+    if len(phases) == 1:
+        out, fresh = branch(phases[0])(state)
+    else:
+        starts = jnp.asarray([phase.start for phase in phases], jnp.int32)
+        index = jnp.sum(starts <= state.step[None]) - 1
+        out, fresh = lax.switch(index, [branch(phase) for phase in phases], state)
+    ranges = {
+        name: _merged(state, name, now, None if schedule is None else schedule.freeze)
+        for name, now in fresh.items()
+    }
+    new = dataclasses.replace(state, ranges={**state.ranges, **ranges}, step=state.step + 1)
+    return out, new
+
+
+def _merged(state: QuantState, name: str, now: Any, freeze: int | None) -> Any:
+    before = state.ranges[name]
+    observer = _observer(state, name)
+    after = observer.merge(before, lax.stop_gradient(now))
+    if freeze is None:
+        return after
+    kept = state.step >= freeze
+    return jax.tree.map(lambda a, b: jnp.where(kept, a, b), before, after)
+
+
+def _observer(state: QuantState, name: str) -> Any:
+    for plan in state.layout.plans:
+        keys = {site.key for site in plan.sites}
+        for key, entries in state.layout.seen:
+            if key in keys and any(entry == name for _, entry in entries):
+                assert plan.rule is not None
+                return plan.rule.observer
+    raise AssertionError(name)
+
+
+def _run(
+    call: Call,
+    plans: Sequence[Plan],
+    phase: Phase,
+    state: QuantState | None,
+    seen: Observations | None,
+) -> tuple[Any, dict[str, Any]]:
+    """The result in one phase, and what observers have seen in it."""
+    recipe = phase.recipe
+    leaves = list(call.leaves)
+    inner: Policy = Policy()
+    if recipe is not None:
+        own = {plan.path: plan for plan in plans}
+        for n, path in enumerate(call.paths):
+            plan = None if path is None else own.get(path)
+            if plan is not None and plan.spec is not None:
+                leaves[n] = trained(leaves[n], plan, recipe, state, phase.bits)
+        inner = Train(recipe.attention)
+    if seen is None:
+        return call.run(Interpreter(inner, call.param_paths), leaves), {}
+    slots = {name: statistics_slot(place.slot) for name, (place, _) in seen.observed.items()}
+    observers = {slots[name]: observer for name, (_, observer) in seen.observed.items()}
+    start = {name: entry.state for name, entry in seen.start().entries.items()}
+    values = SiteValues({slot: start[name] for name, slot in slots.items()}, updated=True)
+    policy = Observe(inner, observers)
+    out = call.run(Interpreter(policy, call.param_paths, values), leaves)
+    return out, {name: values.values[slot] for name, slot in slots.items()}

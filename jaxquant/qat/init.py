@@ -1,0 +1,205 @@
+"""`init_quant_state`: learned steps from weights and from one example, ranges from that example."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxquant.capture.batches import arguments
+from jaxquant.capture.plan import observed_call, plan_of
+from jaxquant.capture.statistics import Sites as Seen
+from jaxquant.capture.statistics import Statistics
+from jaxquant.interpret.calls import Call, trace_call
+from jaxquant.observers.base import Axis, State, counted, counted_both, everywhere, no_updates
+from jaxquant.params.plan import Plan
+from jaxquant.params.quantize import check_finite
+from jaxquant.qat.fake import observations, plans_of, require_float, require_trainable
+from jaxquant.qat.leaves import learns_activations, weight_estimator
+from jaxquant.qat.state import Layout, QuantState, leaves_of
+from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.report import shown
+from jaxquant.ste import Moments
+
+
+def init_quant_state(
+    fn: Callable[..., Any],
+    params: Any,
+    recipe: Recipe | Rule | Iterable[Rule],
+    example: Any,
+    *,
+    key: Array | None = None,
+    **kwargs: Any,
+) -> QuantState:
+    """What training `fn` by a recipe keeps beside its params, as it is at the start.
+
+    `fn(params, *example)` is run once in float: steps of activations, and the ranges that observers
+    follow, start from what it shows. Steps of weights start from the weights.
+
+    Args:
+      fn: any traceable function whose first argument is a params pytree.
+      params: its float parameters.
+      recipe: the rules, as for `fake_quantized`.
+      example: one batch: the tuple of `fn`'s arguments after the params, or the only one.
+      key: PRNG key for gradients that are rounded at random; by default `jax.random.key(0)`.
+      **kwargs: keyword arguments of `fn`.
+
+    Raises:
+      ValueError: `recipe` is none, or says what cannot be trained; a weight, or an activation of
+        the example, is not finite; as `jaxquant.quantize_params`.
+
+    >>> import jax.numpy as jnp, jaxquant as jq
+    >>> rule = jq.Rule("**", weights=jq.int4(), weight_estimator=jq.ste.lsq())
+    >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.full((4, 2), 7.0)}
+    >>> state = jq.init_quant_state(fn, params, rule, jnp.ones((1, 4)))
+    >>> state.learned["weights"]["w"]["step"].shape, int(state.step)
+    ((2, 1), 0)
+    """
+    where = "init_quant_state"
+    chosen = as_recipe(recipe, where, params)
+    require_trainable(chosen, where)
+    call = trace_call(fn, params, arguments(example), kwargs)
+    require_float(call, where)
+    plans = plans_of(call, chosen)
+    weights = {p: x for p, x in zip(call.paths, call.leaves, strict=True) if p is not None}
+    check_finite([(p.path, weights[p.path]) for p in plans if p.spec is not None])
+
+    learned: dict[str, Any] = {"weights": {}, "activations": {}}
+    constants: dict[str, dict[str, Array]] = {}
+    for plan in plans:
+        if plan.spec is None:
+            continue
+        estimator = weight_estimator(plan)
+        try:
+            made = estimator.init(
+                jnp.asarray(weights[plan.path]),
+                plan.spec,
+                minor=plan.minor,
+                batch_axes=plan.batch_axes,
+            )
+        except ValueError as error:
+            raise ValueError(f"{where}: {shown(plan.path)}: {error}") from error
+        fixed = getattr(estimator, "constants", ())
+        if any(name not in fixed for name in made):
+            learned["weights"][plan.path] = {k: v for k, v in made.items() if k not in fixed}
+        if any(name in fixed for name in made):
+            constants[plan.path] = {k: v for k, v in made.items() if k in fixed}
+
+    learned["activations"] = _activations(call, chosen, plans, where)
+    seen = observations(call, chosen, where)
+    ranges: dict[str, Any] = {}
+    sites: Seen = ()
+    lead: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    if seen is not None:
+        stats = _observed(call, chosen, where)
+        ranges = {name: entry.state for name, entry in stats.entries.items()}
+        sites = stats.sites
+        lead = tuple((name, entry.lead) for name, entry in stats.entries.items())
+    key = jax.random.key(0) if key is None else key
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    layout = Layout(chosen, plans, leaves_of(call), sites, lead)
+    return QuantState(learned, constants, ranges, jnp.zeros((), jnp.int32), key, layout)
+
+
+def _observed(call: Call, recipe: Any, where: str) -> Statistics:
+    """What observers see of one call; concrete unless the call is traced."""
+    plan = plan_of(call, recipe, where)
+    start = plan.start()
+    states = {name: seen.state for name, seen in start.entries.items()}
+    states = jax.jit(lambda s, leaves, consts: observed_call(plan, s, leaves, consts)[1])(
+        states, call.leaves, call.consts
+    )
+    for name, state in states.items():
+        if not isinstance(state["bad"], jax.core.Tracer) and np.any(np.asarray(state["bad"])):
+            raise ValueError(f"{where}: {name!r}: the example gives values that are not finite")
+    entries = {
+        name: dataclasses.replace(seen, state=states[name]) for name, seen in start.entries.items()
+    }
+    return dataclasses.replace(start, entries=entries, batches=jnp.ones((), jnp.int32))
+
+
+def _activations(
+    call: Call, recipe: Recipe, plans: tuple[Plan, ...], where: str
+) -> dict[str, dict[str, Array]]:
+    """Learned steps of activations, from the moments that the example shows."""
+    learners = {plan.path: plan for plan in plans if learns_activations(plan) is not None}
+    if not learners:
+        return {}
+    stats = _observed(call, _Summing(), where)
+    found = {}
+    for path, plan in learners.items():
+        keys = [site.key for site in plan.sites if site.primitive != "gather"]
+        states = [entry.state for key in keys for entry in stats.get(key, {}).values()]
+        leads = {entry.lead for key in keys for entry in stats.get(key, {}).values()}
+        if not states or len(leads) > 1:
+            raise ValueError(
+                f"{where}: {shown(path)}: expected activations at its sites with the same layers, "
+                f"got {sorted(leads) or 'none'}"
+            )
+        total = states[0]
+        for state in states[1:]:
+            total = _Summing().merge(total, state)
+        estimator = learns_activations(plan)
+        assert estimator is not None and plan.rule is not None
+        spec = plan.rule.activations
+        assert spec is not None
+        found[path] = estimator.init_activation(moments(total), spec)
+    return found
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Summing(Axis):
+    """The observer that gathers moments: counts and sums, in units of the largest magnitude."""
+
+    name: ClassVar[str] = "moments"
+
+    def init(self, aval: Any) -> State:
+        """See `Observer.init`."""
+        zero = jnp.zeros((), jnp.float32)
+        sums = dict.fromkeys(("mean_abs", "mean", "mean_square", "low", "high", "count"), zero)
+        return {**sums, **no_updates()}
+
+    def update(self, state: State, x: Array) -> State:
+        """Averages over all values so far."""
+        x = x.astype(jnp.float32)
+        finite = jnp.isfinite(everywhere(jnp.max(jnp.abs(x), initial=0.0)))
+        one = {
+            "mean_abs": everywhere(jnp.mean(jnp.abs(x))),
+            "mean": everywhere(jnp.mean(x)),
+            "mean_square": everywhere(jnp.mean(x * x)),
+            "low": everywhere(jnp.min(x)),
+            "high": everywhere(jnp.max(x)),
+            "count": jnp.float32(x.size),
+            "updates": jnp.int32(1),
+            "bad": jnp.int32(0),
+        }
+        new = self.merge(state, one)
+        kept = {k: jnp.where(finite, new[k], v) for k, v in state.items()}
+        return {**kept, **counted(state, finite)}
+
+    def merge(self, a: State, b: State) -> State:
+        """The averages of both."""
+        count = a["count"] + b["count"]
+        share = b["count"] / jnp.maximum(count, 1.0)
+        new = {k: a[k] + (b[k] - a[k]) * share for k in ("mean_abs", "mean", "mean_square")}
+        new["low"] = jnp.minimum(a["low"], b["low"])
+        new["high"] = jnp.maximum(a["high"], b["high"])
+        return {**new, "count": count, **counted_both(a, b)}
+
+    def finish(self, state: State, spec: Any) -> Any:
+        """Not a range."""
+        raise NotImplementedError
+
+
+def moments(state: State) -> Moments:
+    """What estimators begin from; see `jaxquant.ste.Moments`."""
+    variance = jnp.maximum(state["mean_square"] - state["mean"] ** 2, 0.0)
+    return Moments(
+        state["mean_abs"], state["mean"], jnp.sqrt(variance), state["low"], state["high"]
+    )

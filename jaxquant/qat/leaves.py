@@ -1,0 +1,158 @@
+"""From float params and a state to codes: the one place that training and serving share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from typing import Any
+
+import jax
+from jax import Array, lax
+
+from jaxquant.observers import Range, range_to_scale
+from jaxquant.ops import grid_of
+from jaxquant.params.plan import Plan
+from jaxquant.qat.schedule import wide
+from jaxquant.qat.state import QuantState
+from jaxquant.qtensor import Calibration, Grid, QTensor, Trained, Use, with_use
+from jaxquant.recipe import Recipe
+from jaxquant.spec import QSpec
+from jaxquant.ste import Estimator, straight_through
+
+
+def weight_estimator(plan: Plan) -> Estimator:
+    """How gradients pass the rounding of a leaf."""
+    given = plan.rule.weight_estimator if plan.rule is not None else None
+    if given is None or plan.spec is None:
+        return straight_through()
+    if "codebook" in given.learns and not plan.spec.format.is_codebook:
+        return straight_through()  # a looked-up table, whose spec is another
+    return given
+
+
+def learns_activations(plan: Plan) -> Estimator | None:
+    """What learns the range of what a leaf is contracted with, if anything does."""
+    rule = plan.rule
+    if plan.spec is None or rule is None or rule.activations is None:
+        return None
+    given = rule.activation_estimator
+    return given if given is not None and given.learns and contracted(plan) else None
+
+
+def observes(plan: Plan) -> bool:
+    """Whether the range of what a leaf is contracted with is observed."""
+    rule = plan.rule
+    if plan.spec is None or rule is None or rule.activations is None or not contracted(plan):
+        return False
+    return rule.observer is not None
+
+
+def contracted(plan: Plan) -> bool:
+    """Whether a leaf takes part in a contraction, and not in lookups alone."""
+    return any(site.primitive != "gather" for site in plan.sites)
+
+
+def encoded(
+    leaf: Array, plan: Plan, recipe: Recipe, state: QuantState | None, bits: int = 0
+) -> QTensor:
+    """The codes of a leaf as they are served; traced or not.
+
+    Args:
+      leaf: the float array.
+      plan: what is done with it.
+      recipe: the whole recipe.
+      state: what belongs to it; `None` where nothing does.
+      bits: the least bits of integer formats, see `Schedule`.
+    """
+    assert plan.spec is not None and plan.rule is not None
+    spec, learned = at_bits(plan, state, bits)
+    q = weight_estimator(plan).encode(
+        leaf, learned, spec, minor=plan.minor, batch_axes=plan.batch_axes
+    )
+    activations = wide(plan.rule.activations, bits)
+    attention = tuple((pattern, wide(s, bits)) for pattern, s in recipe.attention)
+    q = with_use(q, Use(activations, attention))
+    grid = None if state is None or activations is None else grid_for(plan, state, activations)
+    if grid is None:
+        return q
+    return dataclasses.replace(q, calibration=Calibration(input=grid))
+
+
+def at_bits(plan: Plan, state: QuantState | None, bits: int) -> tuple[QSpec, dict[str, Array]]:
+    """A leaf's spec, and what is learned with it, at so many bits."""
+    assert plan.spec is not None
+    learned = {} if state is None else state.of_weight(plan.path)
+    spec = wide(plan.spec, bits)
+    assert spec is not None
+    if spec != plan.spec and learned:
+        learned = weight_estimator(plan).rescaled(learned, plan.spec, spec)
+    return spec, learned
+
+
+def grid_for(plan: Plan, state: QuantState, spec: QSpec) -> Grid | None:
+    """The grid of what a leaf is contracted with, `[*layers]`; `None` where it is dynamic."""
+    estimator = learns_activations(plan)
+    if estimator is not None:
+        learned = lax.stop_gradient(activation_at(plan, state, spec))
+        return grid_of(*estimator.grid(learned, spec), spec)
+    if not observes(plan):
+        return None
+    return grid_of(*range_to_scale(_range(plan, state), spec), spec)
+
+
+def activation_at(plan: Plan, state: QuantState, spec: QSpec) -> dict[str, Array]:
+    """What is learned of an activation, for a spec of perhaps other bits than the rule's."""
+    estimator = learns_activations(plan)
+    assert estimator is not None and plan.rule is not None and plan.rule.activations is not None
+    learned = state.of_activation(plan.path)
+    if spec == plan.rule.activations:
+        return learned
+    return estimator.rescaled(learned, plan.rule.activations, spec)
+
+
+def _range(plan: Plan, state: QuantState) -> Range:
+    """The range observed at all sites of a leaf."""
+    assert plan.rule is not None and plan.rule.observer is not None
+    seen = dict(state.layout.seen)
+    keys = [site.key for site in plan.sites if site.primitive != "gather"]
+    entries = dict.fromkeys(entry for key in keys for _, entry in seen.get(key, ()))
+    states = [state.ranges[entry] for entry in entries]
+    observer: Any = plan.rule.observer
+    return lax.stop_gradient(observer.range(functools.reduce(observer.merge, states)))
+
+
+def trained(
+    leaf: Array, plan: Plan, recipe: Recipe, state: QuantState | None, bits: int = 0
+) -> Trained:
+    """A leaf as training computes with it: its codes, and the floats that gradients go to."""
+    assert plan.rule is not None
+    q = encoded(leaf, plan, recipe, state, bits)
+    # codes are computed once, and not anew in everything that reads them
+    q = lax.optimization_barrier(q)
+    _, learned = at_bits(plan, state, bits)
+    values = weight_estimator(plan).values(leaf, learned, q)
+    fields = {f.name: getattr(q, f.name) for f in dataclasses.fields(QTensor)}
+    activation = None
+    if learns_activations(plan) is not None:
+        assert state is not None and q.use.activations is not None
+        activation = activation_at(plan, state, q.use.activations)
+    gradients, key = plan.rule.gradients, None
+    if gradients is not None and gradients.stochastic:
+        assert state is not None
+        key = _key(state, plan.path, q.batch)
+    return Trained(
+        **fields,
+        values=values,
+        learned=activation,
+        key=key,
+        estimator=plan.rule.activation_estimator,
+        gradients=gradients,
+    )
+
+
+def _key(state: QuantState, path: str, batch: tuple[int, ...]) -> Array:
+    """Key data of a leaf at the state's step, `[*batch, 2]`."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    return jax.random.key_data(jax.random.split(key, batch) if batch else key)

@@ -1,0 +1,160 @@
+"""When training begins to round, with how many bits, and when ranges stay as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from jaxquant.recipe import Recipe, Rule
+from jaxquant.spec import QSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What is computed from one step on.
+
+    Attributes:
+      start: the first step.
+      recipe: what is rounded and how; `None` computes in float.
+      frozen: whether BatchNorm uses its running statistics.
+      bits: the least bits of integer formats.
+    """
+
+    start: int
+    recipe: Recipe | None
+    frozen: bool
+    bits: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What changes in the course of training, by the step that a `QuantState` counts.
+
+    Attributes:
+      start: the first step that rounds; before, the function is computed in float, and observers
+        see its activations.
+      bits: `(step, bits)` in ascending order: from each step on, integer formats have at least so
+        many bits. The last entry leaves every format as the recipe has it.
+      freeze: the first step from which observed ranges stay as they are.
+      freeze_batchnorm: the first step from which BatchNorm uses its running statistics and leaves
+        them as they are, so that weights are trained as they are served.
+
+    Raises:
+      ValueError: a negative step; something that ends or freezes before it starts; steps that do
+        not ascend; bits other than 2 to 8, or fewer than before them.
+
+    Source: rounding after a delay, and BatchNorm frozen towards the end: Krishnamoorthi,
+    "Quantizing deep convolutional networks for efficient inference" (2018), section 3.2.
+
+    >>> Schedule(start=100, bits=((100, 8), (300, 4)), freeze=500).starts
+    (0, 100, 300)
+    >>> Schedule(start=100, freeze=50)
+    Traceback (most recent call last):
+    ...
+    ValueError: Schedule: ranges freeze at step 50, before rounding starts at step 100
+    """
+
+    start: int = 0
+    bits: tuple[tuple[int, int], ...] = ()
+    freeze: int | None = None
+    freeze_batchnorm: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", tuple((int(s), int(b)) for s, b in self.bits))
+        for name in ("start", "freeze", "freeze_batchnorm"):
+            step = getattr(self, name)
+            if step is None and name != "start":
+                continue
+            if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+                raise ValueError(f"Schedule: {name}: expected a step, 0 or more, got {step!r}")
+        if self.freeze is not None and self.freeze < self.start:
+            raise ValueError(
+                f"Schedule: ranges freeze at step {self.freeze}, before rounding starts at step "
+                f"{self.start}"
+            )
+        steps, widths = [s for s, _ in self.bits], [b for _, b in self.bits]
+        if any(b <= a for a, b in itertools.pairwise(steps)):
+            raise ValueError(f"Schedule: bits: expected steps that ascend, got {self.bits}")
+        if any(not 2 <= b <= 8 for b in widths):
+            raise ValueError(f"Schedule: bits: expected 2 to 8 bits, got {self.bits}")
+        if any(b >= a for a, b in itertools.pairwise(widths)):
+            raise ValueError(f"Schedule: bits: expected fewer bits at each step, got {self.bits}")
+        if steps and steps[-1] < self.start:
+            raise ValueError(
+                f"Schedule: bits end at step {steps[-1]}, before rounding starts at step "
+                f"{self.start}"
+            )
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The steps at which something else is computed, the first of them 0."""
+        marks = {0, self.start, *(s for s, _ in self.bits if s > self.start)}
+        marks |= set() if self.freeze_batchnorm is None else {self.freeze_batchnorm}
+        return tuple(sorted(marks))
+
+    def phases(self, recipe: Recipe) -> tuple[Phase, ...]:
+        """What is computed when.
+
+        Raises:
+          ValueError: the last of `bits` is more than some format of the recipe has.
+        """
+        if self.bits:
+            last = self.bits[-1][1]
+            narrow = min(
+                (s.format.bits for rule in recipe for s in _specs(rule) if s.format.is_integer),
+                default=8,
+            )
+            if last > narrow:
+                raise ValueError(
+                    f"Schedule: bits end at {last}, and the recipe has {narrow}: what is trained "
+                    f"would not be what is served; add ({self.bits[-1][0] + 1}, {narrow}) or later"
+                )
+        return tuple(self._phase(step, recipe) for step in self.starts)
+
+    def _phase(self, step: int, recipe: Recipe) -> Phase:
+        frozen = self.freeze_batchnorm is not None and step >= self.freeze_batchnorm
+        if step < self.start:
+            return Phase(step, None, frozen)
+        bits = [0, *(b for s, b in self.bits if s <= step)][-1]
+        return Phase(step, widened(recipe, bits), frozen, bits)
+
+
+def _specs(rule: Rule) -> list[QSpec]:
+    found = (rule.weights, rule.activations, rule.attention, rule.lookup)
+    return [spec for spec in found if spec is not None]
+
+
+def widened(recipe: Recipe, bits: int) -> Recipe:
+    """The recipe with integer formats of at least so many bits.
+
+    >>> import jaxquant as jq
+    >>> widened(jq.w4a8(), 6).rules[0].weights.format.name
+    'int6'
+    """
+    if not bits:
+        return recipe
+    rules = [
+        dataclasses.replace(
+            rule,
+            weights=wide(rule.weights, bits),
+            activations=wide(rule.activations, bits),
+            attention=wide(rule.attention, bits),
+            lookup=wide(rule.lookup, bits),
+        )
+        for rule in recipe
+    ]
+    return Recipe(rules, recipe.name)
+
+
+def wide(spec: QSpec | None, bits: int) -> QSpec | None:
+    """A spec whose integer format has at least so many bits."""
+    if spec is None or not spec.format.is_integer or spec.format.bits >= bits:
+        return spec
+    return QSpec(
+        f"{'' if spec.format.signed else 'u'}int{bits}",
+        spec.granularity,
+        spec.symmetric,
+        spec.range,
+        spec.scale_dtype,
+        spec.global_scale,
+    )

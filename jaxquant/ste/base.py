@@ -1,0 +1,152 @@
+"""What an estimator is: how codes are made of a trained array, and how gradients pass rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxquant.numerics import decode, encode
+from jaxquant.qtensor import QTensor
+from jaxquant.spec import QSpec
+
+Learned = Mapping[str, Any]
+
+# A step this small has an inverse that float32 holds, and no array of weights has a use for it.
+SMALLEST = 2.0**-100
+
+
+class Moments(NamedTuple):
+    """What is known of an activation before its grid is learned; float32 `[*layers]` each.
+
+    Attributes:
+      mean_abs: mean of `|x|`.
+      mean: mean of `x`.
+      std: standard deviation of `x`.
+      low: smallest value.
+      high: largest value.
+    """
+
+    mean_abs: Array
+    mean: Array
+    std: Array
+    low: Array
+    high: Array
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """A hashable value (a frozen dataclass) that says how an array is quantized in training.
+
+    Weights: `q = encode(w, learned, spec)` and `y = values(w, learned, q)`; `y` is `dequantize(q)`
+    bit for bit, and differentiable in `w` and `learned`. Activations: what was rounded on the grid
+    of `grid(learned, spec)` gets its gradients from `pass_activation`.
+    """
+
+    @property
+    def learns(self) -> tuple[str, ...]:
+        """Names of the arrays that are trained beside the weights."""
+        ...
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of arrays that `init` makes and that are not trained."""
+        ...
+
+    def init(
+        self, w: Array, spec: QSpec, *, minor: tuple[int, ...] = (), batch_axes: int = 0
+    ) -> dict[str, Array]:
+        """What is learned of a weight, before training; arguments as of `jaxquant.quantize`.
+
+        Returns:
+          float32 `[*batch, *groups]` each, as `QTensor.scale`; names not needed by `spec` are
+          left out.
+        """
+        ...
+
+    def encode(
+        self,
+        w: Array,
+        learned: Learned,
+        spec: QSpec,
+        *,
+        minor: tuple[int, ...] = (),
+        batch_axes: int = 0,
+    ) -> QTensor:
+        """Codes and scales of a weight, constant to `jax.grad`; may be traced."""
+        ...
+
+    def values(self, w: Array, learned: Learned, q: QTensor) -> Array:
+        """`dequantize(q)` in the dtype of `w`, with gradients to `w` and `learned`."""
+        ...
+
+    def init_activation(self, moments: Moments, spec: QSpec) -> dict[str, Array]:
+        """What is learned of an activation, before training: float32 `[*layers]` each."""
+        ...
+
+    def grid(self, learned: Learned, spec: QSpec) -> tuple[Array, Array | None]:
+        """Scale (float32) and zero point (int32, in the format's own codes) of an activation."""
+        ...
+
+    def pass_activation(self, x: Array, rounded: Array, learned: Learned, spec: QSpec) -> Array:
+        """`rounded`, what `x` became on the grid, with gradients to `x` and `learned`."""
+        ...
+
+    def rescaled(self, learned: Learned, old: QSpec, new: QSpec) -> dict[str, Array]:
+        """What is learned, for the same clipping range with another number of bits."""
+        ...
+
+
+def positive(a: Any) -> Array:
+    """`max(|a|, 2^-100)` in float32: a step that training pushed through zero is reflected.
+
+    >>> positive(jnp.array([0.5, -0.25])).tolist()
+    [0.5, 0.25]
+    """
+    return jnp.maximum(jnp.abs(jnp.asarray(a, jnp.float32)), SMALLEST)
+
+
+def direction(a: Array) -> Array:
+    """The derivative of `positive`, taken as that of `|a|`: 1, or -1 below zero.
+
+    At zero and below `2^-100` it does not vanish, or a step could never grow again.
+    """
+    return jnp.where(a < 0, -1.0, 1.0)
+
+
+def ends(spec: QSpec) -> tuple[float, float]:
+    """The least and greatest value of a format, unscaled."""
+    return float(spec.format.min), float(spec.format.max)
+
+
+def largest(spec: QSpec) -> float:
+    """The largest magnitude of a format, unscaled."""
+    return max(abs(spec.format.min), abs(spec.format.max))
+
+
+def middle(spec: QSpec) -> int | None:
+    """The zero point of an asymmetric spec whose range is not learned: half of the codes below it.
+
+    >>> middle(QSpec("uint4", symmetric=False)), middle(QSpec("int4", symmetric=False))
+    (8, 0)
+    """
+    return None if spec.symmetric else (spec.format.qmin + spec.format.qmax + 1) // 2
+
+
+def same_range(steps: Array, old: QSpec, new: QSpec) -> Array:
+    """Steps of `new` that cover what `steps` of `old` do: `s (max - min)_old / (max - min)_new`.
+
+    >>> float(same_range(jnp.float32(1.0), QSpec("int8"), QSpec("int4")))
+    17.0
+    """
+    (low, high), (new_low, new_high) = ends(old), ends(new)
+    return steps * jnp.float32((high - low) / (new_high - new_low))
+
+
+def on_format(v: Array, spec: QSpec) -> Array:
+    """The value of the format nearest to `v`, float32; integers are not cut off at the ends."""
+    if spec.format.is_integer:
+        return jnp.round(v)
+    return decode(encode(v, spec.format), spec.format)

@@ -1,0 +1,234 @@
+"""Estimators whose codes lie on a grid of scales and zero points: the rules, written once.
+
+One elementwise rule serves weights, with a step for each block of their `QTensor`, and
+activations, with a scalar step. An estimator adds how a grid follows from what it learns, and the
+slopes of its paper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxquant.qtensor import (
+    QTensor,
+    dequantize,
+    encode_given,
+    storage_scale,
+    store_scale,
+)
+from jaxquant.spec import QSpec
+from jaxquant.ste.base import Learned, direction, ends, on_format
+from jaxquant.ste.blocks import laid_out, members, over_blocks, to_blocks
+
+Scales = tuple[Array, Array | None, Array | None]
+Slopes = tuple[Array, dict[str, Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Where values lie relative to their grid; arrays that broadcast with each other.
+
+    Attributes:
+      x: the values, float32.
+      v: `x / S`.
+      rounded: `v` rounded to the format, of use where it is inside.
+      low: the least value of the grid in units of `S`, `qmin - Z`.
+      high: the greatest, `qmax - Z`.
+      learned: what is learned, laid out to broadcast with `x`.
+    """
+
+    x: Array
+    v: Array
+    rounded: Array
+    low: Any
+    high: Any
+    learned: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gridded:
+    """Base of estimators with a grid; see `Estimator` for the methods."""
+
+    learns: ClassVar[tuple[str, ...]] = ()
+    constants: ClassVar[tuple[str, ...]] = ()
+
+    def scales(self, learned: Learned, spec: QSpec) -> Scales:
+        """Scale, zero point (float32) and global scale, from arrays of one core: `[*groups]`."""
+        raise NotImplementedError
+
+    def slopes(self, at: Point, spec: QSpec) -> Slopes:
+        """Where the gradient of `x` passes, and the derivative in all that is learned."""
+        raise NotImplementedError
+
+    def gain(self, count: Any, spec: QSpec) -> Any:
+        """Factor on the gradients of what is learned, `count` values sharing it."""
+        del count, spec
+        return 1.0
+
+    def encode(
+        self,
+        w: Array,
+        learned: Learned,
+        spec: QSpec,
+        *,
+        minor: tuple[int, ...] = (),
+        batch_axes: int = 0,
+    ) -> QTensor:
+        """See `Estimator.encode`."""
+        w, learned = lax.stop_gradient((jnp.asarray(w), {n: learned[n] for n in self._own(spec)}))
+        return _encode(self, w, learned, spec, minor, batch_axes)
+
+    def values(self, w: Array, learned: Learned, q: QTensor) -> Array:
+        """See `Estimator.values`."""
+        return _values(self, w, {n: learned[n] for n in self._own(q.spec)}, q)
+
+    def grid(self, learned: Learned, spec: QSpec) -> tuple[Array, Array | None]:
+        """See `Estimator.grid`."""
+        return _grid(self, lax.stop_gradient({n: learned[n] for n in self._own(spec)}), spec)
+
+    def pass_activation(self, x: Array, rounded: Array, learned: Learned, spec: QSpec) -> Array:
+        """See `Estimator.pass_activation`."""
+        return _passed(self, spec, x, rounded, {n: learned[n] for n in self._own(spec)})
+
+    def _own(self, spec: QSpec) -> tuple[str, ...]:
+        """Names of what is learned for a spec."""
+        del spec
+        return self.learns
+
+
+def stored_steps(steps: Array, spec: QSpec) -> tuple[Array, Array | None]:
+    """Steps as scales of the spec's dtype, and the global scale where the spec has one.
+
+    The global scale puts the largest step on the largest scale, as `quantize` does.
+
+    >>> stored_steps(jnp.float32(0.75), QSpec("mxfp4"))[0].astype(jnp.float32).tolist()
+    1.0
+    """
+    if not spec.global_scale or spec.format.is_integer:
+        return store_scale(steps, spec), None
+    top = np.float32(jnp.finfo(spec.scale_dtype).max)
+    total = jnp.maximum(jnp.max(steps, initial=0.0) / top, jnp.finfo(jnp.float32).tiny)
+    return store_scale(steps / total, spec), total
+
+
+def _point(
+    x: Array, scale: Array, zero: Array | None, learned: dict[str, Array], spec: QSpec
+) -> Point:
+    low, high = ends(spec)
+    x = x.astype(jnp.float32)
+    v = x / scale
+    shift: Any = 0.0 if zero is None else zero
+    return Point(x, v, on_format(v, spec), low - shift, high - shift, learned)
+
+
+# Compiled by themselves, so that codes made outside of a program are those made within one.
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _encode(
+    estimator: Gridded,
+    w: Array,
+    learned: dict[str, Array],
+    spec: QSpec,
+    minor: tuple[int, ...],
+    batch_axes: int,
+) -> QTensor:
+    def one(row: Array, learned: dict[str, Array]) -> QTensor:
+        scale, zero, total = estimator.scales(learned, spec)
+        return encode_given(row, scale, zero, total, spec, minor=minor)
+
+    if not batch_axes:
+        return one(w, learned)
+    batch = w.shape[:batch_axes]
+    flat = math.prod(batch)
+    rows, each = jax.tree.map(lambda a: a.reshape(flat, *a.shape[batch_axes:]), (w, learned))
+    return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), jax.vmap(one)(rows, each))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _values(estimator: Gridded, w: Array, learned: dict[str, Array], q: QTensor) -> Array:
+    return dequantize(q).astype(w.dtype)
+
+
+def _values_fwd(
+    estimator: Gridded, w: Array, learned: dict[str, Array], q: QTensor
+) -> tuple[Array, Any]:
+    return dequantize(q).astype(w.dtype), (w, learned, q)
+
+
+def _values_bwd(estimator: Gridded, kept: Any, g: Array) -> tuple[Array, dict[str, Array], None]:
+    w, learned, q = kept
+    zero = None if q.zero_point is None else laid_out(q, q.zero_point.astype(jnp.float32))
+    learned_here = {n: laid_out(q, a) for n, a in learned.items()}
+    at = _point(w, laid_out(q, storage_scale(q)), zero, learned_here, q.spec)
+    inside, slopes = estimator.slopes(at, q.spec)
+    gain = estimator.gain(members(q), q.spec)
+    if not isinstance(gain, float):
+        gain = jnp.broadcast_to(gain, (*q.batch, *q.groups))
+    g32 = g.astype(jnp.float32)
+    # One pass over the array in its own order, then the sums: fused with the transposition that
+    # blocks may need, XLA's CPU backend takes 2 to 10 times as long.
+    each = lax.optimization_barrier({n: g32 * slopes[n] for n in learned})
+    to_learned = {n: over_blocks(q, to_blocks(q, a)) * gain for n, a in each.items()}
+    return jnp.where(inside, g, 0).astype(w.dtype), _signed(to_learned, learned), None
+
+
+_values.defvjp(_values_fwd, _values_bwd)
+
+
+def _signed(gradients: dict[str, Array], learned: dict[str, Array]) -> dict[str, Array]:
+    """Gradients in the dtypes of what is learned; offsets alone have a sign of their own."""
+    return {
+        n: (g if n == "offset" else g * direction(learned[n])).astype(learned[n].dtype)
+        for n, g in gradients.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _grid(estimator: Gridded, learned: dict[str, Array], spec: QSpec) -> tuple[Array, Array | None]:
+    def one(learned: dict[str, Array]) -> tuple[Array, Array | None]:
+        scale, zero, total = estimator.scales(learned, spec)
+        scale = scale.astype(jnp.float32)
+        if total is not None:
+            scale = scale * total
+        return scale, None if zero is None else zero.astype(jnp.int32)
+
+    for _ in jax.tree.leaves(learned)[0].shape:
+        one = jax.vmap(one)
+    return one(learned)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _passed(
+    estimator: Gridded, spec: QSpec, x: Array, rounded: Array, learned: dict[str, Array]
+) -> Array:
+    return rounded
+
+
+def _passed_fwd(
+    estimator: Gridded, spec: QSpec, x: Array, rounded: Array, learned: dict[str, Array]
+) -> tuple[Array, Any]:
+    return rounded, (x, learned)
+
+
+def _passed_bwd(
+    estimator: Gridded, spec: QSpec, kept: Any, g: Array
+) -> tuple[Array, None, dict[str, Array]]:
+    x, learned = kept
+    scale, zero_point = estimator.grid(learned, spec)
+    zero = None if zero_point is None else zero_point.astype(jnp.float32)
+    at = _point(x, scale, zero, learned, spec)
+    inside, slopes = estimator.slopes(at, spec)
+    gain = estimator.gain(np.float32(x.size / x.shape[0] if x.ndim and x.size else 1.0), spec)
+    g32 = g.astype(jnp.float32)
+    to_learned = {n: jnp.sum(g32 * slopes[n]) * gain for n in learned}
+    return jnp.where(inside, g, 0).astype(x.dtype), None, _signed(to_learned, learned)
+
+
+_passed.defvjp(_passed_fwd, _passed_bwd)
