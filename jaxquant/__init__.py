@@ -4,7 +4,7 @@
 from float ones by a recipe. See the README for five-line examples.
 """
 
-from jaxquant import linen, nnx, observers
+from jaxquant import linen, nnx, observers, ste
 from jaxquant.capture import Statistics, activation_report, capture
 from jaxquant.encoders import rtn
 from jaxquant.fold import fold_batchnorm
@@ -13,6 +13,14 @@ from jaxquant.numerics import BlockFormat, Format, codebook_format
 from jaxquant.numerics.table import formats
 from jaxquant.params import combine, dequantize_params, partition, quantize_params
 from jaxquant.ptq import ptq
+from jaxquant.qat import (
+    QuantState,
+    Schedule,
+    convert,
+    fake_quant_params,
+    fake_quantized,
+    init_quant_state,
+)
 from jaxquant.qtensor import QTensor, dequantize, quantize
 from jaxquant.recipe import (
     Recipe,
@@ -25,6 +33,7 @@ from jaxquant.recipe import (
     int6,
     int7,
     int8,
+    int8_training,
     mxfp4,
     nf4,
     uint8,
@@ -36,7 +45,7 @@ from jaxquant.recipe import (
     w8a16,
 )
 from jaxquant.report import ActivationReport, Edge, Event, LeafReport, Report, SiteReport
-from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
+from jaxquant.spec import Gradients, PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
 __version__ = "0.1.0"
 
@@ -46,6 +55,7 @@ __all__ = [
     "Edge",
     "Event",
     "Format",
+    "Gradients",
     "LeafReport",
     "PerBlock",
     "PerChannel",
@@ -53,9 +63,11 @@ __all__ = [
     "PerTensor",
     "QSpec",
     "QTensor",
+    "QuantState",
     "Recipe",
     "Report",
     "Rule",
+    "Schedule",
     "Site",
     "SiteReport",
     "Sites",
@@ -64,11 +76,15 @@ __all__ = [
     "capture",
     "codebook_format",
     "combine",
+    "convert",
     "dequantize",
     "dequantize_params",
+    "fake_quant_params",
+    "fake_quantized",
     "fold_batchnorm",
     "formats",
     "fp8",
+    "init_quant_state",
     "int2",
     "int3",
     "int4",
@@ -76,6 +92,7 @@ __all__ = [
     "int6",
     "int7",
     "int8",
+    "int8_training",
     "linen",
     "mxfp4",
     "nf4",
@@ -87,6 +104,7 @@ __all__ = [
     "quantize_params",
     "quantized",
     "rtn",
+    "ste",
     "trace",
     "uint8",
     "w4a8",

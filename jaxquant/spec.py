@@ -284,6 +284,7 @@ class Gradients:
       input: spec of `g` where it gives the gradient of the input; `None` contracts in float.
       weight: spec of `g` where it gives the gradient of the weight; `None` contracts in float.
       stochastic: round `g` to one of the two neighbours at random, so that gradients stay unbiased.
+        Integers then take `range="qmax"`: by `"half"` the extremes lie beyond the last code.
 
     Raises:
       ValueError: neither, or a spec of another granularity than `PerTensor()` or `PerChannel()`, or
@@ -315,6 +316,9 @@ class Gradients:
                     f"Gradients: {name}: expected a signed integer or 8-bit float format, "
                     f"got {fmt.name}"
                 )
+            if self.stochastic and fmt.is_integer and spec.range == "half":
+                spec = dataclasses.replace(spec, range="qmax")
+                object.__setattr__(self, name, spec)
             if spec.granularity not in (PerTensor(), PerChannel()):
                 raise ValueError(
                     f"Gradients: {name}: expected PerTensor() or PerChannel() (a scale for each "

@@ -53,13 +53,14 @@ class Plan:
         check_same(jax.eval_shape(self.start), stats, where)
 
 
-def plan_of(call: Call, recipe: Recipe | Observer, where: str) -> Plan:
+def plan_of(call: Call, recipe: Recipe | Observer, where: str, *, part: bool = False) -> Plan:
     """Finds what a recipe's observers are to observe; spends no FLOPs.
 
     Args:
       call: the call, its params float or quantized.
       recipe: rules with observers; or one observer, for all activations that are contracted.
       where: the function this is for, for errors.
+      part: the call may be of a part of the model, where some rules match no site, or none does.
 
     Raises:
       ValueError: the recipe has no observer; a rule with one matches no site; a site is where no
@@ -86,8 +87,9 @@ def plan_of(call: Call, recipe: Recipe | Observer, where: str) -> Plan:
             observed[known[kind]] = place, chosen
         for key in place.keys:
             sites.setdefault(key, {})[place.slot.name] = known[kind]
-    _require_used(recipe, used, places, where)
-    if not observed:
+    if not part:
+        _require_used(recipe, used, places, where)
+    if not observed and not part:
         raise ValueError(
             f"{where}: the function contracts no activations, so there is nothing to observe"
         )

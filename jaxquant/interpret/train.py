@@ -61,7 +61,12 @@ class Train(Serve):
 
         over, _ = dimensions(site.eqn, "rhs" if flipped else "lhs")
         rounded = _rounded(x, held, tuple(over))
-        if held.gradients is not None and site.eqn.primitive.name == "dot_general":
+        explicit = _compat.explicit_sharding(x) is not None or site.eqn.params.get("out_sharding")
+        if (
+            held.gradients is not None
+            and site.eqn.primitive.name == "dot_general"
+            and not explicit  # where JAX itself must say how each gradient is laid out
+        ):
             return ops.dot_trained(
                 lambda x, q: served(x, q, []),
                 x,
@@ -99,8 +104,8 @@ def _gradients_rounded(
 ) -> Array:
     """What has the gradients of a product, rounded for each operand as its spec says.
 
-    Other contractions than `dot_general` have no form of their gradient on integers here: they take
-    rounded gradients in float.
+    Other contractions than `dot_general`, and those on an explicit mesh, have no form of their
+    gradient on integers here: they take rounded gradients in float.
     """
     assert held.gradients is not None
     to_x, to_w = product(x, lax.stop_gradient(w)), product(lax.stop_gradient(x), w)

@@ -203,13 +203,18 @@ def quantized(
     ((2, 8), 9.0)
     """
     where = "linen.quantized"
+    require_module(model, where, "jaxquant.quantized")
+    return QuantizedModel(model, None if recipe is None else as_recipe(recipe, where))
+
+
+def require_module(model: Any, where: str, for_functions: str) -> None:
+    """Raises for what is no Linen module, naming what takes functions in its place."""
     owner = getattr(model, "__self__", None)
     if isinstance(owner, nn.Module):
         raise ValueError(
             f"{where}: expected the module itself, got its method {model.__name__}; functions, "
-            "such as model.apply, are for jaxquant.quantized"
+            f"such as model.apply, are for {for_functions}"
         )
     if not isinstance(model, nn.Module):
         kind = "a class; make an instance" if isinstance(model, type) else type(model).__name__
         raise ValueError(f"{where}: expected a Linen module, got {kind}")
-    return QuantizedModel(model, None if recipe is None else as_recipe(recipe, where))

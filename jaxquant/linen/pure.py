@@ -45,7 +45,7 @@ def prepared(call: Call, variables: Any, recipe: Recipe | None) -> Call | None:
     if recipe is None and held:
         return call
     sites = sites_of(call)
-    if not held and _unconcerned(sites, recipe):
+    if not held and unconcerned(sites, recipe):
         return None
     if recipe is None:
         return call
@@ -55,7 +55,7 @@ def prepared(call: Call, variables: Any, recipe: Recipe | None) -> Call | None:
     return dataclasses.replace(call, leaves=new + call.leaves[len(new) :])
 
 
-def _unconcerned(sites: Sites, recipe: Recipe | None) -> bool:
+def unconcerned(sites: Sites, recipe: Recipe | None) -> bool:
     """Whether all that the recipe matches lies elsewhere.
 
     Of a leaf that the call computes with and cannot quantize, the recipe's user must hear.

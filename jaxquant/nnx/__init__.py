@@ -1,6 +1,22 @@
-"""The door for Flax NNX: `ptq` quantizes a copy, `capture` observes, `fold_batchnorm` folds."""
+"""The door for Flax NNX: `ptq` quantizes a copy, `capture` observes, `fold_batchnorm` folds.
+
+`fake_quantize` makes a copy to be trained, and `convert` a quantized model of that.
+"""
 
 from jaxquant.nnx.doors import capture, fold_batchnorm, ptq
 from jaxquant.nnx.model import Quantized
+from jaxquant.nnx.state import LearnedParam, QuantStat, QuantVariables
+from jaxquant.nnx.training import FakeQuantized, convert, fake_quantize
 
-__all__ = ["Quantized", "capture", "fold_batchnorm", "ptq"]
+__all__ = [
+    "FakeQuantized",
+    "LearnedParam",
+    "QuantStat",
+    "QuantVariables",
+    "Quantized",
+    "capture",
+    "convert",
+    "fake_quantize",
+    "fold_batchnorm",
+    "ptq",
+]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -17,8 +19,50 @@ from jaxquant.qtensor import is_qtensor
 
 _TAG = "jaxquant"  # of the update contexts below
 
+Within = Callable[[nnx.Module], AbstractContextManager[Any]]
+Pure = Callable[..., Any]
+Held = Sequence[tuple[int, nnx.Variable[Any], Any]]
 
-class Quantized(nnx.Module):
+
+class Wrapped(nnx.Module):
+    """A model whose methods compute otherwise than they say: as `_compute` has it.
+
+    Attributes:
+      model: the model's own graph.
+    """
+
+    def __init__(self, model: nnx.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model."""
+        return self._compute("__call__", args, kwargs)
+
+    def _compute(self, name: str, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        # reached only by what the wrapper itself lacks; early on (unpickling, copying) also `model`
+        model = None if name.startswith("_") or name == "model" else vars(self).get("model")
+        if model is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        found = inspect.getattr_static(type(model), name, None)
+        if isinstance(found, (staticmethod, classmethod)):
+            return getattr(model, name)
+        if not inspect.isroutine(found):
+            raise AttributeError(
+                f"{type(model).__name__} has no method {name!r}; for its other attributes "
+                f"go through the submodule, as in qmodel.model.{name}"
+            )
+
+        @functools.wraps(found)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return self._compute(name, args, kwargs)
+
+        return method
+
+
+class Quantized(Wrapped):
     """An NNX model whose methods contract on the codes of its quantized parameters.
 
     It has the methods of the model's class, each transformed as `jaxquant.quantized` transforms a
@@ -40,73 +84,76 @@ class Quantized(nnx.Module):
     ((3, 16), (2, 8))
     """
 
-    def __init__(self, model: nnx.Module) -> None:
-        self.model = model
+    def _compute(self, name: str, args: Any, kwargs: Any) -> Any:
+        held = [(i, v, v.get_raw_value()) for i, v in enumerate(variables(self.model))]
+        held = [(i, v, q) for i, v, q in held if is_qtensor(q)]
+        if not held:
+            return getattr(self.model, name)(*args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model."""
-        return _run(self.model, "__call__", args, kwargs)
+        def served(pure: Callable[[Within], Pure], params: Any, inputs: Any) -> Any:
+            return serve(trace_call(pure(contextlib.nullcontext), params, inputs, {}))[0]
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        # reached only by what the wrapper itself lacks; early on (unpickling, copying) also `model`
-        model = None if name.startswith("_") or name == "model" else vars(self).get("model")
-        if model is None:
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        found = inspect.getattr_static(type(model), name, None)
-        if isinstance(found, (staticmethod, classmethod)):
-            return getattr(model, name)
-        if not inspect.isroutine(found):
-            raise AttributeError(
-                f"{type(model).__name__} has no method {name!r}; for its other attributes "
-                f"go through the submodule, as in qmodel.model.{name}"
-            )
-
-        @functools.wraps(found)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            return _run(model, name, args, kwargs)
-
-        return method
+        return run_method(self.model, name, args, kwargs, held, served)
 
 
-def _run(model: nnx.Module, name: str, args: Any, kwargs: Any) -> Any:
-    """Calls a method of a model with quantized parameters, and updates the model's state.
+def run_method(
+    model: nnx.Module,
+    name: str,
+    args: Any,
+    kwargs: Any,
+    held: Held,
+    evaluate: Callable[[Callable[[Within], Pure], Any, Any], Any],
+    always: bool = False,
+) -> Any:
+    """Calls a method of a model, evaluated by a transform, and updates the model's state.
 
     The model and NNX objects among the arguments (`rngs=`) go through the transform as one graph,
     as they do through `nnx.jit`: shared variables stay shared, what the method changes is changed.
+
+    Args:
+      model: the model.
+      name: the method's name.
+      args: its arguments.
+      kwargs: its keyword arguments.
+      held: variables that stay as they are, with their index among all and their value.
+      evaluate: `(pure, params, inputs)` to the result of `pure(within)(params, *inputs)`, where
+        `within(model)` is a context that the method runs in.
+      always: return the state even where the method has not changed it.
     """
-    held = [(i, v, v.get_raw_value()) for i, v in enumerate(_variables(model))]
-    held = [(i, v, q) for i, v, q in held if is_qtensor(q)]
-    if not held:
-        return getattr(model, name)(*args, **kwargs)
     given, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
     inputs = [None if _is_object(x) else x for x in given]
     traced: list[Any] = []  # what only the trace tells: how to rebuild results, if state changed
 
-    def call(params: Any, moving: Any, others: list[Any], inputs: list[Any]) -> Any:
-        with nnx.merge_context(_TAG, inner=True) as merging:
-            inner = merging.merge(graphdef, params, moving, rest)
-            objects = [merging.merge(d, s) for d, s in zip(graphdefs, others, strict=True)]
-        variables = _variables(inner)
-        constants = [variables[i] for i, _, _ in held]
-        left = iter(objects)
-        whole = [next(left) if _is_object(a) else b for a, b in zip(given, inputs, strict=True)]
-        new_args, new_kwargs = jax.tree.unflatten(tree, whole)
-        arrays, rebuild = arrays_of(getattr(inner, name)(*new_args, **new_kwargs))
-        for variable in constants:
-            variable.set_raw_value(None)
-        with nnx.split_context(_TAG) as splitting:
-            parts = splitting.split(inner, nnx.Param, INPUTS, ...)
-            after = [parts, *map(splitting.split, objects)]
-        same = _same((graphdef, *graphdefs), ((params, moving, rest), *others), after)
-        traced[:] = [rebuild, same]
-        return arrays, None if same else after
+    def pure(within: Within) -> Pure:
+        def call(params: Any, moving: Any, others: list[Any], inputs: list[Any]) -> Any:
+            with nnx.merge_context(_TAG, inner=True) as merging:
+                inner = merging.merge(graphdef, params, moving, rest)
+                objects = [merging.merge(d, s) for d, s in zip(graphdefs, others, strict=True)]
+            found = variables(inner)
+            constants = [found[i] for i, _, _ in held]
+            left = iter(objects)
+            whole = [next(left) if _is_object(a) else b for a, b in zip(given, inputs, strict=True)]
+            new_args, new_kwargs = jax.tree.unflatten(tree, whole)
+            with within(inner):
+                arrays, rebuild = arrays_of(getattr(inner, name)(*new_args, **new_kwargs))
+            for variable in constants:
+                variable.set_raw_value(None)
+            with nnx.split_context(_TAG) as splitting:
+                parts = splitting.split(inner, nnx.Param, INPUTS, ...)
+                after = [parts, *map(splitting.split, objects)]
+            before = (params, moving, rest), *others
+            same = not always and _same((graphdef, *graphdefs), before, after)
+            traced[:] = [rebuild, same]
+            return arrays, None if same else after
+
+        return call
 
     with nnx.update_context(_TAG):
         with nnx.split_context(_TAG) as splitting:
             graphdef, params, moving, rest = splitting.split(model, nnx.Param, INPUTS, ...)
             pairs = [splitting.split(x) for x in given if _is_object(x)]
         graphdefs, others = [d for d, _ in pairs], [s for _, s in pairs]
-        arrays, after = serve(trace_call(call, params, (moving, others, inputs), {}))[0]
+        arrays, after = evaluate(pure, params, (moving, others, inputs))
         rebuild, same = traced
         if not same:
             with nnx.merge_context(_TAG, inner=False) as merging:
@@ -129,7 +176,8 @@ def _same(graphdefs: Any, before: Any, after: Any) -> bool:
     return all(new is None or new is old for new, old in pairs)
 
 
-def _variables(model: nnx.Module) -> list[nnx.Variable[Any]]:
+def variables(model: nnx.Module) -> list[nnx.Variable[Any]]:
+    """All variables of a model, in the order of its graph."""
     return [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Variable)]
 
 

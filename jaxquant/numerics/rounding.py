@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 # Up to this many values, comparing with every bound beats a binary search: no gather, one fused
@@ -28,19 +28,30 @@ def nearest_even(x: ArrayLike) -> Array:
 
 
 def bernoulli(probability: Array, key: Array) -> Array:
-    """True with the given probability, compared as integers.
+    """True with the given probability, to a resolution of `2^-16`.
 
-    `P(True) = floor(p * 2^32) / 2^32` for `p` in `[0, 1)`. Bits are drawn for the logical shape, so
-    the outcome of one key is the same under jit, eagerly, and for every sharding of `probability`.
+    `P(True) = round(2^16 p) / 2^16`. Bits are drawn for the logical shape, so the outcome of one key
+    is the same under jit, eagerly, and for every sharding of `probability`.
     """
-    threshold = (probability.astype(jnp.float32) * 2.0**32).astype(jnp.uint32)
-    return jax.random.bits(key, probability.shape, jnp.uint32) < threshold
+    threshold = jnp.round(probability.astype(jnp.float32) * 2.0**16).astype(jnp.uint32)
+    return _halves_of_words(key, probability.shape).astype(jnp.uint32) < threshold
+
+
+def _halves_of_words(key: Array, shape: tuple[int, ...]) -> Array:
+    """16 random bits each: drawing is what rounding at random costs, and a word serves two."""
+    if not shape:
+        return _halves_of_words(key, (1,)).reshape(())
+    *lead, last = shape
+    pairs = -(-last // 2)
+    words = jax.random.bits(key, (*lead, pairs), jnp.uint32)
+    halves = lax.bitcast_convert_type(words, jnp.uint16).reshape(*lead, 2 * pairs)
+    return halves if last % 2 == 0 else lax.slice_in_dim(halves, 0, last, axis=-1)
 
 
 def stochastic(x: ArrayLike, key: Array) -> Array:
     """Rounds each element to one of its two neighbouring integers at random, without bias.
 
-    `E[stochastic(x)] = x`: up with probability `x - floor(x)`, to a resolution of `2^-32`.
+    `E[stochastic(x)] = x`: up with probability `x - floor(x)`, to a resolution of `2^-16`.
 
     Any shape; computed in float32, the dtype of `x` is kept. NaN and infinities stay. One key gives
     one result, however it is compiled or sharded.

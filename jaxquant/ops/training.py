@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.ops.activations import fake, shared_axes
+from jaxquant.ops import lowering
+from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared_axes
+from jaxquant.ops.contract import contract
 from jaxquant.ops.dot_call import Call
 from jaxquant.ops.dot_general import evaluated
-from jaxquant.qtensor import QTensor, dequantize, encode_array
-from jaxquant.spec import Gradients, QSpec
+from jaxquant.ops.operands import Operand, int8_codes, integer_range
+from jaxquant.qtensor import QTensor, dequantize, encode_array, storage_codes, storage_scale
+from jaxquant.spec import Gradients, PerTensor, QSpec
 
 
 def with_gradients_of(
@@ -102,6 +106,9 @@ def dot_trained(
     )
     spec = q.use.activations
 
+    w_side = _Side(tuple(others), tuple(others_batch), q.ndim)
+    x_side = _Side(tuple(own), tuple(own_batch), x.ndim)
+
     @jax.custom_vjp
     def call(x: Array, rounded: Array, q: QTensor, values: Array, key: Any) -> Array:
         return forward(x, q)
@@ -111,16 +118,18 @@ def dot_trained(
         if gradients.weight is not None and spec is not None:
             # dynamic codes are those that the contraction is computed with
             dynamic = shared_axes(spec, own, x.ndim) is not None and q.calibration is None
-            kept = encode_array(x if dynamic else rounded, spec.at(tuple(own), x.ndim))
+            kept, over = x_side.matrix(x if dynamic else rounded)
+            kept = encode_array(kept, spec.at(over, kept.ndim))
         return forward(x, q), (kept, q, key)
 
     def bwd(residuals: Any, g: Array) -> tuple[Any, ...]:
         kept, q, key = residuals
         to_x, to_w = _keys(key, g) if gradients.stochastic else (None, None)
-        w_side = _Side(tuple(others), tuple(others_batch), q.ndim)
-        x_side = _Side(tuple(own), tuple(own_batch), kept.ndim)
         dx = _product(g, q, gradients.input, to_x, w_side, x_side, flipped, rest)
-        dw = _product(g, kept, gradients.weight, to_w, x_side, w_side, not flipped, rest)
+        if isinstance(kept, QTensor) and gradients.weight is not None and not x_side.batch:
+            dw = _weight_gradient(g, kept, q, gradients.weight, to_w, x_side, w_side, flipped)
+        else:
+            dw = _product(g, kept, gradients.weight, to_w, x_side, w_side, not flipped, rest)
         return None, dx.astype(rounded.dtype), None, dw.astype(values.dtype), None
 
     call.defvjp(fwd, bwd)
@@ -133,6 +142,13 @@ class _Side:
     def __init__(self, contract: tuple[int, ...], batch: tuple[int, ...], ndim: int) -> None:
         self.contract, self.batch = contract, batch
         self.free = tuple(a for a in range(ndim) if a not in contract and a not in batch)
+
+    def matrix(self, x: Array) -> tuple[Array, tuple[int, ...]]:
+        """`[free, contracted]`, flattened, and the contracted axis; unchanged with batch axes."""
+        if self.batch:
+            return x, self.contract
+        rows = math.prod(x.shape[a] for a in self.free)
+        return jnp.transpose(x, (*self.free, *self.contract)).reshape(rows, -1), (1,)
 
 
 def _product(
@@ -178,6 +194,41 @@ def _product(
     return jnp.transpose(out, [place[a] for a in range(out.ndim)])
 
 
+def _weight_gradient(
+    g: Array,
+    kept: QTensor,
+    q: QTensor,
+    spec: QSpec,
+    key: Array | None,
+    x_side: _Side,
+    w_side: _Side,
+    flipped: bool,
+) -> Array:
+    """`dw[k, n] = sum_m q_x[m, k] Q(s_x g)[m, n]` on matrices, laid out as the weight."""
+    sizes = [q.shape[a] for a in (*w_side.contract, *w_side.free)]
+    columns = math.prod(q.shape[a] for a in w_side.free)
+    g = g.reshape(columns, -1).T if flipped else g.reshape(-1, columns)
+    own, fmt = None if key is None else jax.random.wrap_key_data(key), kept.spec.format
+    limits, rows = integer_range(fmt), lowering.static_size(g.shape, (0,))
+    plain = limits is not None and kept.zero_point is None and not has_zero(kept.spec)
+    plain = plain and spec.format.is_integer and integer_range(spec.format) is not None
+    if not plain or limits is None or not lowering.fits_int32(rows, False, False):
+        x2, w2 = _Side((1,), (), 2), _Side((0,), (), 2)
+        rest = (None, None)
+        out = _product(g, kept, spec, key, x2, w2, True, rest)
+    else:
+        scaled = g.astype(jnp.float32) * (storage_scale(kept) * limits[2])
+        over = (0, 1) if spec.granularity == PerTensor() else (0,)
+        # quantized as it lies; a CPU contracts int8 fast along the last axis, so x is turned, which
+        # of int8 takes little
+        codes, scale, _ = quantize_activation(scaled, spec, over, own)
+        turned = lax.optimization_barrier(int8_codes(storage_codes(kept), fmt)[0]).T
+        left = Operand(turned, None, None, (), (0,), (), (1,))
+        out = contract(left, Operand(codes, scale, None, (), (1,), (), (0,)))
+    places = (*w_side.contract, *w_side.free)
+    return jnp.transpose(out.reshape(sizes), [places.index(a) for a in range(q.ndim)])
+
+
 def _keys(key: Array | None, g: Array) -> tuple[Array | None, Array | None]:
     """Keys for both uses of `g`: of the given one and of what `g` holds.
 
@@ -187,6 +238,6 @@ def _keys(key: Array | None, g: Array) -> tuple[Array | None, Array | None]:
         return None, None
     bits = lax.bitcast_convert_type(g.astype(jnp.float32), jnp.uint32)
     word = jnp.sum(bits, dtype=jnp.uint32)  # modulo 2^32: the same on any number of devices
-    own = jax.random.fold_in(jax.random.wrap_key_data(key), word)
-    one, two = jax.random.split(own)
-    return jax.random.key_data(one), jax.random.key_data(two)
+    # by words of the key itself: any other key will do, and drawing keys takes long to compile
+    one = key + jnp.stack([word, jnp.uint32(0)])
+    return one, one ^ jnp.asarray([0, 0x9E3779B9], jnp.uint32)

@@ -102,9 +102,9 @@ def apply_recipe(
         seen.setdefault(array, path)
         infos.append(info)
         reports.append((plan, leaf, out[-1], shared))
-    ratios = _sqnr(infos)
+    measured = ratios(infos)
     report = Report(
-        leaves=tuple(_leaf(*r, sqnr) for r, sqnr in zip(reports, ratios, strict=True)),
+        leaves=tuple(leaf_report(*r, sqnr) for r, sqnr in zip(reports, measured, strict=True)),
         recipe=recipe.name,
         notes=tuple(notes),
     )
@@ -132,6 +132,7 @@ def _count_bad(x: Array) -> Array:
 def encode_leaf(
     leaf: Any, plan: Plan, encoder: Encoder, key: Array | None
 ) -> tuple[QTensor, Info | None]:
+    """One leaf quantized, laid out over devices as it was, and how far off it is."""
     own = None if key is None else jax.random.fold_in(key, zlib.crc32(plan.path.encode()))
 
     def run(w: Array, k: Array | None) -> tuple[QTensor, Info]:
@@ -165,15 +166,16 @@ def _abstract(leaf: jax.ShapeDtypeStruct, run: Any) -> QTensor:
     )
 
 
-def _sqnr(infos: list[Info | None]) -> list[float | None]:
-    """All ratios after one wait for the device."""
+def ratios(infos: list[Info | None]) -> list[float | None]:
+    """All SQNR, in decibels, after one wait for the device."""
     sums = jax.device_get([None if i is None else (i.error, i.signal) for i in infos])
     return [None if s is None else Info(*s).sqnr_db for s in sums]
 
 
-def _leaf(
+def leaf_report(
     plan: Plan, before: Any, after: Any, shared: str | None, sqnr: float | None
 ) -> LeafReport:
+    """What became of one leaf; `shared` is the path of the leaf that it is tied to."""
     notes = plan.notes + (() if shared is None else (f"tied: stored once, at {shown(shared)}",))
     if sqnr is not None and math.isnan(sqnr):
         sqnr, notes = None, (*notes, "SQNR not measured: its sums are not finite in float32")

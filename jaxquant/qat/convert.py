@@ -13,10 +13,11 @@ from jax import Array
 
 from jaxquant.encoders import Info, measure
 from jaxquant.interpret.sites import Sites, path_str
+from jaxquant.params.placement import automatic
 from jaxquant.params.plan import Plan, identity
 from jaxquant.params.quantize import check_finite, encode_leaf
 from jaxquant.ptq.fuse import with_offsets
-from jaxquant.qat.leaves import encoded
+from jaxquant.qat.leaves import encoded, with_grid
 from jaxquant.qat.state import QuantState, require_same
 from jaxquant.qtensor import QTensor, is_qtensor
 from jaxquant.recipe import Recipe, Rule, as_recipe
@@ -73,7 +74,8 @@ def convert(params: Any, quant_state: QuantState, recipe: Recipe | Rule | Iterab
             continue
         shared = (identity(path, leaf), path if _own(quant_state, path) else None)
         if shared not in done:
-            done[shared], _ = encode_leaf(leaf, plan, _AsTrained(plan, chosen, quant_state), None)
+            q, _ = encode_leaf(leaf, plan, _AsTrained(plan, chosen, quant_state), None)
+            done[shared] = jax.jit(lambda q, s, p=plan: with_grid(q, p, s))(q, quant_state)
         out.append(done[shared])
     qparams = jax.tree.unflatten(tree, out)
     sites = {site.key: site for plan in quant_state.layout.plans for site in plan.sites}
@@ -119,5 +121,6 @@ class _AsTrained:
         stats: Any = None,
     ) -> tuple[QTensor, Info]:
         """Encodes `w`; all else is known from the plan."""
-        q = jax.jit(lambda w, state: encoded(w, self.plan, self.recipe, state))(w, self.state)
+        with automatic(self.state) as state:
+            q = jax.jit(lambda w, s: encoded(w, self.plan, self.recipe, s))(w, state)
         return q, measure(w, q)

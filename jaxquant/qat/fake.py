@@ -186,11 +186,13 @@ def _require_alike(call: Call, other: Call, where: str) -> None:
         )
 
 
-def observations(call: Call, recipe: Recipe, where: str) -> Observations | None:
-    """What a recipe's observers see of a traced call; `None` if it has none."""
+def observations(
+    call: Call, recipe: Recipe, where: str, *, part: bool = False
+) -> Observations | None:
+    """What a recipe's observers see of a traced call, perhaps of a part; `None` if it has none."""
     if all(rule.observer is None for rule in recipe):
         return None
-    return plan_of(call, recipe, where)
+    return plan_of(call, recipe, where, part=part)
 
 
 def _step(
@@ -202,7 +204,14 @@ def _step(
 ) -> tuple[Any, QuantState]:
     """One use of a state: the result, and the state after it."""
     recipe = state.layout.recipe
-    seen = {id(c): observations(c, recipe, "fake_quantized") for c in (call, frozen)}
+    seen = {id(c): observations(c, recipe, "fake_quantized", part=True) for c in (call, frozen)}
+    for found in seen.values():
+        unknown = [n for n in (found.observed if found else ()) if n not in state.ranges]
+        if unknown:
+            raise ValueError(
+                f"fake_quantized: the call observes {unknown[0]!r}, of which the state has no range; "
+                "make the state with an example of this call"
+            )
 
     def branch(phase: Phase) -> Callable[[QuantState], Any]:
         own = frozen if phase.frozen else call

@@ -65,6 +65,13 @@ def init_quant_state(
     require_trainable(chosen, where)
     call = trace_call(fn, params, arguments(example), kwargs)
     require_float(call, where)
+    return state_for(call, chosen, key, where)
+
+
+def state_for(
+    call: Call, chosen: Recipe, key: Array | None, where: str, *, part: bool = False
+) -> QuantState:
+    """A new state for a traced call, perhaps of a part of the model."""
     plans = plans_of(call, chosen)
     weights = {p: x for p, x in zip(call.paths, call.leaves, strict=True) if p is not None}
     check_finite([(p.path, weights[p.path]) for p in plans if p.spec is not None])
@@ -91,12 +98,12 @@ def init_quant_state(
             constants[plan.path] = {k: v for k, v in made.items() if k in fixed}
 
     learned["activations"] = _activations(call, chosen, plans, where)
-    seen = observations(call, chosen, where)
+    seen = observations(call, chosen, where, part=part)
     ranges: dict[str, Any] = {}
     sites: Seen = ()
     lead: tuple[tuple[str, tuple[int, ...]], ...] = ()
     if seen is not None:
-        stats = _observed(call, chosen, where)
+        stats = _observed(call, chosen, where, part=part)
         ranges = {name: entry.state for name, entry in stats.entries.items()}
         sites = stats.sites
         lead = tuple((name, entry.lead) for name, entry in stats.entries.items())
@@ -107,9 +114,9 @@ def init_quant_state(
     return QuantState(learned, constants, ranges, jnp.zeros((), jnp.int32), key, layout)
 
 
-def _observed(call: Call, recipe: Any, where: str) -> Statistics:
+def _observed(call: Call, recipe: Any, where: str, *, part: bool = False) -> Statistics:
     """What observers see of one call; concrete unless the call is traced."""
-    plan = plan_of(call, recipe, where)
+    plan = plan_of(call, recipe, where, part=part)
     start = plan.start()
     states = {name: seen.state for name, seen in start.entries.items()}
     states = jax.jit(lambda s, leaves, consts: observed_call(plan, s, leaves, consts)[1])(
@@ -131,7 +138,15 @@ def _activations(
     learners = {plan.path: plan for plan in plans if learns_activations(plan) is not None}
     if not learners:
         return {}
-    stats = _observed(call, _Summing(), where)
+    rules = [
+        dataclasses.replace(
+            rule,
+            observer=_Summing() if _learns(rule) else None,
+            activation_estimator=None,
+        )
+        for rule in recipe
+    ]
+    stats = _observed(call, Recipe(rules), where, part=True)
     found = {}
     for path, plan in learners.items():
         keys = [site.key for site in plan.sites if site.primitive != "gather"]
@@ -151,6 +166,10 @@ def _activations(
         assert spec is not None
         found[path] = estimator.init_activation(moments(total), spec)
     return found
+
+
+def _learns(rule: Rule) -> bool:
+    return rule.activation_estimator is not None and bool(rule.activation_estimator.learns)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import zlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.observers import Range, range_to_scale
@@ -54,7 +56,13 @@ def contracted(plan: Plan) -> bool:
 
 
 def encoded(
-    leaf: Array, plan: Plan, recipe: Recipe, state: QuantState | None, bits: int = 0
+    leaf: Array,
+    plan: Plan,
+    recipe: Recipe,
+    state: QuantState | None,
+    bits: int = 0,
+    *,
+    turned: bool = True,
 ) -> QTensor:
     """The codes of a leaf as they are served; traced or not.
 
@@ -64,16 +72,25 @@ def encoded(
       recipe: the whole recipe.
       state: what belongs to it; `None` where nothing does.
       bits: the least bits of integer formats, see `Schedule`.
+      turned: store contracted axes last, which serves few rows; else what makes no difference to
+        sums stays as it lies: integers that meet integers, in whole bytes.
     """
     assert plan.spec is not None and plan.rule is not None
     spec, learned = at_bits(plan, state, bits)
-    q = weight_estimator(plan).encode(
-        leaf, learned, spec, minor=plan.minor, batch_axes=plan.batch_axes
-    )
     activations = wide(plan.rule.activations, bits)
+    exact = spec.format.is_integer and activations is not None and activations.format.is_integer
+    # what was learned has the axes of scales as they are stored
+    lies = not turned and exact and not spec.format.packed and not learned
+    minor = () if lies else plan.minor
+    q = weight_estimator(plan).encode(leaf, learned, spec, minor=minor, batch_axes=plan.batch_axes)
     attention = tuple((pattern, wide(s, bits)) for pattern, s in recipe.attention)
-    q = with_use(q, Use(activations, attention))
-    grid = None if state is None or activations is None else grid_for(plan, state, activations)
+    return with_use(q, Use(activations, attention))
+
+
+def with_grid(q: QTensor, plan: Plan, state: QuantState | None) -> QTensor:
+    """The codes of a leaf with the grid of what it is contracted with, where that is known."""
+    spec = q.use.activations
+    grid = None if state is None or spec is None else grid_for(plan, state, spec)
     if grid is None:
         return q
     return dataclasses.replace(q, calibration=Calibration(input=grid))
@@ -127,7 +144,7 @@ def trained(
 ) -> Trained:
     """A leaf as training computes with it: its codes, and the floats that gradients go to."""
     assert plan.rule is not None
-    q = encoded(leaf, plan, recipe, state, bits)
+    q = with_grid(encoded(leaf, plan, recipe, state, bits, turned=False), plan, state)
     # codes are computed once, and not anew in everything that reads them
     q = lax.optimization_barrier(q)
     _, learned = at_bits(plan, state, bits)
@@ -152,7 +169,9 @@ def trained(
 
 
 def _key(state: QuantState, path: str, batch: tuple[int, ...]) -> Array:
-    """Key data of a leaf at the state's step, `[*batch, 2]`."""
+    """Key data of a leaf and each of its layers at the state's step, `[*batch, 2]`."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    return jax.random.key_data(jax.random.split(key, batch) if batch else key)
+    layers = jnp.arange(math.prod(batch), dtype=jnp.uint32).reshape(batch)
+    mark = jnp.full(batch, zlib.crc32(path.encode()), jnp.uint32)
+    data = jax.random.key_data(key).reshape((1,) * len(batch) + (2,))
+    return data ^ jnp.stack([mark, layers], axis=-1)

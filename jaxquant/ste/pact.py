@@ -6,11 +6,12 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from jaxquant.qtensor import QTensor, scales_of_range
+from jaxquant.qtensor import QTensor, scales_of_range, store_scale
 from jaxquant.spec import QSpec
-from jaxquant.ste.base import Learned, Moments, positive
+from jaxquant.ste.base import Learned, Moments, middle, positive
 from jaxquant.ste.blocks import for_each
 from jaxquant.ste.gridded import Gridded, Point, Scales, Slopes
 
@@ -24,9 +25,10 @@ def pact() -> PACT:
 
     That is the paper's, for activations that are not negative and unsigned codes. Under signed and
     asymmetric specs the range is `[-alpha, alpha]`, `dx = 1` within, and `dalpha = -1` for
-    `x <= -alpha`. Before training `alpha` is the largest value, under those specs the largest
-    magnitude, and 1 where all are 0. It is used as `max(|alpha|, 2^-100)`, its gradient times the
-    sign of `alpha`: what an update pushes through zero is reflected.
+    `x <= -alpha`; an asymmetric zero point is the middle of the codes. Before training `alpha` is
+    the largest value, under those specs the largest magnitude, and 1 where all are 0. It is used as
+    `max(|alpha|, 2^-100)`, its gradient times the sign of `alpha`: what an update pushes through
+    zero is reflected.
 
     Source: Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks",
     arXiv 1805.06085, equations 1 to 3.
@@ -73,8 +75,13 @@ class PACT(Gridded):
         return {"alpha": jnp.where(amax > 0, amax, 1.0)}
 
     def scales(self, learned: Learned, spec: QSpec) -> Scales:
-        """By the spec's rule from the range."""
-        alpha = positive(learned["alpha"])
+        """By the spec's rule from the range; asymmetric, `2 alpha / (2^b - 1)`."""
+        alpha, spread = positive(learned["alpha"]), spec.format.max - spec.format.min
+        zero = middle(spec)
+        if zero is not None:
+            # The rule's zero point would be a tie, rounded up or down by the last bit of the scale.
+            scale = store_scale(alpha * np.float32(2.0 / spread), spec)
+            return scale, jnp.full(scale.shape, zero, jnp.float32), None
         return scales_of_range(-alpha if _both(spec) else jnp.zeros_like(alpha), alpha, alpha, spec)
 
     def slopes(self, at: Point, spec: QSpec) -> Slopes:

@@ -1,0 +1,128 @@
+"""Optimizer state seen leaf by leaf, and whether a transformation may be run so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxquant.optim.blocks import is_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A state taken apart: subtrees that look like the params, and everything else.
+
+    Attributes:
+      entries: in order, the leaves of a subtree that has the structure and shapes of the params,
+        as a list, or any other leaf as it is.
+      paths: where each entry lies in the state.
+      outer: the structure that the entries are leaves of.
+      inner: structure of the params.
+    """
+
+    entries: list[Any]
+    paths: list[tuple[Any, ...]]
+    outer: Any
+    inner: Any
+
+    def at(self, leaf: int) -> Any:
+        """The state of one leaf, of a transformation that has only that leaf."""
+        return self.outer.unflatten([e[leaf] if isinstance(e, list) else e for e in self.entries])
+
+    def joined(self, per_leaf: Sequence[Any]) -> Any:
+        """The whole state from those of all leaves; what belongs to no leaf, from the first."""
+        flat = [self.outer.flatten_up_to(state) for state in per_leaf]
+        return self.outer.unflatten(
+            [
+                self.inner.unflatten([one[k] for one in flat])
+                if isinstance(e, list)
+                else flat[0][k]
+                for k, e in enumerate(self.entries)
+            ]
+        )
+
+
+def take_apart(state: Any, params: Any) -> Parts:
+    """Finds the subtrees of `state` that have the structure and the shapes of `params`."""
+    leaves, inner = jax.tree.flatten(params)
+    shapes = [_shape(leaf) for leaf in leaves]
+
+    def like_params(x: Any) -> bool:
+        found, structure = jax.tree.flatten(x, is_leaf=is_blocks)
+        return bool(shapes) and structure == inner and [_shape(leaf) for leaf in found] == shapes
+
+    flat, outer = jax.tree.flatten_with_path(
+        state, is_leaf=lambda x: is_blocks(x) or like_params(x)
+    )
+    entries = [jax.tree.leaves(x, is_leaf=is_blocks) if like_params(x) else x for _, x in flat]
+    return Parts(entries, [path for path, _ in flat], outer, inner)
+
+
+def _shape(x: Any) -> tuple[int, ...] | None:
+    shape = getattr(x, "shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def agree(whole: Callable[..., Any], by_leaf: Callable[..., Any], *args: Any) -> bool:
+    """Whether two functions compute the same from the same arguments, operation by operation.
+
+    Both are traced, and each result is written as an expression of the arguments; equal
+    expressions have equal values. Says no where that cannot be seen, never a wrong yes.
+    `args` may be `jax.ShapeDtypeStruct`s.
+
+    >>> import jax.numpy as jnp
+    >>> tree = [jnp.ones(2), jnp.ones(3)]
+    >>> agree(lambda t: [2 * x for x in t], lambda t: [t[0] * 1 * 2, 2 * t[1]], tree)
+    False
+    >>> agree(lambda t: [2 * x for x in t], lambda t: [2 * t[0], 2 * t[1]], tree)
+    True
+    """
+    try:
+        traced = [jax.make_jaxpr(f, return_shape=True)(*args) for f in (whole, by_leaf)]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        # a mask or a label for each leaf, say: the transformation does not take one leaf alone
+        return False
+    (one, out), (other, other_out) = traced
+    if jax.tree.structure(out) != jax.tree.structure(other_out):
+        return False
+    seen: dict[Any, int] = {}
+    return _expressions(one, seen) == _expressions(other, seen)
+
+
+def _expressions(closed: Any, seen: dict[Any, int]) -> list[int]:
+    """A number for each result of a jaxpr, the same for the same expression."""
+    arguments = [
+        seen.setdefault(("argument", k), len(seen)) for k in range(len(closed.jaxpr.invars))
+    ]
+    return _evaluate(closed, arguments, seen)
+
+
+def _evaluate(closed: Any, arguments: list[int], seen: dict[Any, int]) -> list[int]:
+    def number(key: Any) -> int:
+        return seen.setdefault(key, len(seen))
+
+    jaxpr = closed.jaxpr
+    values: dict[Any, int] = dict(zip(jaxpr.invars, arguments, strict=True))
+    for var, const in zip(jaxpr.constvars, closed.consts, strict=True):
+        values[var] = number(("constant", id(const)))
+
+    def read(atom: Any) -> int:
+        if hasattr(atom, "val"):
+            return number(("literal", str(atom.aval), repr(atom.val)))
+        return values[atom]
+
+    for position, eqn in enumerate(jaxpr.eqns):
+        operands = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name in ("jit", "pjit"):
+            made = _evaluate(eqn.params["jaxpr"], operands, seen)
+        else:
+            params = repr(sorted((k, str(v)) for k, v in eqn.params.items()))
+            key: tuple[Any, ...] = (eqn.primitive.name, params, tuple(operands))
+            if eqn.effects:
+                key = (*key, id(closed), position)  # happens once: equal to nothing else
+            made = [number((key, k)) for k in range(len(eqn.outvars))]
+        values.update(zip(eqn.outvars, made, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
