@@ -30,8 +30,8 @@ def nearest_even(x: ArrayLike) -> Array:
 def bernoulli(probability: Array, key: Array) -> Array:
     """True with the given probability, to a resolution of `2^-16`.
 
-    `P(True) = round(2^16 p) / 2^16`. Bits are drawn for the logical shape, so the outcome of one key
-    is the same under jit, eagerly, and for every sharding of `probability`.
+    `P(True) = round(2^16 p) / 2^16`. Bits are drawn for the logical shape, so the outcome of one
+    key is the same under jit, eagerly, and for every sharding of `probability`.
     """
     threshold = jnp.round(probability.astype(jnp.float32) * 2.0**16).astype(jnp.uint32)
     return _halves_of_words(key, probability.shape).astype(jnp.uint32) < threshold

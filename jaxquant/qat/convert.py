@@ -75,7 +75,7 @@ def convert(params: Any, quant_state: QuantState, recipe: Recipe | Rule | Iterab
         shared = (identity(path, leaf), path if _own(quant_state, path) else None)
         if shared not in done:
             q, _ = encode_leaf(leaf, plan, _AsTrained(plan, chosen, quant_state), None)
-            done[shared] = jax.jit(lambda q, s, p=plan: with_grid(q, p, s))(q, quant_state)
+            done[shared] = with_grid(q, plan, quant_state)
         out.append(done[shared])
     qparams = jax.tree.unflatten(tree, out)
     sites = {site.key: site for plan in quant_state.layout.plans for site in plan.sites}
@@ -122,5 +122,5 @@ class _AsTrained:
     ) -> tuple[QTensor, Info]:
         """Encodes `w`; all else is known from the plan."""
         with automatic(self.state) as state:
-            q = jax.jit(lambda w, s: encoded(w, self.plan, self.recipe, s))(w, state)
+            q = encoded(w, self.plan, self.recipe, state)
         return q, measure(w, q)

@@ -209,8 +209,8 @@ def _step(
         unknown = [n for n in (found.observed if found else ()) if n not in state.ranges]
         if unknown:
             raise ValueError(
-                f"fake_quantized: the call observes {unknown[0]!r}, of which the state has no range; "
-                "make the state with an example of this call"
+                f"fake_quantized: the call observes {unknown[0]!r}, of which the state has no "
+                "range; make the state with an example of this call"
             )
 
     def branch(phase: Phase) -> Callable[[QuantState], Any]:

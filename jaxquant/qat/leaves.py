@@ -135,8 +135,14 @@ def _range(plan: Plan, state: QuantState) -> Range:
     keys = [site.key for site in plan.sites if site.primitive != "gather"]
     entries = dict.fromkeys(entry for key in keys for _, entry in seen.get(key, ()))
     states = [state.ranges[entry] for entry in entries]
-    observer: Any = plan.rule.observer
-    return lax.stop_gradient(observer.range(functools.reduce(observer.merge, states)))
+    return lax.stop_gradient(_merged_range(plan.rule.observer, states))
+
+
+# Compiled by itself, so that ranges found outside of a program are those found within one.
+@functools.partial(jax.jit, static_argnums=0)
+def _merged_range(observer: Any, states: list[dict[str, Any]]) -> Range:
+    found: Range = observer.range(functools.reduce(observer.merge, states))
+    return found
 
 
 def trained(

@@ -15,7 +15,7 @@ from jaxquant.recipe.presets import (
 )
 from jaxquant.recipe.recipe import Recipe, as_recipe, attention_spec
 from jaxquant.recipe.rules import Rule
-from jaxquant.recipe.specs import int2, int3, int4, int5, int6, int7, int8, uint8
+from jaxquant.recipe.specs import int2, int3, int4, int5, int6, int7, int8, palette, uint8
 
 __all__ = [
     "Recipe",
@@ -33,6 +33,7 @@ __all__ = [
     "int8_training",
     "mxfp4",
     "nf4",
+    "palette",
     "pattern_matches",
     "uint8",
     "w4a8",

@@ -110,6 +110,9 @@ class Rule:
             )
         for name in ("weights", "lookup"):
             spec = specs[name]
+            learner = self.weight_estimator if name == "weights" else None
+            if isinstance(learner, Estimator) and "codebook" in learner.learns:
+                continue  # values of the format play no part
             if spec is not None and spec.symmetric and not spec.format.min < 0:
                 raise ValueError(
                     f"{self._name}: {name} in {spec.format.name} without a zero point would lose "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from jaxquant.numerics import FORMATS, Format
-from jaxquant.spec import Granularity, PerGroup, QSpec, Range
+from jaxquant.numerics import FORMATS, Format, codebook_format
+from jaxquant.spec import Granularity, PerGroup, PerTensor, QSpec, Range
 
 
 class IntegerSpec(Protocol):
@@ -81,3 +81,24 @@ int6 = _integer("int6")
 int7 = _integer("int7")
 int8 = _integer("int8")
 uint8 = _integer("uint8")
+
+
+def palette(bits: int = 4) -> QSpec:
+    """`2^bits` values for a whole array, which k-means finds; for rules with `ste.kmeans()`.
+
+    Args:
+      bits: 1 to 8.
+
+    Raises:
+      ValueError: other bits.
+
+    Source: Han et al., "Deep Compression" (2016), section 3.
+
+    >>> palette(2).format.bits, len(palette(2).format.codebook)
+    (2, 4)
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
+        raise ValueError(f"palette: expected 1 to 8 bits, got {bits!r}")
+    levels = 2**bits
+    values = [2.0 * i / (levels - 1) - 1.0 for i in range(levels)]
+    return QSpec(codebook_format(values, name=f"palette{bits}"), PerTensor())

@@ -134,7 +134,7 @@ def _levels(spec: QSpec) -> int:
     if values is None or spec.granularity != PerTensor():
         raise ValueError(
             "kmeans takes PerTensor() and a codebook format of as many values as are wanted, such "
-            f"as codebook_format(range(16)); got {spec!r}"
+            f"as jq.palette(4); got {spec!r}"
         )
     return len(values)
 

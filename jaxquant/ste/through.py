@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.qtensor import QTensor, encode_stacked
+from jaxquant.qtensor import QTensor, dequantize, encode_stacked
 from jaxquant.spec import QSpec
 from jaxquant.ste.base import Learned, Moments, ends
 from jaxquant.ste.gridded import Gridded, Point, Scales, Slopes
@@ -83,6 +83,12 @@ class StraightThrough(Gridded):
         del learned
         w = lax.stop_gradient(jnp.asarray(w))
         return encode_stacked(w, spec, minor=minor, batch_axes=batch_axes)
+
+    def values(self, w: Array, learned: Learned, q: QTensor) -> Array:
+        """See `Estimator.values`. Nothing is outside of a format with a sign."""
+        if self.clip and q.spec.symmetric and not q.spec.format.signed:
+            return super().values(w, learned, q)
+        return _passed(self, q.spec, w, dequantize(q).astype(w.dtype), None)
 
     def grid(self, learned: Learned, spec: QSpec) -> tuple[Array, Array | None]:
         """The grid that is tracked.
