@@ -4,7 +4,7 @@
 from float ones by a recipe. See the README for five-line examples.
 """
 
-from jaxquant import linen, nnx, observers, ste
+from jaxquant import linen, nnx, observers, optim, ste
 from jaxquant.capture import Statistics, activation_report, capture
 from jaxquant.encoders import rtn
 from jaxquant.fold import fold_batchnorm
@@ -99,6 +99,7 @@ __all__ = [
     "nf4",
     "nnx",
     "observers",
+    "optim",
     "palette",
     "partition",
     "ptq",

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax  # type: ignore[import-untyped]
+import optax
 
 # Flax depends on rich, so of the demo's extra packages only scikit-learn can be missing here.
 from rich import box, progress

@@ -147,8 +147,8 @@ class _Side:
         """`[free, contracted]`, flattened, and the contracted axis; unchanged with batch axes."""
         if self.batch:
             return x, self.contract
-        rows = math.prod(x.shape[a] for a in self.free)
-        return jnp.transpose(x, (*self.free, *self.contract)).reshape(rows, -1), (1,)
+        sizes = [math.prod(x.shape[a] for a in axes) for axes in (self.free, self.contract)]
+        return jnp.transpose(x, (*self.free, *self.contract)).reshape(sizes), (1,)
 
 
 def _product(
@@ -207,11 +207,17 @@ def _weight_gradient(
     """`dw[k, n] = sum_m q_x[m, k] Q(s_x g)[m, n]` on matrices, laid out as the weight."""
     sizes = [q.shape[a] for a in (*w_side.contract, *w_side.free)]
     columns = math.prod(q.shape[a] for a in w_side.free)
-    g = g.reshape(columns, -1).T if flipped else g.reshape(-1, columns)
+    rows = kept.shape[0]
+    g = g.reshape(columns, rows).T if flipped else g.reshape(rows, columns)
     own, fmt = None if key is None else jax.random.wrap_key_data(key), kept.spec.format
-    limits, rows = integer_range(fmt), lowering.static_size(g.shape, (0,))
+    limits = integer_range(fmt)
     plain = limits is not None and kept.zero_point is None and not has_zero(kept.spec)
-    plain = plain and spec.format.is_integer and integer_range(spec.format) is not None
+    plain = (
+        plain
+        and 0 not in (*g.shape, *kept.shape)
+        and spec.format.is_integer
+        and integer_range(spec.format) is not None
+    )
     if not plain or limits is None or not lowering.fits_int32(rows, False, False):
         x2, w2 = _Side((1,), (), 2), _Side((0,), (), 2)
         rest = (None, None)

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from jaxquant.numerics.dynamic_map import decode_dynamic, dynamic_map, encode_dynamic
 
-_LARGEST = float(jnp.finfo(jnp.float32).max)
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
@@ -96,11 +95,10 @@ def encode(x: Array, old: Blocks) -> Blocks:
     """Encodes `x` as `old` is held, in float32: `scale = max |x|`, `code = nearest(x / scale)`.
 
     A value without sign that is not zero never becomes zero: a second moment of zero below a first
-    moment that is not would make Adam's step explode. An infinite value counts as the largest
-    float32.
+    moment that is not would make Adam's step explode. The scale is finite where all values are.
     """
     x = x.astype(jnp.float32)
-    scale = jnp.minimum(magnitudes(x, old.tile), _LARGEST)
+    scale = magnitudes(x, old.tile)
     # below the smallest normal there is no reciprocal to multiply with
     inverse = jnp.where(scale < _TINY, 0.0, 1.0 / jnp.maximum(scale, _TINY))
     codes = encode_dynamic(x * _spread(inverse, old.tile, x), old.signed)

@@ -28,29 +28,51 @@ class Parts:
     outer: Any
     inner: Any
 
-    def at(self, leaf: int) -> Any:
-        """The state of one leaf, of a transformation that has only that leaf."""
-        return self.outer.unflatten([e[leaf] if isinstance(e, list) else e for e in self.entries])
+    def groups(self, held: Callable[[Any], bool]) -> list[list[int]]:
+        """Numbers of leaves to update together: all that hold nothing, then each other alone."""
+        lists = [e for e in self.entries if isinstance(e, list)]
+        large = [k for k in range(self.inner.num_leaves) if any(held(e[k]) for e in lists)]
+        small = [k for k in range(self.inner.num_leaves) if k not in large]
+        return ([small] if small else []) + [[k] for k in large]
 
-    def joined(self, per_leaf: Sequence[Any]) -> Any:
-        """The whole state from those of all leaves; what belongs to no leaf, from the first."""
-        flat = [self.outer.flatten_up_to(state) for state in per_leaf]
-        return self.outer.unflatten(
-            [
-                self.inner.unflatten([one[k] for one in flat])
-                if isinstance(e, list)
-                else flat[0][k]
-                for k, e in enumerate(self.entries)
-            ]
-        )
+    def of(self, group: list[int]) -> list[Any]:
+        """The entries of a group: of a transformation whose params are the list of these leaves."""
+        return [[e[k] for k in group] if isinstance(e, list) else e for e in self.entries]
+
+    def joined(self, groups: list[list[int]], entries: Sequence[list[Any]]) -> Any:
+        """The whole state from the entries of all groups; what belongs to no leaf, from one."""
+        whole = list(entries[0])
+        for position, e in enumerate(self.entries):
+            if isinstance(e, list):
+                leaves = in_order(groups, [one[position] for one in entries])
+                whole[position] = self.inner.unflatten(leaves)
+        return self.outer.unflatten(whole)
+
+
+def in_order(groups: list[list[int]], values: Sequence[Sequence[Any]]) -> list[Any]:
+    """Values of the leaves of each group, in the order of leaves.
+
+    >>> in_order([[0, 2], [1]], ["ac", "b"])
+    ['a', 'b', 'c']
+    """
+    found = {
+        leaf: value
+        for group, own in zip(groups, values, strict=True)
+        for leaf, value in zip(group, own, strict=True)
+    }
+    return [found[leaf] for leaf in sorted(found)]
 
 
 def take_apart(state: Any, params: Any) -> Parts:
     """Finds the subtrees of `state` that have the structure and the shapes of `params`."""
+    leaves: list[Any]
+    inner: Any
     leaves, inner = jax.tree.flatten(params)
     shapes = [_shape(leaf) for leaf in leaves]
 
     def like_params(x: Any) -> bool:
+        found: list[Any]
+        structure: Any
         found, structure = jax.tree.flatten(x, is_leaf=is_blocks)
         return bool(shapes) and structure == inner and [_shape(leaf) for leaf in found] == shapes
 
@@ -83,10 +105,11 @@ def agree(whole: Callable[..., Any], by_leaf: Callable[..., Any], *args: Any) ->
     try:
         traced = [jax.make_jaxpr(f, return_shape=True)(*args) for f in (whole, by_leaf)]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        # a mask or a label for each leaf, say: the transformation does not take one leaf alone
+        # a mask or a label for each leaf, say: the transformation does not take some leaves alone
         return False
     (one, out), (other, other_out) = traced
-    if jax.tree.structure(out) != jax.tree.structure(other_out):
+    structure: Any = jax.tree.structure(out)
+    if structure != jax.tree.structure(other_out):
         return False
     seen: dict[Any, int] = {}
     return _expressions(one, seen) == _expressions(other, seen)
@@ -118,6 +141,8 @@ def _evaluate(closed: Any, arguments: list[int], seen: dict[Any, int]) -> list[i
         operands = [read(atom) for atom in eqn.invars]
         if eqn.primitive.name in ("jit", "pjit"):
             made = _evaluate(eqn.params["jaxpr"], operands, seen)
+        elif eqn.primitive.name == "optimization_barrier":
+            made = operands
         else:
             params = repr(sorted((k, str(v)) for k, v in eqn.params.items()))
             key: tuple[Any, ...] = (eqn.primitive.name, params, tuple(operands))

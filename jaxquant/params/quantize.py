@@ -116,7 +116,8 @@ def check_finite(leaves: list[tuple[str, Any]]) -> None:
     concrete = [
         (p, x) for p, x in leaves if not isinstance(x, (jax.ShapeDtypeStruct, jax.core.Tracer))
     ]
-    answers = jax.device_get([_count_bad(x) for _, x in concrete])
+    with jax.ensure_compile_time_eval():  # concrete, whatever is being traced
+        answers = jax.device_get([_count_bad(x) for _, x in concrete])
     bad = [(p, x, int(n)) for (p, x), n in zip(concrete, answers, strict=True) if n]
     if bad:
         found = ", ".join(f"{shown(p)} ({n} of {math.prod(x.shape)} values)" for p, x, n in bad[:5])

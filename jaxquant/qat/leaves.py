@@ -28,9 +28,17 @@ def weight_estimator(plan: Plan) -> Estimator:
     given = plan.rule.weight_estimator if plan.rule is not None else None
     if given is None or plan.spec is None:
         return straight_through()
-    if "codebook" in given.learns and not plan.spec.format.is_codebook:
-        return straight_through()  # a looked-up table, whose spec is another
+    if "codebook" in given.learns and _looked_up_otherwise(plan):
+        return straight_through()
     return given
+
+
+def _looked_up_otherwise(plan: Plan) -> bool:
+    """Whether a leaf has no codebook while its rule's weights have: it has a spec of its own."""
+    weights = None if plan.rule is None else plan.rule.weights
+    if plan.spec is None or weights is None:
+        return False
+    return weights.format.is_codebook and not plan.spec.format.is_codebook
 
 
 def learns_activations(plan: Plan) -> Estimator | None:
@@ -154,7 +162,10 @@ def trained(
     # codes are computed once, and not anew in everything that reads them
     q = lax.optimization_barrier(q)
     _, learned = at_bits(plan, state, bits)
-    values = weight_estimator(plan).values(leaf, learned, q)
+    estimator = weight_estimator(plan)
+    if estimator == straight_through() and (q.spec.format.min < 0 or not q.spec.symmetric):
+        estimator = straight_through(clip=False)  # scales are those of this leaf: none is outside
+    values = estimator.values(leaf, learned, q)
     fields = {f.name: getattr(q, f.name) for f in dataclasses.fields(QTensor)}
     activation = None
     if learns_activations(plan) is not None:

@@ -85,8 +85,8 @@ class StraightThrough(Gridded):
         return encode_stacked(w, spec, minor=minor, batch_axes=batch_axes)
 
     def values(self, w: Array, learned: Learned, q: QTensor) -> Array:
-        """See `Estimator.values`. Nothing is outside of a format with a sign."""
-        if self.clip and q.spec.symmetric and not q.spec.format.signed:
+        """See `Estimator.values`."""
+        if self.clip:
             return super().values(w, learned, q)
         return _passed(self, q.spec, w, dequantize(q).astype(w.dtype), None)
 
