@@ -284,7 +284,7 @@ class Gradients:
       input: spec of `g` where it gives the gradient of the input; `None` contracts in float.
       weight: spec of `g` where it gives the gradient of the weight; `None` contracts in float.
       stochastic: round `g` to one of the two neighbours at random, so that gradients stay unbiased.
-        Integers then take `range="qmax"`: by `"half"` the extremes lie beyond the last code.
+        Integers then take `range="qmax"`: by the other rules an extreme may lie beyond all codes.
 
     Raises:
       ValueError: neither, or a spec of another granularity than `PerTensor()` or `PerChannel()`, or
@@ -316,7 +316,7 @@ class Gradients:
                     f"Gradients: {name}: expected a signed integer or 8-bit float format, "
                     f"got {fmt.name}"
                 )
-            if self.stochastic and fmt.is_integer and spec.range == "half":
+            if self.stochastic and fmt.is_integer and spec.range != "qmax":
                 spec = dataclasses.replace(spec, range="qmax")
                 object.__setattr__(self, name, spec)
             if spec.granularity not in (PerTensor(), PerChannel()):

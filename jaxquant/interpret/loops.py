@@ -116,12 +116,9 @@ def _as_scanned(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
         return value
     led = moves.demote(value.data)
     if led is not None and is_trained(led):
-        # a key for each step, what is learned for all
-        length, key = value.data.core[0], led.key
-        if key is not None:
-            key = jax.random.key_data(jax.random.split(jax.random.wrap_key_data(key), length))
+        length = value.data.core[0]  # what is learned holds for all steps
         learned = jax.tree.map(lambda a: jnp.broadcast_to(a, (length, *a.shape)), led.learned)
-        led = dataclasses.replace(led, key=key, learned=learned)
+        led = dataclasses.replace(led, learned=learned)
     return Value(ip.dense(value, eqn, scope) if led is None else led, value.facts)
 
 

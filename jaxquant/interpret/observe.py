@@ -143,7 +143,7 @@ class Observe(Policy):
     def __init__(self, inner: Policy, observers: Mapping[Slot, Observer]) -> None:
         self.inner = inner
         self.observers = observers
-        self.inline_rules = inner.inline_rules
+        self.inline_rules, self.keeps_rules = inner.inline_rules, inner.keeps_rules
 
     def contract(self, ip: Interpreter, site: Contraction) -> Any:
         """Updates the states of the operands, and contracts."""

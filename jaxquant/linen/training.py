@@ -196,7 +196,7 @@ class FakeQuantizedModel:
             state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
         else:
             state = state_of(held, like, where)
-        return convert(plain, state, self.recipe)
+        return convert(plain, state, self.recipe, schedule=self.schedule)
 
     def _begun(self, variables: Any, rngs: Any, args: Any, kwargs: Any) -> dict[str, Any]:
         if NAME in variables:

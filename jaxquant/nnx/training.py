@@ -172,7 +172,7 @@ def convert(fmodel: FakeQuantized) -> tuple[Quantized, Report]:
     state = fmodel.quant.state()
     split: Any = nnx.split(fmodel.model, nnx.Param, ...)
     graphdef, params, rest = split
-    qparams = convert_params(params, state, state.layout.recipe)
+    qparams = convert_params(params, state, state.layout.recipe, schedule=fmodel.schedule)
     report = _report(state.layout.plans, params, qparams, state.layout.recipe)
     return Quantized(nnx.merge(graphdef, qparams, rest, copy=True)), report
 

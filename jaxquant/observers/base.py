@@ -214,10 +214,12 @@ def everywhere(a: Array) -> Array:
 def ends(x: Array, shared: tuple[int, ...]) -> tuple[Array, Array, Array]:
     """Least and largest value of float32 `x` (and 0) over the axes `shared`; whether `x` is finite.
 
-    Minimum and maximum carry NaN along, so that no further pass over `x` is needed.
+    NaN counts as infinity: on a CPU XLA's minimum and maximum over many values lose it, and a pass
+    of its own would cost as much as both.
     """
-    low = everywhere(jnp.min(x, axis=shared, initial=0.0))
-    high = everywhere(jnp.max(x, axis=shared, initial=0.0))
+    nan = jnp.isnan(x)
+    low = everywhere(jnp.min(jnp.where(nan, -jnp.inf, x), axis=shared, initial=0.0))
+    high = everywhere(jnp.max(jnp.where(nan, jnp.inf, x), axis=shared, initial=0.0))
     return low, high, jnp.isfinite(low).all() & jnp.isfinite(high).all()
 
 

@@ -27,6 +27,7 @@ from jaxquant.observers.base import (
     other_axes,
     require_seen,
 )
+from jaxquant.qtensor import magnitude
 from jaxquant.spec import QSpec
 
 
@@ -42,7 +43,7 @@ class AbsMax(Axis):
 
     def update(self, state: State, x: Array) -> State:
         """`amax <- max(amax, max |x|)`."""
-        x = jnp.abs(x.astype(jnp.float32))
+        x = magnitude(x.astype(jnp.float32))
         amax = everywhere(jnp.max(x, axis=other_axes(self.axis, x.shape), initial=0.0))
         finite = jnp.isfinite(amax).all()
         amax = jnp.where(finite, jnp.maximum(state["amax"], amax), state["amax"])

@@ -66,8 +66,6 @@ def quantize_activation(
     if total is not None:
         scale = scale * total
     codes = scaled_codes(x, scale, zero, fmt, key=key)
-    finite = jnp.isfinite(jnp.max(jnp.abs(x), axis=inner, keepdims=True, initial=0.0))
-    scale = jnp.where(finite, scale, jnp.nan)
     if integer_range(fmt) is None or not fmt.is_integer:
         return codes, scale, None
     codes, shift = int8_codes(codes, fmt)

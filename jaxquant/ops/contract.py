@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxquant.ops import lowering
 from jaxquant.ops.nibbles import halves, unpacked
 from jaxquant.ops.operands import Operand, align
+from jaxquant.qtensor import magnitude
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ def contract_limbs(
     at most `S / 2 sum_k |w_k|`, 2^-15 of what the row's largest magnitude could reach.
     """
     v, over = x.values.astype(jnp.float32), (*x.groups, *x.inner)
-    amax = jnp.max(jnp.abs(v), axis=over, keepdims=True, initial=0.0)
+    amax = jnp.max(magnitude(v), axis=over, keepdims=True, initial=0.0)
     finite = jnp.isfinite(amax)
     tiny = float(jnp.finfo(jnp.float32).tiny)
     scale = jnp.where(amax == 0, 1.0, jnp.maximum(amax / 16319.0, tiny))

@@ -11,13 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.ops import lowering
-from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared_axes
-from jaxquant.ops.contract import contract
+from jaxquant.ops.activations import fake, on_grid, quantize_activation, shared_axes
+from jaxquant.ops.contract import contract, dequantized
 from jaxquant.ops.dot_call import Call
 from jaxquant.ops.dot_general import evaluated
-from jaxquant.ops.operands import Operand, int8_codes, integer_range
-from jaxquant.qtensor import QTensor, dequantize, encode_array, storage_codes, storage_scale
+from jaxquant.ops.operands import Operand, integer_range
+from jaxquant.qtensor import QTensor, dequantize, encode_array
 from jaxquant.spec import Gradients, PerTensor, QSpec
 
 
@@ -60,7 +59,7 @@ def with_rounded_gradient(
         if spec is None:
             return g, None
         one, _ = _keys(key, g)
-        own = None if one is None else jax.random.wrap_key_data(one)
+        own = None if one is None else jax.random.wrap_key_data(one, impl="threefry2x32")
         return fake(g, spec, over, own), None
 
     call.defvjp(lambda y, key: (y, key), bwd)
@@ -116,18 +115,15 @@ def dot_trained(
     def fwd(x: Array, rounded: Array, q: QTensor, values: Array, key: Any) -> tuple[Array, Any]:
         kept: Any = rounded
         if gradients.weight is not None and spec is not None:
-            # dynamic codes are those that the contraction is computed with
-            dynamic = shared_axes(spec, own, x.ndim) is not None and q.calibration is None
-            kept, over = x_side.matrix(x if dynamic else rounded)
-            kept = encode_array(kept, spec.at(over, kept.ndim))
+            kept = _kept(x, rounded, q, spec, x_side)
         return forward(x, q), (kept, q, key)
 
     def bwd(residuals: Any, g: Array) -> tuple[Any, ...]:
         kept, q, key = residuals
         to_x, to_w = _keys(key, g) if gradients.stochastic else (None, None)
         dx = _product(g, q, gradients.input, to_x, w_side, x_side, flipped, rest)
-        if isinstance(kept, QTensor) and gradients.weight is not None and not x_side.batch:
-            dw = _weight_gradient(g, kept, q, gradients.weight, to_w, x_side, w_side, flipped)
+        if isinstance(kept, Operand) and gradients.weight is not None:
+            dw = _weight_gradient(g, kept, q, gradients.weight, to_w, w_side, flipped)
         else:
             dw = _product(g, kept, gradients.weight, to_w, x_side, w_side, not flipped, rest)
         return None, dx.astype(rounded.dtype), None, dw.astype(values.dtype), None
@@ -185,7 +181,7 @@ def _product(
         if key is None:
             out = evaluated(call, g, bare)
         else:
-            out = evaluated(call, g, bare, jax.random.wrap_key_data(key))
+            out = evaluated(call, g, bare, jax.random.wrap_key_data(key, impl="threefry2x32"))
     # [batch, free of g (those of outside), contracted axes of inside, ascending]
     order = sorted(range(len(inside.contract)), key=lambda i: inside.contract[i])
     place: dict[int, int] = {a: i for i, a in enumerate(outside.batch)}
@@ -194,45 +190,71 @@ def _product(
     return jnp.transpose(out, [place[a] for a in range(out.ndim)])
 
 
+def _kept(x: Array, rounded: Array, q: QTensor, spec: QSpec, side: _Side) -> Any:
+    """The codes that the contraction is computed with, for the gradient of the weight.
+
+    As an operand `[rows, contracted]` where codes are integers whose zero point all rows share;
+    else as a `QTensor`, made anew of a dynamic activation, or as floats.
+    """
+    grid = None if q.calibration is None else q.calibration.input
+    x2, over = side.matrix(x)
+    if not side.batch and spec.format.is_integer and integer_range(spec.format) is not None:
+        if grid is not None:
+            scale, zero = (
+                None if a is None else a.reshape(1, 1) for a in (grid.scale, grid.zero_point)
+            )
+            return Operand(on_grid(x2, grid, spec), scale, zero, (), (0,), (), (1,))
+        whole = spec.granularity == PerTensor()
+        if spec.symmetric or whole:
+            codes, scale, zero = quantize_activation(x2, spec, (0, 1) if whole else (1,))
+            return Operand(codes, scale, zero, (), (0,), (), (1,))
+    if grid is not None or shared_axes(spec, side.contract, x.ndim) is None:
+        return rounded
+    return encode_array(x2, spec.at(over, x2.ndim))
+
+
+# Products of int8 codes whose sum an int32 holds in any case.
+_ROWS = 2**16
+
+
 def _weight_gradient(
     g: Array,
-    kept: QTensor,
+    kept: Operand,
     q: QTensor,
     spec: QSpec,
     key: Array | None,
-    x_side: _Side,
     w_side: _Side,
     flipped: bool,
 ) -> Array:
-    """`dw[k, n] = sum_m q_x[m, k] Q(s_x g)[m, n]` on matrices, laid out as the weight."""
+    """`dw[k, n] = sum_m (q_x - z_x)[m, k] Q(s_x g)[m, n]` on matrices, laid out as the weight."""
     sizes = [q.shape[a] for a in (*w_side.contract, *w_side.free)]
     columns = math.prod(q.shape[a] for a in w_side.free)
-    rows = kept.shape[0]
+    rows = kept.values.shape[0]
     g = g.reshape(columns, rows).T if flipped else g.reshape(rows, columns)
-    own, fmt = None if key is None else jax.random.wrap_key_data(key), kept.spec.format
-    limits = integer_range(fmt)
-    plain = limits is not None and kept.zero_point is None and not has_zero(kept.spec)
-    plain = (
-        plain
-        and 0 not in (*g.shape, *kept.shape)
-        and spec.format.is_integer
-        and integer_range(spec.format) is not None
-    )
-    if not plain or limits is None or not lowering.fits_int32(rows, False, False):
-        x2, w2 = _Side((1,), (), 2), _Side((0,), (), 2)
-        rest = (None, None)
-        out = _product(g, kept, spec, key, x2, w2, True, rest)
-    else:
-        scaled = g.astype(jnp.float32) * (storage_scale(kept) * limits[2])
-        over = (0, 1) if spec.granularity == PerTensor() else (0,)
-        # quantized as it lies; a CPU contracts int8 fast along the last axis, so x is turned, which
-        # of int8 takes little
-        codes, scale, _ = quantize_activation(scaled, spec, over, own)
-        turned = lax.optimization_barrier(int8_codes(storage_codes(kept), fmt)[0]).T
-        left = Operand(turned, None, None, (), (0,), (), (1,))
-        out = contract(left, Operand(codes, scale, None, (), (1,), (), (0,)))
+    scaled = g.astype(jnp.float32) * (1.0 if kept.scale is None else kept.scale)
+    own = None if key is None else jax.random.wrap_key_data(key, impl="threefry2x32")
+    if not spec.format.is_integer:
+        out = dequantized(dataclasses.replace(kept, scale=None)).T @ fake(scaled, spec, (0,), own)
+        return _laid_out(out, sizes, w_side, q.ndim)
+    # quantized as it lies; a CPU contracts int8 fast along the last axis, so the codes of x are
+    # turned, which of int8 takes little
+    over = (0, 1) if spec.granularity == PerTensor() else (0,)
+    codes, scale, _ = quantize_activation(scaled, spec, over, own)
+    turned = lax.optimization_barrier(kept.values).T
+    total = None
+    for start in range(0, rows, _ROWS):
+        left = Operand(turned[:, start : start + _ROWS], None, kept.zero, (), (0,), (), (1,))
+        right = Operand(codes[start : start + _ROWS], scale, None, (), (1,), (), (0,))
+        part = contract(left, right)
+        total = part if total is None else total + part
+    out = jnp.zeros((kept.values.shape[1], columns)) if total is None else total
+    return _laid_out(out, sizes, w_side, q.ndim)
+
+
+def _laid_out(out: Array, sizes: list[int], w_side: _Side, ndim: int) -> Array:
+    """A gradient `[contracted, free]` in the order of the weight's axes."""
     places = (*w_side.contract, *w_side.free)
-    return jnp.transpose(out.reshape(sizes), [places.index(a) for a in range(q.ndim)])
+    return jnp.transpose(out.reshape(sizes), [places.index(a) for a in range(ndim)])
 
 
 def _keys(key: Array | None, g: Array) -> tuple[Array | None, Array | None]:

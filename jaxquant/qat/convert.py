@@ -18,30 +18,39 @@ from jaxquant.params.plan import Plan, identity
 from jaxquant.params.quantize import check_finite, encode_leaf
 from jaxquant.ptq.fuse import with_offsets
 from jaxquant.qat.leaves import encoded, with_grid
-from jaxquant.qat.state import QuantState, require_same
+from jaxquant.qat.schedule import Schedule
+from jaxquant.qat.state import QuantState, kinds_of, require_same
 from jaxquant.qtensor import QTensor, is_qtensor
 from jaxquant.recipe import Recipe, Rule, as_recipe
 from jaxquant.report import shown
 from jaxquant.spec import QSpec
 
 
-def convert(params: Any, quant_state: QuantState, recipe: Recipe | Rule | Iterable[Rule]) -> Any:
+def convert(
+    params: Any,
+    quant_state: QuantState,
+    recipe: Recipe | Rule | Iterable[Rule],
+    *,
+    schedule: Schedule | None = None,
+) -> Any:
     """The params that `quantized(fn)` takes, of float params trained with `fake_quantized(fn)`.
 
     Codes, scales, zero points and codebooks are those that training computes with at this state, so
-    that `quantized(fn)` gives what `fake_quantized(fn, recipe)` gave.
+    that `quantized(fn)` gives what `fake_quantized(fn, recipe)` gives with it. With a schedule that
+    holds from its last phase on.
 
     Args:
       params: the trained float params.
       quant_state: the state that they were trained with.
       recipe: the recipe that they were trained by.
+      schedule: the schedule of training, to make sure that it has come to its end.
 
     Returns:
       The params with `QTensor`s in place of what the recipe quantizes.
 
     Raises:
-      ValueError: the state was made for another recipe or other params; a weight, or something
-        learned, is not finite.
+      ValueError: the state was made for another recipe or other params; a param, or something
+        learned, is not finite; the schedule has not come to its last phase.
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> fn, recipe = lambda p, x: x @ p["w"], jq.w8a8()
@@ -59,10 +68,10 @@ def convert(params: Any, quant_state: QuantState, recipe: Recipe | Rule | Iterab
     for path, leaf in leaves:
         if is_qtensor(leaf):
             raise ValueError(f"{where}: {shown(path)}: expected float params, got {leaf!r}")
-    require_same(quant_state, chosen, _kinds(leaves), where)
+    require_same(quant_state, chosen, kinds_of(leaves), where)
+    _check_phase(quant_state, chosen, schedule, where)
     plans = {plan.path: plan for plan in quant_state.layout.plans}
-    quantized = [(p, x) for p, x in leaves if p in plans and plans[p].spec is not None]
-    check_finite(quantized)
+    check_finite([(p, x) for p, x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.floating)])
     _check_learned(quant_state, where)
 
     done: dict[Any, QTensor] = {}
@@ -82,9 +91,15 @@ def convert(params: Any, quant_state: QuantState, recipe: Recipe | Rule | Iterab
     return with_offsets(qparams, Sites(tuple(sites.values()), {}, {}))
 
 
-def _kinds(leaves: list[tuple[str, Any]]) -> tuple[tuple[str, tuple[int, ...], str], ...]:
-    arrays = [(p, x) for p, x in leaves if hasattr(x, "shape") and hasattr(x, "dtype")]
-    return tuple((p, tuple(jnp.shape(x)), str(jnp.result_type(x))) for p, x in arrays)
+def _check_phase(state: QuantState, recipe: Recipe, schedule: Schedule | None, where: str) -> None:
+    if schedule is None or isinstance(state.step, jax.core.Tracer):
+        return
+    last = schedule.phases(recipe)[-1].start
+    if int(state.step) < last:
+        raise ValueError(
+            f"{where}: at step {int(state.step)} the schedule computes otherwise than the recipe "
+            f"says; its last phase begins at step {last}"
+        )
 
 
 def _own(state: QuantState, path: str) -> bool:

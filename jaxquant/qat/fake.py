@@ -13,15 +13,16 @@ from jax import lax
 
 from jaxquant.capture.plan import Plan as Observations
 from jaxquant.capture.plan import plan_of
+from jaxquant.encoders import rtn
 from jaxquant.interpret.calls import Call, trace_call
 from jaxquant.interpret.evaluate import Interpreter
 from jaxquant.interpret.observe import Observe, statistics_slot
 from jaxquant.interpret.policy import Policy
 from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.slots import SiteValues
-from jaxquant.interpret.train import Train
+from jaxquant.interpret.train import InFloat, Train
 from jaxquant.params.plan import Plan, make_plans
-from jaxquant.qat.leaves import learns_activations, observes, trained, weight_estimator
+from jaxquant.qat.leaves import key_of, learns_activations, observes, trained, weight_estimator
 from jaxquant.qat.schedule import Phase, Schedule
 from jaxquant.qat.state import QuantState, leaves_of, require_same
 from jaxquant.qtensor import is_qtensor
@@ -123,6 +124,11 @@ def require_trainable(recipe: Recipe, where: str) -> None:
         if rule.requantize is not None:
             raise ValueError(
                 f"{where}: {rule!r}: integer results have no gradient; train without requantize"
+            )
+        if rule.encoder is not None and rule.encoder != rtn():
+            raise ValueError(
+                f"{where}: {rule!r}: {rule.encoder!r} encodes after training; in training weights "
+                "are rounded to nearest: leave the encoder out"
             )
         if rule.observer is None:
             continue
@@ -265,14 +271,14 @@ def _run(
     """The result in one phase, and what observers have seen in it."""
     recipe = phase.recipe
     leaves = list(call.leaves)
-    inner: Policy = Policy()
+    inner: Policy = InFloat()
     if recipe is not None:
         own = {plan.path: plan for plan in plans}
         for n, path in enumerate(call.paths):
             plan = None if path is None else own.get(path)
             if plan is not None and plan.spec is not None:
                 leaves[n] = trained(leaves[n], plan, recipe, state, phase.bits)
-        inner = Train(recipe.attention)
+        inner = Train(recipe.attention, None if state is None else key_of(state))
     if seen is None:
         return call.run(Interpreter(inner, call.param_paths), leaves), {}
     slots = {name: statistics_slot(place.slot) for name, (place, _) in seen.observed.items()}

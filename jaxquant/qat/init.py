@@ -20,8 +20,9 @@ from jaxquant.observers.base import Axis, State, counted, counted_both, everywhe
 from jaxquant.params.plan import Plan
 from jaxquant.params.quantize import check_finite
 from jaxquant.qat.fake import observations, plans_of, require_float, require_trainable
-from jaxquant.qat.leaves import learns_activations, weight_estimator
-from jaxquant.qat.state import Layout, QuantState, leaves_of
+from jaxquant.qat.leaves import learns_activations, observes, weight_estimator
+from jaxquant.qat.state import Layout, QuantState, leaves_of, shapes_of
+from jaxquant.qtensor import magnitude
 from jaxquant.recipe import Recipe, Rule, as_recipe
 from jaxquant.report import shown
 from jaxquant.ste import Moments
@@ -63,7 +64,15 @@ def init_quant_state(
     where = "init_quant_state"
     chosen = as_recipe(recipe, where, params)
     require_trainable(chosen, where)
-    call = trace_call(fn, params, arguments(example), kwargs)
+    args = arguments(example)
+    try:
+        call = trace_call(fn, params, args, kwargs)
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: {error}. It was called with the example, {len(args)} "
+            f"argument{'' if len(args) == 1 else 's'} after the params: a tuple holds them, "
+            "anything else is the only one"
+        ) from error
     require_float(call, where)
     return state_for(call, chosen, key, where)
 
@@ -107,15 +116,25 @@ def state_for(
         ranges = {name: entry.state for name, entry in stats.entries.items()}
         sites = stats.sites
         lead = tuple((name, entry.lead) for name, entry in stats.entries.items())
-    key = jax.random.key(0) if key is None else key
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
-    layout = Layout(chosen, plans, leaves_of(call), sites, lead)
-    return QuantState(learned, constants, ranges, jnp.zeros((), jnp.int32), key, layout)
+        for plan in plans:
+            if observes(plan):
+                keys = [site.key for site in plan.sites if site.primitive != "gather"]
+                seen_here = [entry for key in keys for entry in stats.get(key, {}).values()]
+                _require_layers(call, plan, {entry.lead for entry in seen_here}, where)
+    layout = Layout(chosen, plans, leaves_of(call), sites, lead, shapes_of(learned))
+    return QuantState(
+        learned, constants, ranges, jnp.zeros((), jnp.int32), _words(key, where), layout
+    )
 
 
 def _observed(call: Call, recipe: Any, where: str, *, part: bool = False) -> Statistics:
     """What observers see of one call; concrete unless the call is traced."""
+    shapes = [x for x in call.leaves if isinstance(x, jax.ShapeDtypeStruct)]
+    if shapes:
+        raise ValueError(
+            f"{where}: example: expected arrays, since activations start from what it shows, "
+            f"got {shapes[0]}"
+        )
     plan = plan_of(call, recipe, where, part=part)
     start = plan.start()
     states = {name: seen.state for name, seen in start.entries.items()}
@@ -143,8 +162,10 @@ def _activations(
             rule,
             observer=_Summing() if _learns(rule) else None,
             activation_estimator=None,
+            attention=None,
         )
         for rule in recipe
+        if rule.skip or rule.weights is not None or rule.lookup is not None
     ]
     stats = _observed(call, Recipe(rules), where, part=True)
     found = {}
@@ -152,11 +173,7 @@ def _activations(
         keys = [site.key for site in plan.sites if site.primitive != "gather"]
         states = [entry.state for key in keys for entry in stats.get(key, {}).values()]
         leads = {entry.lead for key in keys for entry in stats.get(key, {}).values()}
-        if not states or len(leads) > 1:
-            raise ValueError(
-                f"{where}: {shown(path)}: expected activations at its sites with the same layers, "
-                f"got {sorted(leads) or 'none'}"
-            )
+        _require_layers(call, plan, leads, where)
         total = states[0]
         for state in states[1:]:
             total = _Summing().merge(total, state)
@@ -166,6 +183,31 @@ def _activations(
         assert spec is not None
         found[path] = estimator.init_activation(moments(total), spec)
     return found
+
+
+def _require_layers(call: Call, plan: Plan, leads: set[tuple[int, ...]], where: str) -> None:
+    """Raises unless activations were seen once for each layer of a leaf."""
+    leaf = next(x for p, x in zip(call.paths, call.leaves, strict=True) if p == plan.path)
+    layers = tuple(jnp.shape(leaf)[: plan.batch_axes])
+    if leads != {layers}:
+        got = " and ".join(str(list(lead)) for lead in sorted(leads)) or "none"
+        raise ValueError(
+            f"{where}: {shown(plan.path)}: expected activations for layers {list(layers)}, got "
+            f"{got}; a parameter that is cut or reshaped before a scan has its activations "
+            "rounded at run time: leave observer and activation_estimator out of its rule"
+        )
+
+
+def _words(key: Any, where: str) -> Array:
+    """Key data of our own, of a key of any kind."""
+    if key is None:
+        return jnp.zeros(2, jnp.uint32)
+    typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = hasattr(key, "dtype") and key.dtype == jnp.uint32
+    if not (typed and key.shape == ()) and not (raw and key.ndim == 1):
+        raise ValueError(f"{where}: key: expected one PRNG key, as jax.random.key(0), got {key!r}")
+    data = jax.random.key_data(key) if typed else key
+    return data if data.shape == (2,) else jax.random.bits(key, (2,), jnp.uint32)
 
 
 def _learns(rule: Rule) -> bool:
@@ -187,7 +229,7 @@ class _Summing(Axis):
     def update(self, state: State, x: Array) -> State:
         """Averages over all values so far."""
         x = x.astype(jnp.float32)
-        finite = jnp.isfinite(everywhere(jnp.max(jnp.abs(x), initial=0.0)))
+        finite = jnp.isfinite(everywhere(jnp.max(magnitude(x), initial=0.0)))
         one = {
             "mean_abs": everywhere(jnp.mean(jnp.abs(x))),
             "mean": everywhere(jnp.mean(x)),

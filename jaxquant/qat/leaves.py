@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import zlib
 from typing import Any
 
 import jax
@@ -17,7 +15,7 @@ from jaxquant.ops import grid_of
 from jaxquant.params.plan import Plan
 from jaxquant.qat.schedule import wide
 from jaxquant.qat.state import QuantState
-from jaxquant.qtensor import Calibration, Grid, QTensor, Trained, Use, with_use
+from jaxquant.qtensor import Calibration, Grid, QTensor, Trained, Use, magnitude, with_use
 from jaxquant.recipe import Recipe
 from jaxquant.spec import QSpec
 from jaxquant.ste import Estimator, straight_through
@@ -120,7 +118,8 @@ def grid_for(plan: Plan, state: QuantState, spec: QSpec) -> Grid | None:
     estimator = learns_activations(plan)
     if estimator is not None:
         learned = lax.stop_gradient(activation_at(plan, state, spec))
-        return grid_of(*estimator.grid(learned, spec), spec)
+        scale, zero = estimator.grid(learned, spec)
+        return grid_of(_unless(_finite(learned, scale.ndim), scale), zero, spec)
     if not observes(plan):
         return None
     return grid_of(*range_to_scale(_range(plan, state), spec), spec)
@@ -159,9 +158,13 @@ def trained(
     """A leaf as training computes with it: its codes, and the floats that gradients go to."""
     assert plan.rule is not None
     q = with_grid(encoded(leaf, plan, recipe, state, bits, turned=False), plan, state)
+    _, learned = at_bits(plan, state, bits)
+    if learned and not weight_estimator(plan).constants:
+        # given steps, codes tell nothing of values that are not finite
+        sound = jnp.isfinite(jnp.max(magnitude(lax.stop_gradient(leaf)), initial=0.0))
+        q = dataclasses.replace(q, scale=_unless(sound & _finite(learned), q.scale))
     # codes are computed once, and not anew in everything that reads them
     q = lax.optimization_barrier(q)
-    _, learned = at_bits(plan, state, bits)
     estimator = weight_estimator(plan)
     if estimator == straight_through() and (q.spec.format.min < 0 or not q.spec.symmetric):
         estimator = straight_through(clip=False)  # scales are those of this leaf: none is outside
@@ -171,24 +174,27 @@ def trained(
     if learns_activations(plan) is not None:
         assert state is not None and q.use.activations is not None
         activation = activation_at(plan, state, q.use.activations)
-    gradients, key = plan.rule.gradients, None
-    if gradients is not None and gradients.stochastic:
-        assert state is not None
-        key = _key(state, plan.path, q.batch)
     return Trained(
         **fields,
         values=values,
         learned=activation,
-        key=key,
         estimator=plan.rule.activation_estimator,
-        gradients=gradients,
+        gradients=plan.rule.gradients,
     )
 
 
-def _key(state: QuantState, path: str, batch: tuple[int, ...]) -> Array:
-    """Key data of a leaf and each of its layers at the state's step, `[*batch, 2]`."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    layers = jnp.arange(math.prod(batch), dtype=jnp.uint32).reshape(batch)
-    mark = jnp.full(batch, zlib.crc32(path.encode()), jnp.uint32)
-    data = jax.random.key_data(key).reshape((1,) * len(batch) + (2,))
-    return data ^ jnp.stack([mark, layers], axis=-1)
+def _finite(learned: dict[str, Array], lead: int = 0) -> Array:
+    """Whether all that is learned is finite, apart for each of `lead` leading axes."""
+    ok = [jnp.isfinite(a).all(axis=tuple(range(lead, a.ndim))) for a in learned.values()]
+    return functools.reduce(jnp.logical_and, ok)
+
+
+def _unless(sound: Array, scale: Array) -> Array:
+    """Scales, NaN where something is not sound, so that it is seen in the result."""
+    return jnp.where(sound, scale, jnp.asarray(jnp.nan, scale.dtype))
+
+
+def key_of(state: QuantState) -> Array:
+    """Key data at the state's step, uint32 `[2]`."""
+    key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+    return jax.random.key_data(jax.random.fold_in(key, state.step))

@@ -10,7 +10,8 @@ import jax
 from jaxquant.interpret.sites import Sites, path_str
 from jaxquant.params.plan import make_plans
 from jaxquant.qat.leaves import at_bits, weight_estimator
-from jaxquant.qat.state import QuantState
+from jaxquant.qat.state import QuantState, kinds_of, require_same
+from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe, Rule, as_recipe
 from jaxquant.report import shown
 
@@ -45,8 +46,13 @@ def fake_quant_params(
     """
     where = "fake_quant_params"
     chosen = as_recipe(recipe, where, params)
-    flat, tree = jax.tree.flatten_with_path(params)
+    flat, tree = jax.tree.flatten_with_path(params, is_leaf=is_qtensor)
     leaves = [(path_str(path), leaf) for path, leaf in flat]
+    for path, leaf in leaves:
+        if is_qtensor(leaf):
+            raise ValueError(f"{where}: {shown(path)}: expected float params, got {leaf!r}")
+    if quant_state is not None:
+        require_same(quant_state, chosen, kinds_of(leaves), where)
     plans, _ = make_plans(leaves, chosen, sites)
     out = []
     for plan, (path, leaf) in zip(plans, leaves, strict=True):

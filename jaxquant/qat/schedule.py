@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import operator
+from collections.abc import Mapping
 
 from jaxquant.recipe import Recipe, Rule
 from jaxquant.spec import QSpec
@@ -33,15 +35,16 @@ class Schedule:
     Attributes:
       start: the first step that rounds; before, the function is computed in float, and observers
         see its activations.
-      bits: `(step, bits)` in ascending order: from each step on, integer formats have at least so
-        many bits. The last entry leaves every format as the recipe has it.
-      freeze: the first step from which observed ranges stay as they are.
+      bits: `(step, bits)` in ascending order, the first at `start`: from each step on, integer
+        formats have at least so many bits. The last entry leaves every format as the recipe has it.
+      freeze: the first step from which ranges that observers follow stay as they are; what is
+        learned goes on (an optimizer's mask stops that).
       freeze_batchnorm: the first step from which BatchNorm uses its running statistics and leaves
         them as they are, so that weights are trained as they are served.
 
     Raises:
       ValueError: a negative step; something that ends or freezes before it starts; steps that do
-        not ascend; bits other than 2 to 8, or fewer than before them.
+        not ascend; bits other than 2 to 8, or more than before them.
 
     Source: rounding after a delay, and BatchNorm frozen towards the end: Krishnamoorthi,
     "Quantizing deep convolutional networks for efficient inference" (2018), section 3.2.
@@ -60,13 +63,23 @@ class Schedule:
     freeze_batchnorm: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", tuple((int(s), int(b)) for s, b in self.bits))
+        given = self.bits.items() if isinstance(self.bits, Mapping) else self.bits
+        try:
+            pairs = tuple((operator.index(s), operator.index(b)) for s, b in given)
+            object.__setattr__(self, "bits", pairs)
+        except TypeError:
+            raise ValueError(
+                "Schedule: bits: expected pairs of step and bits, as ((0, 8), (1000, 4)), "
+                f"got {self.bits!r}"
+            ) from None
         for name in ("start", "freeze", "freeze_batchnorm"):
             step = getattr(self, name)
             if step is None and name != "start":
                 continue
-            if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            whole = hasattr(step, "__index__") and not isinstance(step, bool)
+            if not whole or operator.index(step) < 0:
                 raise ValueError(f"Schedule: {name}: expected a step, 0 or more, got {step!r}")
+            object.__setattr__(self, name, operator.index(step))
         if self.freeze is not None and self.freeze < self.start:
             raise ValueError(
                 f"Schedule: ranges freeze at step {self.freeze}, before rounding starts at step "
@@ -84,6 +97,11 @@ class Schedule:
                 f"Schedule: bits end at step {steps[-1]}, before rounding starts at step "
                 f"{self.start}"
             )
+        if steps and steps[0] != self.start:
+            raise ValueError(
+                f"Schedule: bits: expected the first at step {self.start}, where rounding starts, "
+                f"got {self.bits}"
+            )
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -96,8 +114,18 @@ class Schedule:
         """What is computed when.
 
         Raises:
-          ValueError: the last of `bits` is more than some format of the recipe has.
+          ValueError: the last of `bits` is more than some format of the recipe has, or none is
+            less; ranges freeze that nothing observes.
         """
+        if self.freeze is not None and all(rule.observer is None for rule in recipe):
+            raise ValueError(
+                f"Schedule: freeze={self.freeze}: the recipe has no observer whose ranges could "
+                "freeze"
+            )
+        if self.bits and widened(recipe, self.bits[0][1]).rules == recipe.rules:
+            raise ValueError(
+                f"Schedule: bits={self.bits}: no integer format of the recipe has fewer bits"
+            )
         if self.bits:
             last = self.bits[-1][1]
             narrow = min(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax import Array
 
 from jaxquant.capture.statistics import Sites as Seen
 from jaxquant.interpret.calls import Call
+from jaxquant.interpret.sites import path_str
 from jaxquant.params.plan import Plan
 from jaxquant.recipe import Recipe
 from jaxquant.report import shown
@@ -28,6 +30,7 @@ class Layout:
       leaves: path, shape and dtype of each.
       seen: for each site that is observed, the names of its entries; as `Statistics.sites`.
       lead: for each entry, the layers that its states are stacked over.
+      learned: path and shape of each array that is learned.
     """
 
     recipe: Recipe
@@ -35,6 +38,12 @@ class Layout:
     leaves: tuple[tuple[str, tuple[int, ...], str], ...]
     seen: Seen = ()
     lead: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    learned: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    def __repr__(self) -> str:
+        name = self.recipe.name or f"{len(self.recipe)} rules"
+        count = sum(plan.spec is not None for plan in self.plans)
+        return f"Layout({name}, {count} of {len(self.plans)} leaves)"
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +70,13 @@ class QuantState:
     key: Array
     layout: Layout = dataclasses.field(metadata={"static": True})
 
+    def __repr__(self) -> str:
+        counts = {name: len(found) for name, found in self.learned.items()}
+        made = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "nothing"
+        step = self.step if jnp.ndim(self.step) or isinstance(self.step, jax.core.Tracer) else None
+        at = "" if step is not None else f"step {self.step}, "
+        return f"QuantState({at}learned of {made}, {len(self.ranges)} ranges, {self.layout!r})"
+
     def of_weight(self, path: str) -> dict[str, Array]:
         """What belongs to the rounding of one parameter."""
         return {**self.learned["weights"].get(path, {}), **self.constants.get(path, {})}
@@ -77,6 +93,18 @@ def leaves_of(call: Call) -> tuple[tuple[str, tuple[int, ...], str], ...]:
         for path, leaf in zip(call.paths, call.leaves, strict=True)
         if path is not None
     )
+
+
+def kinds_of(leaves: Sequence[tuple[str, Any]]) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+    """Path, shape and dtype of the arrays among leaves."""
+    arrays = [(p, x) for p, x in leaves if hasattr(x, "shape") and hasattr(x, "dtype")]
+    return tuple((p, tuple(jnp.shape(x)), str(jnp.result_type(x))) for p, x in arrays)
+
+
+def shapes_of(learned: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Path and shape of each array."""
+    flat = jax.tree.leaves_with_path(learned)
+    return tuple((path_str(path), tuple(jnp.shape(leaf))) for path, leaf in flat)
 
 
 def require_same(
@@ -105,6 +133,16 @@ def require_same(
         for p, (s, d) in expected.items()
         if p in got and got[p] != (s, d)
     ]
+    if not wrong and made.learned:
+        held = dict(shapes_of(state.learned))
+        lost = [f"learned/{p} is missing" for p, _ in made.learned if p not in held]
+        lost += [
+            f"learned/{p}: expected {list(s)}, got {list(held[p])}"
+            for p, s in made.learned
+            if p in held and held[p] != s
+        ]
+        if lost:
+            raise ValueError(f"{where}: quant_state is not whole: {'; '.join(lost[:3])}")
     if wrong:
         raise ValueError(
             f"{where}: the state was made for other params: {'; '.join(wrong[:3])}"

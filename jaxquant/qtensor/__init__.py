@@ -11,7 +11,13 @@ from jaxquant.qtensor.quantize import (
     quantize,
     storage_layout,
 )
-from jaxquant.qtensor.scales import scaled_codes, scales_of_range, scales_over, store_scale
+from jaxquant.qtensor.scales import (
+    magnitude,
+    scaled_codes,
+    scales_of_range,
+    scales_over,
+    store_scale,
+)
 from jaxquant.qtensor.storage import (
     blocked,
     from_storage,
@@ -42,6 +48,7 @@ __all__ = [
     "from_storage",
     "is_qtensor",
     "is_trained",
+    "magnitude",
     "pad_to",
     "quantize",
     "scaled_codes",

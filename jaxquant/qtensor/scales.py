@@ -26,14 +26,28 @@ def scaled_codes(
 def scales_over(
     x: Array, inner: tuple[int, ...], spec: QSpec
 ) -> tuple[Array, Array | None, Array | None]:
-    """Scale, zero point and global scale of float32 `x`, shared over the axes `inner` (kept)."""
+    """Scale, zero point and global scale of float32 `x`, shared over the axes `inner` (kept).
+
+    The scale of values that are not all finite is NaN, so that what is made with it is.
+    """
     # one reduction where one is enough: activations are quantized at every call
-    amax = jnp.max(jnp.abs(x), axis=inner, keepdims=True, initial=0.0)
+    amax = jnp.max(magnitude(x), axis=inner, keepdims=True, initial=0.0)
     if spec.symmetric and spec.range != "signed":
-        return scales_of_range(-amax, amax, amax, spec)
-    high = jnp.max(x, axis=inner, keepdims=True, initial=0.0)
-    low = jnp.min(x, axis=inner, keepdims=True, initial=0.0)
-    return scales_of_range(low, high, amax, spec)
+        low, high = -amax, amax
+    else:
+        high = jnp.max(x, axis=inner, keepdims=True, initial=0.0)
+        low = jnp.min(x, axis=inner, keepdims=True, initial=0.0)
+    scale, zero, total = scales_of_range(low, high, amax, spec)
+    return jnp.where(jnp.isfinite(amax), scale, jnp.asarray(jnp.nan, scale.dtype)), zero, total
+
+
+def magnitude(x: Array) -> Array:
+    """`|x|`, and infinity for NaN: on a CPU XLA's maximum over many values loses NaN.
+
+    >>> magnitude(jnp.array([-2.0, jnp.nan])).tolist()
+    [2.0, inf]
+    """
+    return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
 
 
 def scales_of_range(

@@ -14,7 +14,7 @@ from jaxquant.qtensor.tensor import DATA, META, QTensor
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=(*DATA, "values", "learned", "key"),
+    data_fields=(*DATA, "values", "learned"),
     meta_fields=(*META, "estimator", "gradients"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +27,12 @@ class Trained(QTensor):
     Attributes:
       values: `dequantize` of this, of the array's own shape and dtype.
       learned: what is learned of the other operand's quantization, float32 `[*batch]` each.
-      key: uint32 `[*batch, 2]`, for stochastic rounding of gradients; `None` rounds to nearest.
       estimator: how gradients pass the rounding of the other operand, a value of `jaxquant.ste`.
       gradients: how gradients are quantized, a `Gradients`; `None` leaves them in float.
     """
 
     values: Array | None = None
     learned: dict[str, Array] | None = None
-    key: Array | None = None
     estimator: Any = None
     gradients: Any = None
 

@@ -167,7 +167,9 @@ def int8_training(gradients: Gradients | None = None, *, attention: bool = False
     """As `w8a8`, for training with `fake_quantized`: all three contractions of a layer on int8.
 
     Args:
-      gradients: how gradients are quantized, by default int8 rounded at random for both.
+      gradients: how gradients are quantized, by default int8 rounded at random for both. On
+        integers where weights are integers per channel or per tensor; groups, codebooks and
+        convolutions take rounded gradients in float.
       attention: quantize attention scores and attention times values to int8 as well; their
         gradients are float.
 

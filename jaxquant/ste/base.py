@@ -90,7 +90,15 @@ class Estimator(Protocol):
         """Scale (float32) and zero point (int32, in the format's own codes) of an activation."""
         ...
 
-    def pass_activation(self, x: Array, rounded: Array, learned: Learned, spec: QSpec) -> Array:
+    def pass_activation(
+        self,
+        x: Array,
+        rounded: Array,
+        learned: Learned,
+        spec: QSpec,
+        *,
+        count: int | None = None,
+    ) -> Array:
         """`rounded`, what `x` became on the grid, with gradients to `x` and `learned`."""
         ...
 

@@ -94,9 +94,20 @@ class Gridded:
         """See `Estimator.grid`."""
         return _grid(self, lax.stop_gradient({n: learned[n] for n in self._own(spec)}), spec)
 
-    def pass_activation(self, x: Array, rounded: Array, learned: Learned, spec: QSpec) -> Array:
+    def pass_activation(
+        self,
+        x: Array,
+        rounded: Array,
+        learned: Learned,
+        spec: QSpec,
+        *,
+        count: int | None = None,
+    ) -> Array:
         """See `Estimator.pass_activation`."""
-        return _passed(self, spec, x, rounded, {n: learned[n] for n in self._own(spec)})
+        if count is None:
+            count = x.size // x.shape[0] if x.ndim and x.size else 1
+        own = {n: learned[n] for n in self._own(spec)}
+        return _passed(self, spec, max(count, 1), x, rounded, own)
 
     def _own(self, spec: QSpec) -> tuple[str, ...]:
         """Names of what is learned for a spec."""
@@ -204,28 +215,28 @@ def _grid(estimator: Gridded, learned: dict[str, Array], spec: QSpec) -> tuple[A
     return one(learned)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _passed(
-    estimator: Gridded, spec: QSpec, x: Array, rounded: Array, learned: dict[str, Array]
+    estimator: Gridded, spec: QSpec, count: int, x: Array, rounded: Array, learned: dict[str, Array]
 ) -> Array:
     return rounded
 
 
 def _passed_fwd(
-    estimator: Gridded, spec: QSpec, x: Array, rounded: Array, learned: dict[str, Array]
+    estimator: Gridded, spec: QSpec, count: int, x: Array, rounded: Array, learned: dict[str, Array]
 ) -> tuple[Array, Any]:
     return rounded, (x, learned)
 
 
 def _passed_bwd(
-    estimator: Gridded, spec: QSpec, kept: Any, g: Array
+    estimator: Gridded, spec: QSpec, count: int, kept: Any, g: Array
 ) -> tuple[Array, None, dict[str, Array]]:
     x, learned = kept
     scale, zero_point = estimator.grid(learned, spec)
     zero = None if zero_point is None else zero_point.astype(jnp.float32)
     at = _point(x, scale, zero, learned, spec)
     inside, slopes = estimator.slopes(at, spec)
-    gain = estimator.gain(np.float32(x.size / x.shape[0] if x.ndim and x.size else 1.0), spec)
+    gain = estimator.gain(np.float32(count), spec)
     g32 = g.astype(jnp.float32)
     to_learned = {n: jnp.sum(g32 * slopes[n]) * gain for n in learned}
     return jnp.where(inside, g, 0).astype(x.dtype), None, _signed(to_learned, learned)

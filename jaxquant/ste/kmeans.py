@@ -117,7 +117,15 @@ class KMeans:
         """Raises `ValueError`, as `init_activation`."""
         self.init_activation(Moments(*(jnp.float32(0.0),) * 5), spec)
 
-    def pass_activation(self, x: Array, rounded: Array, learned: Learned, spec: QSpec) -> NoReturn:
+    def pass_activation(
+        self,
+        x: Array,
+        rounded: Array,
+        learned: Learned,
+        spec: QSpec,
+        *,
+        count: int | None = None,
+    ) -> NoReturn:
         """Raises `ValueError`, as `init_activation`."""
         self.init_activation(Moments(*(jnp.float32(0.0),) * 5), spec)
 

@@ -111,8 +111,17 @@ class StraightThrough(Gridded):
         below, above = _margins(spec)
         return (at.v >= at.low - below) & (at.v <= at.high + above), {}
 
-    def pass_activation(self, x: Array, rounded: Array, learned: Learned, spec: QSpec) -> Array:
+    def pass_activation(
+        self,
+        x: Array,
+        rounded: Array,
+        learned: Learned,
+        spec: QSpec,
+        *,
+        count: int | None = None,
+    ) -> Array:
         """See `Estimator.pass_activation`."""
+        del count
         grid = self.grid(learned, spec) if "scale" in learned else None
         return _passed(self, spec, x, rounded, grid)
 
