@@ -15,7 +15,16 @@ from jaxquant.ops import grid_of
 from jaxquant.params.plan import Plan
 from jaxquant.qat.schedule import wide
 from jaxquant.qat.state import QuantState
-from jaxquant.qtensor import Calibration, Grid, QTensor, Trained, Use, magnitude, with_use
+from jaxquant.qtensor import (
+    Calibration,
+    Grid,
+    QTensor,
+    Trained,
+    Use,
+    magnitude,
+    storage_layout,
+    with_use,
+)
 from jaxquant.recipe import Recipe
 from jaxquant.spec import QSpec
 from jaxquant.ste import Estimator, straight_through
@@ -81,13 +90,9 @@ def encoded(
       turned: store contracted axes last, which serves few rows; else what makes no difference to
         sums stays as it lies: integers that meet integers, in whole bytes.
     """
-    assert plan.spec is not None and plan.rule is not None
-    spec, learned = at_bits(plan, state, bits)
+    assert plan.rule is not None
+    spec, learned, minor = given(leaf, plan, state, bits, turned)
     activations = wide(plan.rule.activations, bits)
-    exact = spec.format.is_integer and activations is not None and activations.format.is_integer
-    # what was learned has the axes of scales as they are stored
-    lies = not turned and exact and not spec.format.packed and not learned
-    minor = () if lies else plan.minor
     q = weight_estimator(plan).encode(leaf, learned, spec, minor=minor, batch_axes=plan.batch_axes)
     attention = tuple((pattern, wide(s, bits)) for pattern, s in recipe.attention)
     return with_use(q, Use(activations, attention))
@@ -111,6 +116,25 @@ def at_bits(plan: Plan, state: QuantState | None, bits: int) -> tuple[QSpec, dic
     if spec != plan.spec and learned:
         learned = weight_estimator(plan).rescaled(learned, plan.spec, spec)
     return spec, learned
+
+
+def given(
+    leaf: Array, plan: Plan, state: QuantState | None, bits: int, turned: bool
+) -> tuple[QSpec, dict[str, Array], tuple[int, ...]]:
+    """Spec, what is learned, and axes to store last, for `encode`; `turned` as for `encoded`."""
+    assert plan.rule is not None
+    spec, learned = at_bits(plan, state, bits)
+    activations = wide(plan.rule.activations, bits)
+    exact = spec.format.is_integer and activations is not None and activations.format.is_integer
+    if turned or not exact or spec.format.packed:
+        return spec, learned, plan.minor
+    # what is learned lies as scales are stored
+    core, lead = leaf.shape[plan.batch_axes :], plan.batch_axes
+    stored, own = (storage_layout(core, spec, m, "float32").axes for m in (plan.minor, ()))
+    if set(stored) != set(own):
+        return spec, learned, plan.minor if learned else ()
+    order = [*range(lead), *(lead + stored.index(axes) for axes in own)]
+    return spec, {name: jnp.transpose(a, order) for name, a in learned.items()}, ()
 
 
 def grid_for(plan: Plan, state: QuantState, spec: QSpec) -> Grid | None:
@@ -158,7 +182,7 @@ def trained(
     """A leaf as training computes with it: its codes, and the floats that gradients go to."""
     assert plan.rule is not None
     q = with_grid(encoded(leaf, plan, recipe, state, bits, turned=False), plan, state)
-    _, learned = at_bits(plan, state, bits)
+    _, learned, _ = given(leaf, plan, state, bits, turned=False)
     if learned and not weight_estimator(plan).constants:
         # given steps, codes tell nothing of values that are not finite
         sound = jnp.isfinite(jnp.max(magnitude(lax.stop_gradient(leaf)), initial=0.0))
