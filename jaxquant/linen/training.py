@@ -105,7 +105,8 @@ class FakeQuantizedModel:
 
         With `"quant"` among the collections that are `mutable`, what is returned of them holds the
         collection after the call: ranges with this call's activations, and the step counted. Else
-        the collection is read only.
+        the collection is read only: a training step that leaves it out stands still in ranges,
+        schedule and random numbers.
 
         Raises:
           ValueError: there is no `quant` collection and the recipe or the schedule needs one; it

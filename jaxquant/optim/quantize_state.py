@@ -52,6 +52,9 @@ def quantize_state(
     where `inner` sees whole trees, one such leaf makes all updates zero and keeps all of the state.
     To skip and to count whole steps, wrap in `optax.apply_if_finite`.
 
+    `nnx.Optimizer` takes such a state apart at its second update: hold the optimizer's state beside
+    the model, and update with `nnx.state(model, nnx.Param)`.
+
     Args:
       inner: any optax transformation.
       spec: block size, smallest size and which fields have no sign; `None` is `StateSpec()`.

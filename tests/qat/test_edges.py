@@ -1,4 +1,4 @@
-"""What is easily lost: NaN, derivative rules, codes of static activations, layers, half-way states."""
+"""What is easily lost: NaN, derivative rules, codes of static activations, half-way states."""
 
 import dataclasses
 from typing import Any

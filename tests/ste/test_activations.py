@@ -11,6 +11,8 @@ from jaxquant import PerTensor, QSpec
 from jaxquant.ste import Moments, lsq, lsq_plus, pact, straight_through
 from tests.ste import cases
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 SPECS = [
     QSpec(name, PerTensor(), symmetric)
     for name, symmetric in [

@@ -12,6 +12,8 @@ from jaxquant import PerChannel, PerTensor, QSpec
 from jaxquant.ste import lsq, lsq_plus, pact, straight_through
 from tests.ste import cases
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 W, G = cases.normal(seed=1), cases.normal(seed=2)
 
 
