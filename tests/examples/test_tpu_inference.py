@@ -16,6 +16,8 @@ import tpu_inference as example
 
 import jaxquant as jq
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 TINY = dataclasses.replace(example.QUICK, vocab=64, layers=2, width=64, mlp=96, length=16)
 
 

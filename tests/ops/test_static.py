@@ -15,6 +15,8 @@ from jaxquant.qtensor import Calibration, Grid, Use
 from tests.ops import integer_reference as ref
 from tests.ops.cases import jit, normal
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 GRIDS = {"symmetric": None, "asymmetric": 17, "least": -128}
 LAYOUTS = {  # spec of a `[6, 4, 10]` weight, axes to store last, axes to sum over
     "plain": (QSpec("int8", PerChannel((1, 2))), (), (0,)),
