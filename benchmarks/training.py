@@ -37,6 +37,7 @@ RECIPES: dict[str, jq.Recipe | jq.Rule] = {
         activation_estimator=jq.ste.lsq(),
     ),
     "int8 training": jq.int8_training(),
+    "int8, but dw": jq.int8_training(jq.Gradients(weight=None)),
 }
 
 

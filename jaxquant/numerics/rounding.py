@@ -41,8 +41,7 @@ def random_words(key: Array, shape: tuple[int, ...]) -> Array:
     """32 random bits for each place of a shape: `mix(mix(i c + k_0) + k_1)`, `i` the flat index.
 
     `mix` is an integer hash without bias between its bits. `jax.random.bits` is built for more than
-    rounding asks for: with it a step of int8 training took eight times as long to compile, and a
-    fifth longer to run.
+    rounding asks for, and is drawn by a loop for each site, which takes long to compile.
 
     Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011); the constants are
     those of `lowbias32`, Wellons, "Prospecting for Hash Functions" (2018).

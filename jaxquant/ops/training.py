@@ -236,8 +236,8 @@ def _weight_gradient(
     if not spec.format.is_integer:
         out = dequantized(dataclasses.replace(kept, scale=None)).T @ fake(scaled, spec, (0,), own)
         return _laid_out(out, sizes, w_side, q.ndim)
-    # quantized as it lies; a CPU contracts int8 fast along the last axis, so the codes of x are
-    # turned, which of int8 takes little
+    # quantized as it lies, and the codes of x turned: XLA on a CPU folds that into a contraction
+    # along both first axes, which is slow there
     over = (0, 1) if spec.granularity == PerTensor() else (0,)
     codes, scale, _ = quantize_activation(scaled, spec, over, own)
     turned = lax.optimization_barrier(kept.values).T
