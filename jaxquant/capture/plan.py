@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxquant.capture.statistics import Observed, Sites, Statistics, check_same
 from jaxquant.interpret.calls import Call
 from jaxquant.interpret.evaluate import Interpreter
-from jaxquant.interpret.observe import Observe, Place, places_of, statistics_slot
+from jaxquant.interpret.observe import Observe, Place, places_of, sees_rows, statistics_slot
 from jaxquant.interpret.policy import Policy
 from jaxquant.interpret.serve import attention_grids, policy_of
 from jaxquant.interpret.slots import SiteValues
@@ -42,7 +42,7 @@ class Plan:
         for name, (place, observer) in self.observed.items():
             state = {
                 k: jnp.broadcast_to(v, (*place.lead, *v.shape)).astype(v.dtype)
-                for k, v in observer.init(place.aval).items()
+                for k, v in observer.init(place.seen(observer)).items()
             }
             shape, dtype = tuple(place.aval.shape), str(place.aval.dtype)
             entries[name] = Observed(state, observer, shape, dtype, place.lead)
@@ -53,12 +53,16 @@ class Plan:
         check_same(jax.eval_shape(self.start), stats, where)
 
 
-def plan_of(call: Call, recipe: Recipe | Observer, where: str, *, part: bool = False) -> Plan:
+Observing = Recipe | Observer | Mapping[str, Observer]
+
+
+def plan_of(call: Call, recipe: Observing, where: str, *, part: bool = False) -> Plan:
     """Finds what a recipe's observers are to observe; spends no FLOPs.
 
     Args:
       call: the call, its params float or quantized.
-      recipe: rules with observers; or one observer, for all activations that are contracted.
+      recipe: rules with observers; or one observer, for all activations that are contracted; or
+        observers by path of the parameter.
       where: the function this is for, for errors.
       part: the call may be of a part of the model, where some rules match no site, or none does.
 
@@ -81,7 +85,8 @@ def plan_of(call: Call, recipe: Recipe | Observer, where: str, *, part: bool = F
                 f"{where}: {place.keys[0]!r} is inside {place.shut}, out of which statistics "
                 "cannot be carried; put a rule without an observer in front of its own"
             )
-        kind = (place.array, chosen, place.lead)
+        rows = place.reading.key if place.reading is not None and sees_rows(chosen) else None
+        kind = (place.array, chosen, place.lead, rows)
         if kind not in known:
             known[kind] = f"{place.keys[0]}:{place.slot.name}"
             observed[known[kind]] = place, chosen
@@ -121,10 +126,12 @@ def observed_call(
     return out, {name: values.values[slot] for name, slot in slots.items()}
 
 
-def _observer(recipe: Recipe | Observer, place: Place, used: set[Rule]) -> Observer | None:
+def _observer(recipe: Observing, place: Place, used: set[Rule]) -> Observer | None:
     """What observes an activation; the rules that have a say in it are added to `used`."""
+    if isinstance(recipe, Mapping):
+        return next((recipe[path] for path in place.params if path in recipe), None)
     if not isinstance(recipe, Recipe):
-        return recipe
+        return recipe if place.params or not sees_rows(recipe) else None
     for rule in _deciding(recipe, place):
         if rule.observer is not None:
             used.add(rule)
@@ -143,7 +150,7 @@ def _deciding(recipe: Recipe, place: Place) -> Iterator[Rule]:
         yield from [r for r in rules if r.matches(place.keys[0])][:1]
 
 
-def require_observers(recipe: Recipe | Observer, where: str) -> None:
+def require_observers(recipe: Observing, where: str) -> None:
     """Raises unless some rule of a recipe has an observer."""
     if isinstance(recipe, Recipe) and all(rule.observer is None for rule in recipe):
         raise ValueError(
@@ -152,9 +159,7 @@ def require_observers(recipe: Recipe | Observer, where: str) -> None:
         )
 
 
-def _require_used(
-    recipe: Recipe | Observer, used: set[Rule], places: Sequence[Place], where: str
-) -> None:
+def _require_used(recipe: Observing, used: set[Rule], places: Sequence[Place], where: str) -> None:
     for rule in recipe if isinstance(recipe, Recipe) else ():
         if rule.observer is None or rule in used:
             continue

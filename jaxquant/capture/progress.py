@@ -10,29 +10,38 @@ _AFTER = 3.0  # seconds of work before a bar is worth its line
 
 
 class Progress:
-    """Counts batches on standard error; see `capture` for when.
+    """Counts steps on standard error; see `capture` for when.
 
     Args:
       show: `True` at once, `False` never, `None` on a terminal, after some seconds.
-      total: how many batches there are, if known.
+      total: how many steps there are, if known.
+      what: what is being done.
     """
 
-    def __init__(self, show: bool | None, total: int | None) -> None:
+    def __init__(self, show: bool | None, total: int | None, what: str = "capture") -> None:
         self._show = sys.stderr.isatty() if show is None else show
         self._from = time.monotonic() + (_AFTER if show is None else 0.0)
-        self._total, self._done = total, 0
+        self._total, self._done, self._what = total, 0, what
         self._bar: Any = None
         self._task: Any = None
 
     def step(self) -> None:
-        """One more batch is done."""
+        """One more step is done."""
         self._done += 1
+        self._update()
+
+    def say(self, what: str) -> None:
+        """What the next step is on."""
+        self._what = what
+        self._update()
+
+    def _update(self) -> None:
         if not self._show or time.monotonic() < self._from:
             return
         if self._bar is None:
             self._open()
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
+            self._bar.update(self._task, completed=self._done, description=self._what)
 
     def _open(self) -> None:
         try:
@@ -42,7 +51,7 @@ class Progress:
             self._show = False
             return
         self._bar = Bar(console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task("capture", total=self._total)
+        self._task = self._bar.add_task(self._what, total=self._total)
         self._bar.start()
 
     def close(self) -> None:

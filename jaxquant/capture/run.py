@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxquant.capture.batches import Alike, arguments, lists_told, require_iterable
-from jaxquant.capture.plan import Plan, observed_call, plan_of
+from jaxquant.capture.plan import Observing, Plan, observed_call, plan_of
 from jaxquant.capture.progress import Progress
 from jaxquant.capture.statistics import Statistics
 from jaxquant.capture.storage import Path, before_of, described, require_folder
@@ -96,7 +96,7 @@ def capture_with(
     params: Any,
     fixed: tuple[Any, ...],
     batches: Iterable[Any],
-    recipe: Recipe | Rule | Iterable[Rule] | Observer,
+    recipe: Recipe | Rule | Iterable[Rule] | Observing,
     *,
     resume: Statistics | Path | None = None,
     save: Path | None = None,
@@ -283,8 +283,10 @@ def _leaves(tree: Any) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_qtensor) if is_traced(leaf)]
 
 
-def as_observing(recipe: Any, where: str, params: Any = None) -> Recipe | Observer:
-    """The recipe, or the observer, that a caller meant."""
+def as_observing(recipe: Any, where: str, params: Any = None) -> Observing:
+    """The recipe, the observer, or the observers by path, that a caller meant."""
+    if isinstance(recipe, Mapping):
+        return recipe
     if isinstance(recipe, Observer) and not isinstance(recipe, type):
         return recipe
     return as_recipe(recipe, where, params)

@@ -1,6 +1,25 @@
 """Encoders: values that turn one float array into a `QTensor` and say how well."""
 
 from jaxquant.encoders.base import Encoder, Info, measure
+from jaxquant.encoders.gptq import GPTQ, gptq
+from jaxquant.encoders.huffman import huffman_bits
+from jaxquant.encoders.kmeans import KMeans, kmeans, kmeans_codebook
+from jaxquant.encoders.matrix import from_matrix, matrix_spec, to_matrix
 from jaxquant.encoders.rtn import RoundToNearest, rtn
 
-__all__ = ["Encoder", "Info", "RoundToNearest", "measure", "rtn"]
+__all__ = [
+    "GPTQ",
+    "Encoder",
+    "Info",
+    "KMeans",
+    "RoundToNearest",
+    "from_matrix",
+    "gptq",
+    "huffman_bits",
+    "kmeans",
+    "kmeans_codebook",
+    "matrix_spec",
+    "measure",
+    "rtn",
+    "to_matrix",
+]

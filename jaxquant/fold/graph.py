@@ -26,7 +26,8 @@ class Node:
       parents: the values it is computed from.
       params: parameters of the primitive.
       shape: its shape.
-      detail: key path of a leaf, value of a constant, identity of the loop of a step.
+      detail: key path of a leaf, value of a constant, identity of the loop of a step; else which
+        of the primitive's results it is.
       consumers: the values computed from it that the function's results need.
     """
 
@@ -118,7 +119,7 @@ class _Builder:
                 self.node(name, [operands[0], *outs], {}, var.aval)
                 for var, *outs in zip(eqn.outvars, *found, strict=True)
             ]
-        return [self.node(name, operands, p, var.aval) for var in eqn.outvars]
+        return [self.node(name, operands, p, var.aval, n) for n, var in enumerate(eqn.outvars)]
 
     def scan(self, eqn: Any, operands: list[Node]) -> list[Node]:
         n_consts, n_carry = _compat.scan_split(eqn.params)

@@ -19,6 +19,7 @@ from jaxquant.interpret.moves import (
     promote,
     rebuilt,
     with_arrays,
+    with_grouped_codebook,
 )
 from jaxquant.qtensor import QTensor
 from jaxquant.spec import QSpec
@@ -95,6 +96,8 @@ def cut(
 
     static: dict[str, Any] = {"core": core, "blocks": tuple(blocks)}
     for name in ("codebook", "global_scale"):  # these have batch axes only
+        if name == "codebook" and flat.grouped_codebook:
+            continue  # cut as scales are
         held = getattr(flat, name)
         static[name] = None if held is None else _leading(held, spans, nb)
     static["calibration"] = calibrated(flat, lambda a: _leading(a, spans, nb))
@@ -141,9 +144,10 @@ def reverse(q: QTensor, dims: Sequence[int]) -> QTensor | None:
         return None
     lead = [at for at in places if at < nb]
     out = rebuilt(flat, lambda a: lax.rev(a, places), lambda a: lax.rev(a, places))
+    names = ("global_scale",) if flat.grouped_codebook else ("codebook", "global_scale")
     held_by_batch = {
         name: None if getattr(flat, name) is None else lax.rev(getattr(flat, name), lead)
-        for name in ("codebook", "global_scale")
+        for name in names
     }
     calibration = calibrated(flat, lambda a: lax.rev(a, lead))
     return with_arrays(out, **held_by_batch, calibration=calibration)
@@ -152,7 +156,8 @@ def reverse(q: QTensor, dims: Sequence[int]) -> QTensor | None:
 def concatenate(qs: Sequence[QTensor], axis: int) -> QTensor | None:
     """Joins tensors of one format along an axis where each index or full group has its scale."""
     same_layout = all((q.axes, len(q.batch)) == (qs[0].axes, len(qs[0].batch)) for q in qs)
-    flats = [opened(q, [axis]) if same_layout else plain(q) for q in qs]
+    opens = [opened(q, [axis]) if same_layout else plain(q) for q in qs]
+    flats = [None if q is None else with_grouped_codebook(q) for q in opens]
     first = flats[0]
     if first is None:
         return None
@@ -167,7 +172,7 @@ def concatenate(qs: Sequence[QTensor], axis: int) -> QTensor | None:
         core[axis - nb] = sum(f.core[axis - nb] for f in joined)
 
     parts: dict[str, Any] = {}
-    for name in ("codes", "scale", "zero_point"):
+    for name in ("codes", "scale", "zero_point", "codebook"):
         held = [getattr(f, name) for f in joined]
         parts[name] = None if held[0] is None else lax.concatenate(held, at or 0)
     fixed = None if axis < nb else calibrated(first, lambda a: a)
@@ -182,7 +187,9 @@ def _joins(f: QTensor, first: QTensor, c: int) -> bool:
     static = ("spec", "dtype", "axes")
     if any(getattr(f, name) != getattr(first, name) for name in static):
         return False
-    if f.global_scale is not None or f.codebook is not None or len(f.batch) != len(first.batch):
+    if f.global_scale is not None or len(f.batch) != len(first.batch):
+        return False
+    if (f.codebook is None) != (first.codebook is None):
         return False
     if c < 0:
         return f.blocks == first.blocks
@@ -199,7 +206,7 @@ def rows(q: QTensor, indices: Array, axis: int, mode: Any) -> QTensor | None:
         promoted = promote(q)
         return None if promoted is None else rows(promoted, indices, axis, mode)
     at = place_of(q, axis)
-    if at is None or (not nb and q.codebook is not None):
+    if at is None:
         return None
     shared = not nb and q.groups[at] == 1 and q.shape[axis] != 1
     if not nb and q.blocks[at] > 1 and not shared:
@@ -220,12 +227,15 @@ def rows(q: QTensor, indices: Array, axis: int, mode: Any) -> QTensor | None:
 
     if nb:
         return jax.tree.map(gather, q)
-    glob = q.global_scale
+    glob, book = q.global_scale, q.codebook
+    if book is not None and not q.grouped_codebook:
+        book = jnp.broadcast_to(book, (*lead, *book.shape))
     gone = axis - rank
     return rebuilt(
         q,
         gather,
         gather,
+        codebook=book,  # or as scales, if there is one for each group
         global_scale=None if glob is None else jnp.broadcast_to(glob, lead),
         calibration=None,
         core=q.core[:axis] + q.core[axis + 1 :],

@@ -85,7 +85,7 @@ class Interpreter:
         try:
             if name in CONTRACTIONS:
                 return [self._contract(eqn, operands, positive, scope)]
-            enter = RULES.get(name)
+            enter = self.policy.rules.get(name) or RULES.get(name)
             if any(is_integers(v.data) for v in operands) and name not in integers.ENTERED:
                 with self._ahead(operands if name in integers.AFFINE else ()):
                     kept = integers.results(eqn, operands)

@@ -122,6 +122,19 @@ _SAME = _IDENTITY | {"slice", "dynamic_slice", "split", "rev", "optimization_bar
 _SAME |= {"sharding_constraint", "reshard", "mesh_cast"}
 
 
+def _divisor_moved(eqn: Any, q: Any, data: list[Any]) -> list[Any] | None:
+    """The result of a transposition of a QTensor whose divisor moves along."""
+    held, moved = q.calibration, None
+    bare = dataclasses.replace(q, calibration=dataclasses.replace(held, divisor=None))
+    results: Any = _RULES["transpose"](eqn, bare, [bare, *data[1:]])
+    if results and is_qtensor(results[0]) and results[0].batch == q.batch:
+        order = tuple(eqn.params["permutation"])
+        axes = tuple(order.index(a + q.ndim) - q.ndim for a in held.axis)
+        kept = moves.calibrated(results[0], lambda a: a)
+        moved = dataclasses.replace(kept, divisor=held.divisor, axis=axes) if kept else None
+    return None if moved is None else [dataclasses.replace(results[0], calibration=moved)]
+
+
 def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
     """Results of a layout primitive on quantized operands; `None` if it is none or cannot be."""
     name, params = eqn.primitive.name, eqn.params
@@ -149,7 +162,7 @@ def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
         and q.calibration.divisor is not None
         and name != "convert_element_type"
     ):
-        return None  # a divisor stays with the axis it was made for
+        return _divisor_moved(eqn, q, data) if name == "transpose" else None
     rule = _RULES.get(name)
     results = _scaled(name, q, data) if name in ("mul", "div") else rule and rule(eqn, q, data)
     if not results or name in ("optimization_barrier", "convert_element_type"):

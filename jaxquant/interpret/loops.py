@@ -47,7 +47,7 @@ def scan(
     xs = [_as_scanned(ip, eqn, v, scope) for v in operands[n_consts + n_carry :]]
     kept = _unchanged(jaxpr, n_consts, n_carry, offset=0)
     init = [v if k else _carried(ip, eqn, v, scope) for v, k in zip(init, kept, strict=True)]
-    x_facts = [_inside(v.facts) for v in xs]
+    x_facts = [slice_facts(v.facts) for v in xs]
     out_facts: list[Facts] = []
     at = len(ip.call_path) - 1
     parts = [o for v in xs if v.facts.origin is not None for o in v.facts.origin.parts]
@@ -85,10 +85,10 @@ def scan(
     ip.slots.leave([*carried, *stacked], [*left, *owned])
     moved = iter(last)
     finals = [
-        v if k else Value(next(moved), _moved(f))
+        v if k else Value(next(moved), result_facts(f))
         for v, k, f in zip(init, kept, out_facts, strict=False)
     ]
-    return [*finals, *with_facts(ys, [_moved(f) for f in out_facts[n_carry:]])]
+    return [*finals, *with_facts(ys, [result_facts(f) for f in out_facts[n_carry:]])]
 
 
 def _unchanged(jaxpr: Any, first: int, count: int, offset: int) -> list[bool]:
@@ -106,7 +106,8 @@ def _carried(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
     return Value(value.data, dataclasses.replace(value.facts, origin=None, live=True, nonneg=False))
 
 
-def _moved(facts: Facts) -> Facts:
+def result_facts(facts: Facts) -> Facts:
+    """Facts of a value that a loop gives."""
     return dataclasses.replace(facts, origin=None, over=None)
 
 
@@ -122,7 +123,7 @@ def _as_scanned(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
     return Value(ip.dense(value, eqn, scope) if led is None else led, value.facts)
 
 
-def _inside(facts: Facts) -> Facts:
+def slice_facts(facts: Facts) -> Facts:
     """Facts of one slice of a scanned value."""
     if facts.over is not None:
         facts = dataclasses.replace(facts, over=frozenset(a - 1 for a in facts.over if a))

@@ -20,8 +20,14 @@ from jaxquant.spec import PerTensor, QSpec
 def rebuilt(
     q: QTensor, codes: Callable[[Array], Array], scales: Callable[[Array], Array], **static: Any
 ) -> QTensor:
-    """`q` with functions applied to its codes and to its scales and zero points."""
+    """`q` with functions applied to its codes and to its scales and what lies as they do.
+
+    That is zero points, and each level of codebooks that groups have of their own.
+    """
     zero = None if q.zero_point is None else scales(q.zero_point)
+    if q.grouped_codebook:
+        assert q.codebook is not None
+        static["codebook"] = jax.vmap(scales, in_axes=-1, out_axes=-1)(q.codebook)
     return dataclasses.replace(
         q, codes=codes(q.codes), scale=scales(q.scale), zero_point=zero, **static
     )
@@ -35,6 +41,16 @@ def with_arrays(q: QTensor, **arrays: Any) -> QTensor:
 def calibrated(q: QTensor, batch: Callable[[Array], Array]) -> Calibration | None:
     """What calibration fixed and still holds once values have moved and batch axes have changed."""
     return None if q.calibration is None else q.calibration.moved(batch)
+
+
+def with_grouped_codebook(q: QTensor) -> QTensor | None:
+    """`q` with a learned codebook laid out as scales are; `None` if it belongs to many groups."""
+    if q.codebook is None or q.grouped_codebook:
+        return q
+    if not q.axes or any(n != 1 for n in q.groups):
+        return None
+    shape = (*q.batch, *q.groups, q.codebook.shape[-1])
+    return dataclasses.replace(q, codebook=q.codebook.reshape(shape))
 
 
 def plain_axes(rank: int) -> tuple[tuple[int, ...], ...]:
@@ -62,9 +78,10 @@ def promote(q: QTensor) -> QTensor | None:
     n = len(q.batch)
     if not n:
         return q
-    if q.codebook is not None:
+    held = with_grouped_codebook(q)
+    if held is None:
         return None
-    rank = len(q.core) + n
+    q, rank = held, len(q.core) + n
     scale, dtype = q.scale, q.spec.scale_dtype
     if q.global_scale is not None:
         scale, dtype = storage_scale(q), "float32"
@@ -85,7 +102,7 @@ def demote(q: QTensor) -> QTensor | None:
     rank = len(q.core)
     if q.batch:
         return q
-    if (-rank,) not in q.axes or q.global_scale is not None or q.codebook is not None:
+    if (-rank,) not in q.axes or q.global_scale is not None:
         return None
     at = q.axes.index((-rank,))
     if at == len(q.axes) - 1 and q.spec.format.packed:
@@ -99,10 +116,14 @@ def demote(q: QTensor) -> QTensor | None:
         a = jnp.moveaxis(a, at, 0)
         return a if block == 1 else jnp.repeat(a, q.core[0], axis=0)
 
+    book = q.codebook
+    if book is not None and not q.grouped_codebook:
+        book = jnp.broadcast_to(book, (q.core[0], *book.shape))
     return rebuilt(
         q,
         lambda a: jnp.moveaxis(a, at, 0),
         scales,
+        codebook=book,  # or as scales, if there is one for each group
         core=q.core[1:],
         axes=q.axes[:at] + q.axes[at + 1 :],
         blocks=q.blocks[:at] + q.blocks[at + 1 :],

@@ -17,6 +17,7 @@ from jax import lax
 from jaxquant.interpret.calls import Call
 from jaxquant.interpret.evaluate import Interpreter, abstract
 from jaxquant.interpret.policy import Contraction, Policy, param_first
+from jaxquant.interpret.reading import Reading
 from jaxquant.interpret.record import both_live
 from jaxquant.interpret.slots import Frame, Slot
 from jaxquant.interpret.values import Facts, Value
@@ -37,6 +38,8 @@ class Place:
       lead: lengths of the scans that `slot` is stacked over.
       array: places with the same number see one and the same array, equally often.
       shut: why nothing can be carried out of there, or `None`.
+      reading: how a parameter reads the activation; `None` for a contraction without one.
+      rest: shapes and dtypes of the contraction's further operands.
     """
 
     slot: Slot
@@ -46,6 +49,21 @@ class Place:
     lead: tuple[int, ...]
     array: int
     shut: str | None
+    reading: Reading | None = None
+    rest: tuple[jax.ShapeDtypeStruct, ...] = ()
+
+    def seen(self, observer: Observer) -> jax.ShapeDtypeStruct:
+        """What an observer is given of it: the array, or its rows."""
+        if not sees_rows(observer):
+            return self.aval
+        if self.reading is None:
+            raise ValueError(f"{self.keys[0]!r}: {observer} observes what parameters meet")
+        return self.reading.aval(self.aval, self.rest)
+
+
+def sees_rows(observer: Observer) -> bool:
+    """Whether an observer is given activations as rows of a matrix."""
+    return bool(getattr(observer, "sees_rows", False))
 
 
 def places_of(call: Call) -> tuple[Place, ...]:
@@ -120,7 +138,13 @@ class Finder(Policy):
             (id(value.data), frames), (len(self._arrays), value.data)
         )
         aval = jax.ShapeDtypeStruct(value.data.shape, value.data.dtype)
-        place = Place(slot, site.keys, params, aval, (), array, ip.slots.shut)
+        reading = None
+        if params:
+            weight = site.lhs if name == "rhs" else site.rhs
+            shape = tuple(jnp.shape(weight.data))
+            reading = Reading(site.eqn.primitive.name, site.eqn.params, name, shape)
+        rest = tuple(jax.ShapeDtypeStruct(v.data.shape, v.data.dtype) for v in site.rest)
+        place = Place(slot, site.keys, params, aval, (), array, ip.slots.shut, reading, rest)
         self.found[slot] = place, frames
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
@@ -163,6 +187,11 @@ class Observe(Policy):
                 # anew. For one reduction the barrier costs more than it saves
                 x = lax.optimization_barrier(x)
                 operands[name] = dataclasses.replace(value, data=x)
+            if sees_rows(observer):
+                weight = operands["rhs" if name == "lhs" else "lhs"].data
+                shape = tuple(jnp.shape(weight))
+                reading = Reading(site.eqn.primitive.name, site.eqn.params, name, shape)
+                x = reading.rows(x, [v.data for v in site.rest])
             state = ip.slots.values[slot]
             new = observer.update(state, x)
             # loops insist on the very type that went in

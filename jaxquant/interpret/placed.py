@@ -38,6 +38,7 @@ def reshard(q: QTensor, sharding: Any, apply: Callable[[Any, Any], Any]) -> QTen
         codes=place(q.codes, False),
         scale=place(q.scale, True),
         zero_point=place(q.zero_point, True),
+        codebook=place(q.codebook, True) if q.grouped_codebook else q.codebook,
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxquant.interpret import _compat
 from jaxquant.interpret.values import Facts, Value
@@ -42,11 +43,13 @@ class Policy:
       inline_rules: whether a custom derivative rule is lost where its body is entered.
       keeps_rules: whether a rule whose body is entered still gives the gradient of the result.
       ahead: whether what follows from concrete params alone is computed while tracing.
+      rules: rules of its own for control flow, by primitive, in place of `control_flow.RULES`.
     """
 
     inline_rules = False
     keeps_rules = False
     ahead = False
+    rules: ClassVar[Mapping[str, Callable[..., list[Value]]]] = {}
 
     def contract(self, ip: Interpreter, site: Contraction) -> Any:
         """The contraction's result."""

@@ -260,7 +260,8 @@ def _divides(site: Contraction, left: Any, right: Any) -> bool:
     if held is None or held.divisor is None:
         return True
     summed = site.eqn.params["dimension_numbers"][0][side]
-    return held.divisor.ndim == 1 and q.ndim + held.axis in summed
+    axes = {q.ndim + a for a in held.axis}
+    return held.divisor.ndim == len(axes) and axes <= {*summed}
 
 
 def _undivided(data: Any) -> Any:

@@ -71,7 +71,7 @@ def shard_map(
         codes, scales = (placed.storage_spec(data, spec, groups) for groups in (False, True))
         lead = PartitionSpec(*scales[: len(data.batch)])
         parts = {"codes": codes, "scale": scales, "zero_point": scales}
-        parts |= {"codebook": lead, "global_scale": lead}
+        parts |= {"codebook": scales if data.grouped_codebook else lead, "global_scale": lead}
         if is_trained(data):
             parts["values"] = spec
         names = [name for name in parts if getattr(data, name) is not None]

@@ -2,6 +2,7 @@
 
 from jaxquant.observers.base import Observer, Range, finish_stacked, range_to_scale
 from jaxquant.observers.histogram import Histogram, histogram
+from jaxquant.observers.inputs import Inputs, InputStats, input_stats, inputs
 from jaxquant.observers.profile import Profile, profile
 from jaxquant.observers.ranges import (
     AbsMax,
@@ -25,6 +26,8 @@ __all__ = [
     "AbsMax",
     "Entropy",
     "Histogram",
+    "InputStats",
+    "Inputs",
     "MeanSquaredError",
     "MinMax",
     "MovingAverage",
@@ -38,6 +41,8 @@ __all__ = [
     "entropy",
     "finish_stacked",
     "histogram",
+    "input_stats",
+    "inputs",
     "minmax",
     "moving_average",
     "mse",

@@ -19,6 +19,7 @@ from jaxquant.ops.ragged import ragged_dot_general
 from jaxquant.ops.static import with_fine_scales, zero_offset
 from jaxquant.ops.take import gather
 from jaxquant.ops.training import dot_trained, with_gradients_of, with_rounded_gradient
+from jaxquant.ops.unfold import unfold
 
 __all__ = [
     "Accumulator",
@@ -44,6 +45,7 @@ __all__ = [
     "own_zero_point",
     "quantize_activation",
     "ragged_dot_general",
+    "unfold",
     "with_fine_scales",
     "with_gradients_of",
     "with_rounded_gradient",

@@ -24,7 +24,7 @@ def shared_axes(spec: QSpec, contracted: Sequence[int], ndim: int) -> tuple[int,
     gran = spec.granularity
     if isinstance(gran, PerTensor):
         return tuple(range(ndim))
-    if not isinstance(gran, PerChannel):
+    if not isinstance(gran, PerChannel) or gran.size != 1:
         return None
     if gran.axes is None:
         return tuple(sorted(contracted))

@@ -45,7 +45,7 @@ from jaxquant.qtensor import (
     storage_codes,
     storage_values,
 )
-from jaxquant.spec import PerTensor, QSpec
+from jaxquant.spec import PerChannel, PerTensor, QSpec
 
 FROM_USE: Any = type("FromUse", (), {"__repr__": lambda _: "q.use.activations"})()
 """Stands for the activation spec that the QTensor carries."""
@@ -198,18 +198,19 @@ def _as_stored(call: Call, x: Array, q: QTensor, at: Placement, together: bool) 
 
 
 def _divided(call: Call, x: Array, q: QTensor, held: Calibration) -> tuple[Call, Array, QTensor]:
-    """The float operand over the divisor, one scale for all of it, and the weight times it."""
+    """The float operand over the divisor, and the weight times it."""
     bare = dataclasses.replace(q, calibration=dataclasses.replace(held, divisor=None))
-    axis = q.ndim + held.axis
-    if held.divisor is None or held.divisor.ndim > 1 or axis not in call.w_contract:
+    axes = tuple(q.ndim + a for a in held.axis)
+    if held.divisor is None or held.divisor.ndim > len(axes) or not set(axes) <= {*call.w_contract}:
         raise ValueError(
-            "dot_general: a QTensor with a divisor is contracted over the axis of its divisor "
+            "dot_general: a QTensor with a divisor is contracted over the axes of its divisor "
             "alone, without batch axes of its own; dequantize it first"
         )
-    at = call.x_contract[call.w_contract.index(axis)]
-    divided = x.astype(jnp.float32) * along(1.0 / held.divisor, at - x.ndim, x.ndim)
+    met = tuple(call.x_contract[call.w_contract.index(a)] - x.ndim for a in axes)
+    divided = x.astype(jnp.float32) * along(1.0 / held.divisor, met, x.ndim)
     spec = call.activations
-    if spec is not None:
+    if spec is not None and spec.granularity in (PerChannel(-1), PerChannel((-1,))):
+        # a scale for each channel was asked for, which the divisor is: what is left has one
         spec = dataclasses.replace(spec, granularity=PerTensor())
     return dataclasses.replace(call, activations=spec), divided.astype(x.dtype), bare
 

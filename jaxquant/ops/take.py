@@ -40,7 +40,7 @@ def gather(
 
     Returns:
       The array, or `None` where the lookup is of another kind (slices of several rows, an indexed
-      axis that shares scales, is merged with another or is packed): then dequantize first.
+      axis in groups, merged with another or packed): then dequantize first.
 
     Raises:
       TypeError: `q` is differentiated.
@@ -65,10 +65,12 @@ def gather(
 
     def take(a: Array, own: int) -> Array:
         """Rows of one leaf, `[*rows, *other axes]`; `own` is how many storage axes it has."""
-        columns = [i for i, s in enumerate(where) if s < own]
+        shared = [s for s in where if s < own and a.shape[s] == 1 and q.codes.shape[s] != 1]
+        a = lax.squeeze(a, shared)
+        columns = [i for i, s in enumerate(where) if s < own and s not in shared]
         if not columns:
             return jnp.broadcast_to(a.reshape((1,) * len(rows) + a.shape), rows + a.shape)
-        at = tuple(where[i] for i in columns)
+        at = tuple(where[i] - sum(s < where[i] for s in shared) for i in columns)
         numbers = lax.GatherDimensionNumbers(
             offset_dims=tuple(range(len(rows), len(rows) + a.ndim - len(at))),
             collapsed_slice_dims=tuple(sorted(at)),
@@ -89,7 +91,9 @@ def gather(
         codes=take(q.codes, total),
         scale=take(q.scale, total),
         zero_point=None if q.zero_point is None else take(q.zero_point, total),
-        codebook=None if q.codebook is None else take(q.codebook, lead),
+        codebook=None
+        if q.codebook is None
+        else take(q.codebook, total if q.grouped_codebook else lead),
         global_scale=None if q.global_scale is None else take(q.global_scale, lead),
         core=tuple(q.core[a] for a in stay),
         axes=tuple(tuple(renamed[a] for a in q.axes[s]) for s in core),
@@ -123,6 +127,11 @@ def _rows_only(q: QTensor, numbers: lax.GatherDimensionNumbers, slice_sizes: Seq
             return False
     for a in taken:
         s = held.index((a,)) - lead
-        if s >= 0 and (q.blocks[s] != 1 or (q.spec.format.packed and s == len(q.axes) - 1)):
+        if s < 0:
+            continue
+        shared = q.groups[s] == 1 and q.padded[s] == q.storage[s]
+        if q.blocks[s] != 1 and not shared:
+            return False
+        if q.spec.format.packed and s == len(q.axes) - 1:
             return False
     return True

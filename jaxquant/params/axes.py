@@ -46,7 +46,7 @@ def localize(
     if isinstance(gran, PerChannel):
         axes = _named(named, ndim, 0, where)
         kept = tuple(a for a in axes if a >= batch - ndim)
-        return dataclasses.replace(spec, granularity=PerChannel(kept))
+        return dataclasses.replace(spec, granularity=PerChannel(kept, gran.size))
     assert isinstance(gran, PerGroup)
     axes = _named(named, ndim, batch, where)
     return dataclasses.replace(spec, granularity=PerGroup(gran.size, axes))

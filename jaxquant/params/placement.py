@@ -30,9 +30,13 @@ def derive(sharding: NamedSharding, shape: tuple[int, ...], q: QTensor) -> QTens
     def place(array: Any) -> NamedSharding | None:
         if array is None:
             return None
-        # a codebook or a global scale has other axes after the batch than the codes have
-        own = len(array.shape) == len(q.batch) + len(q.axes) and array is not q.codebook
-        wanted = batch + (storage if own else [()] * (len(array.shape) - len(q.batch)))
+        # a codebook or a global scale may have other axes after the batch than the codes have
+        if array is q.codebook:
+            own = q.grouped_codebook
+        else:
+            own = len(array.shape) == len(q.batch) + len(q.axes)
+        wanted = batch + (storage if own else [])
+        wanted += [()] * (len(array.shape) - len(wanted))
         fitted = [_fit(e, n, sharding.mesh) for e, n in zip(wanted, array.shape, strict=True)]
         return NamedSharding(sharding.mesh, PartitionSpec(*fitted))
 

@@ -269,7 +269,7 @@ def describe(spec: QSpec) -> str:
     if isinstance(gran, PerTensor):
         words = f"{name} per tensor"
     elif isinstance(gran, PerChannel):
-        words = f"{name} per channel"
+        words = f"{name} per channel" if gran.size == 1 else f"{name} per {gran.size} channels"
     elif isinstance(gran, PerGroup):
         words = f"{name} in groups of {gran.size}"
     else:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import NamedSharding
 
 from jaxquant.encoders import Encoder, Info, rtn
 from jaxquant.interpret.sites import Sites, path_str
+from jaxquant.observers import InputStats
 from jaxquant.params.placement import automatic, derive
 from jaxquant.params.plan import Plan, identity, make_plans
 from jaxquant.qtensor import QTensor, Use, is_qtensor, with_use
@@ -63,6 +65,20 @@ def quantize_params(
     return apply_recipe(params, recipe, sites=sites, key=key, use=use)
 
 
+class Encoded(NamedTuple):
+    """A leaf that is encoded already.
+
+    Attributes:
+      q: the result.
+      info: what its encoder said.
+      notes: remarks for the report.
+    """
+
+    q: QTensor
+    info: Info | None
+    notes: tuple[str, ...] = ()
+
+
 def apply_recipe(
     params: Any,
     recipe: Recipe,
@@ -71,8 +87,12 @@ def apply_recipe(
     key: Array | None = None,
     use: bool = True,
     again: bool = False,
+    encoded: Mapping[str, Encoded] | None = None,
 ) -> tuple[Any, Report]:
-    """`quantize_params`; with `again`, a tree in which nothing is left to quantize is no error."""
+    """`quantize_params`; with `again`, a tree in which nothing is left to quantize is no error.
+
+    What is in `encoded`, by path, is done already.
+    """
     flat, tree = jax.tree.flatten_with_path(params, is_leaf=is_qtensor)
     leaves = [(path_str(path), leaf) for path, leaf in flat]
     plans, notes = make_plans(leaves, recipe, sites, again=again)
@@ -89,11 +109,17 @@ def apply_recipe(
             shared = seen.get(array)
         else:
             how = (array, plan.spec, plan.minor, plan.batch_axes, plan.rule)
+            rule, given = plan.rule, (encoded or {}).get(path)
+            if given is not None:
+                plan = dataclasses.replace(plan, notes=plan.notes + given.notes)
             if how not in done:
-                encoder = plan.rule.encoder or rtn()
-                q, info = encode_leaf(leaf, plan, encoder, key)
+                if given is None:
+                    _require_no_inputs(plan)
+                    q, info = encode_leaf(leaf, plan, rule.encoder or rtn(), key)
+                else:
+                    q, info = given.q, given.info
                 if use:
-                    q = with_use(q, Use(plan.rule.activations, recipe.attention))
+                    q = with_use(q, Use(rule.activations, recipe.attention))
                 done[how] = (path, q, info)
             else:
                 shared = done[how][0]
@@ -109,6 +135,15 @@ def apply_recipe(
         notes=tuple(notes),
     )
     return jax.tree.unflatten(tree, out), report
+
+
+def _require_no_inputs(plan: Plan) -> None:
+    if plan.rule is not None and plan.rule.gathers is not None:
+        what = plan.rule.encoder if plan.rule.rewrite is None else plan.rule.rewrite
+        raise ValueError(
+            f"{shown(plan.path)}: {what!r} needs statistics of what the parameter is contracted "
+            "with, and there are none; use jaxquant.ptq(fn, params, recipe, batches=...)"
+        )
 
 
 def check_finite(leaves: list[tuple[str, Any]]) -> None:
@@ -131,14 +166,15 @@ def _count_bad(x: Array) -> Array:
 
 
 def encode_leaf(
-    leaf: Any, plan: Plan, encoder: Encoder, key: Array | None
+    leaf: Any, plan: Plan, encoder: Encoder, key: Array | None, stats: InputStats | None = None
 ) -> tuple[QTensor, Info | None]:
     """One leaf quantized, laid out over devices as it was, and how far off it is."""
+    more = {} if stats is None else {"stats": stats}
     own = None if key is None else jax.random.fold_in(key, zlib.crc32(plan.path.encode()))
 
     def run(w: Array, k: Array | None) -> tuple[QTensor, Info]:
         assert plan.spec is not None
-        return encoder(w, plan.spec, key=k, minor=plan.minor, batch_axes=plan.batch_axes)
+        return encoder(w, plan.spec, key=k, minor=plan.minor, batch_axes=plan.batch_axes, **more)
 
     try:
         if isinstance(leaf, jax.ShapeDtypeStruct):

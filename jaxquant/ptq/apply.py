@@ -19,7 +19,8 @@ from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.serve import serve
 from jaxquant.interpret.sites import Sites
 from jaxquant.numerics import compute_dtype
-from jaxquant.params import quantize_params
+from jaxquant.params import Encoded, apply_recipe
+from jaxquant.ptq.calibrate import How, encoded_by_inputs
 from jaxquant.ptq.channels import divided
 from jaxquant.ptq.fuse import fused, with_offsets
 from jaxquant.ptq.static import Divided, calibrated, check_observers, check_sites
@@ -39,6 +40,12 @@ def ptq(
     stats: Statistics | str | os.PathLike[str] | None = None,
     key: Array | None = None,
     platforms: str | Sequence[str] | None = None,
+    sequential: bool = True,
+    budget: int | None = None,
+    offload: bool = False,
+    progress: bool | None = None,
+    save: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Report]:
     """Quantizes the params of `fn(params, *args, **kwargs)` by a recipe.
@@ -50,6 +57,13 @@ def ptq(
     Where rules have an `observer`, activations are static: `fn` is run on every batch to find
     their ranges, or `stats` brings them. Where they also have `requantize`, results stay integers
     from one contraction to the next, and `report.edges` tells where.
+
+    Where rules have an encoder or a rewrite that looks at inputs (`gptq`, `awq`, `smoothquant`),
+    samples are needed as well. By default layers are quantized in the order of execution, each by
+    the inputs that arrive when all before it compute with their quantized weights: the function is
+    cut in front of them, and what the parts hand on is kept for all batches. Layers of a `scan` are
+    walked one by one. Parameters that several sites use, or that other loops use, are quantized
+    beforehand by inputs of the float function. Activations stay float throughout.
 
     Args:
       fn: any traceable function whose first argument is a params pytree.
@@ -63,6 +77,15 @@ def ptq(
       key: PRNG key for encoders that round stochastically.
       platforms: platforms to check for missing dtypes, of `cpu`, `cuda`, `rocm` and `tpu` (`gpu`
         is both of the middle); by default the current one.
+      sequential: quantize layers in order; `False` gathers statistics of all at once, of the float
+        function, in as many passes over the batches as the budget asks for.
+      budget: bytes of statistics of inputs held at once; 1 GiB by default.
+      offload: keep activations in the host's memory between layers, not on the device.
+      progress: a progress bar, on standard error; by default if that is a terminal and the work
+        takes more than a few seconds.
+      save: a folder to keep every layer in once it is quantized by its inputs.
+      resume: such a folder, to go on from: the result is that of one uninterrupted run, bit for
+        bit. It may be that of `save`, which then need not exist yet.
       **kwargs: keyword arguments of `fn`.
 
     Returns:
@@ -88,7 +111,8 @@ def ptq(
     if not callable(fn):
         raise ValueError(f"ptq: expected a function of params first, got a {type(fn).__name__}")
     observed = any(rule.observer is not None for rule in recipe.rules)
-    _check_calibration(observed, batches, stats)
+    looking = any(rule.gathers is not None for rule in recipe.rules)
+    _check_calibration(observed or looking, batches, stats)
     if isinstance(stats, (str, os.PathLike)):
         stats = Statistics.load(stats)
     if batches is not None:
@@ -101,16 +125,26 @@ def ptq(
             "ptq: the function contracts nothing with its params, so there is nothing to quantize; "
             f"params: {', '.join(map(shown, call.param_paths)) or 'none'}"
         )
-    if batches is not None:
-        with_kwargs = functools.partial(fn, **kwargs) if kwargs else fn
-        stats = capture(with_kwargs, params, batches, recipe)
+    with_kwargs = functools.partial(fn, **kwargs) if kwargs else fn
+    encoded: dict[str, Encoded] = {}
+    if looking:
+        batches = None if batches is None else list(batches)
+        how = How(sequential, budget, offload, progress, save, resume)
+        bound = trace_call(with_kwargs, params, args, {})
+        if stats is not None:
+            check_sites(sites, stats)
+        encoded = encoded_by_inputs(
+            with_kwargs, params, recipe, bound, sites, batches, stats, key, how
+        )
+    if batches is not None and observed:
+        stats = capture(with_kwargs, params, batches, recipe, progress=progress)
     by_channel: dict[str, Divided] = {}
-    if stats is not None:
+    if stats is not None and observed:
         check_sites(sites, stats)
         check_observers(recipe, sites, stats)
         params, by_channel = divided(params, recipe, sites, stats)
-    qparams, report = quantize_params(params, recipe, sites=sites, key=key)
-    if stats is not None:
+    qparams, report = apply_recipe(params, recipe, sites=sites, key=key, encoded=encoded)
+    if stats is not None and observed:
         qparams = with_offsets(calibrated(qparams, recipe, sites, stats, by_channel), sites)
         call = trace_call(fn, qparams, args, kwargs)
         qparams, edges = fused(qparams, call, recipe, sites)
@@ -128,8 +162,8 @@ def _check_calibration(observed: bool, batches: Any, stats: Any) -> None:
         raise ValueError("ptq: give batches or stats, not both")
     if observed and not given:
         raise ValueError(
-            "ptq: the recipe has an observer, so it needs calibration samples: pass "
-            "batches=[...], or stats= from jaxquant.capture"
+            "ptq: the recipe has an observer, or an encoder or rewrite that looks at inputs, so it "
+            "needs calibration samples: pass batches=[...], or stats= from jaxquant.capture"
         )
     if given and not observed:
         raise ValueError(

@@ -80,4 +80,4 @@ def _divided(site: Site, rule: Rule, stats: Statistics) -> Divided:
     top = jnp.max(amax, axis=-1, keepdims=True)
     divisor = jnp.where(top > 0, jnp.maximum(amax / jnp.where(top > 0, top, 1.0), _LEAST), 1.0)
     rest = Range(jnp.min(low / divisor, axis=-1), jnp.max(high / divisor, axis=-1))
-    return Divided(divisor, rest, site.contracted[0] - len(site.shape))
+    return Divided(divisor, rest, (site.contracted[0] - len(site.shape),))

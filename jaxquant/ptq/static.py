@@ -27,12 +27,12 @@ class Divided:
     Attributes:
       divisor: float32 `[*layers, channels]`.
       range: of what is left of the activation, `[*layers]`.
-      axis: the weight's axis (negative) that meets the channels.
+      axis: the weight's axes (negative) that meet the channels.
     """
 
     divisor: Array
     range: Range
-    axis: int
+    axis: tuple[int, ...]
 
 
 def calibrated(

@@ -31,6 +31,7 @@ from jaxquant.qtensor.storage import (
 )
 from jaxquant.qtensor.tensor import QTensor, Use, is_qtensor, with_use
 from jaxquant.qtensor.trained import Trained, is_trained
+from jaxquant.qtensor.written import read, written
 
 __all__ = [
     "Calibration",
@@ -51,6 +52,7 @@ __all__ = [
     "magnitude",
     "pad_to",
     "quantize",
+    "read",
     "scaled_codes",
     "scales_of_range",
     "scales_over",
@@ -63,4 +65,5 @@ __all__ = [
     "to_storage",
     "unblocked",
     "with_use",
+    "written",
 ]

@@ -75,9 +75,9 @@ class Calibration:
       folded: what follows the contraction, as integers.
       attention: grids of both operands for sites without a parameter, by their key. Any tensor
         whose batch axes are the loops around a site may carry its grids.
-      divisor: float32 `[*batch, channels]`, what the other operand is divided by, channel by
+      divisor: float32 `[*batch, *channels]`, what the other operand is divided by, channel by
         channel, before it meets the codes: these stand for the weight times it. `None` is 1.
-      axis: the core axis (negative) that `divisor` runs along.
+      axis: the core axes (negative) that `divisor` runs along, in its own order.
     """
 
     input: Grid | None = None
@@ -86,7 +86,7 @@ class Calibration:
     folded: Folded | None = None
     attention: dict[str, tuple[Grid, Grid]] | None = None
     divisor: Array | None = None
-    axis: int = 0
+    axis: tuple[int, ...] = ()
 
     def moved(self, batch: Callable[[Array], Array] = lambda a: a) -> Calibration:
         """What is left when the values have moved to other places; `batch` acts on batch axes."""

@@ -19,32 +19,36 @@ from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 _STATIC = {c.__name__: c for c in (Format, PerTensor, PerChannel, PerGroup, PerBlock, QSpec, Use)}
 
 
-def _to_json(x: Any) -> Any:
+def static_to_json(x: Any) -> Any:
+    """Static data of a `QTensor` as JSON has them."""
     if isinstance(x, tuple):
-        return [_to_json(item) for item in x]
+        return [static_to_json(item) for item in x]
     if isinstance(x, re.Pattern):
         return {"regex": x.pattern, "flags": x.flags}
     if type(x) in _STATIC.values():
-        fields = {f.name: _to_json(getattr(x, f.name)) for f in dataclasses.fields(x)}
+        fields = {f.name: static_to_json(getattr(x, f.name)) for f in dataclasses.fields(x)}
         return {"type": type(x).__name__, **fields}
     return x
 
 
-def _from_json(x: Any) -> Any:
+def static_from_json(x: Any) -> Any:
+    """Inverse of `static_to_json`."""
     if isinstance(x, list):
-        return tuple(_from_json(item) for item in x)
+        return tuple(static_from_json(item) for item in x)
     if isinstance(x, dict):
         if "regex" in x:
             return re.compile(x["regex"], x["flags"])
-        fields = {name: _from_json(value) for name, value in x.items() if name != "type"}
+        fields = {name: static_from_json(value) for name, value in x.items() if name != "type"}
         return _STATIC[x["type"]](**fields)
     return x
 
 
-for _node in (QTensor, Calibration, Folded, Grid):
+NODES: dict[str, Any] = {c.__name__: c for c in (QTensor, Calibration, Folded, Grid)}
+
+for _node in NODES.values():
     jax.export.register_pytree_node_serialization(
         _node,
         serialized_name=f"jaxquant.{_node.__name__}",
-        serialize_auxdata=lambda aux: json.dumps(_to_json(aux)).encode(),
-        deserialize_auxdata=lambda data: _from_json(json.loads(data)),
+        serialize_auxdata=lambda aux: json.dumps(static_to_json(aux)).encode(),
+        deserialize_auxdata=lambda data: static_from_json(json.loads(data)),
     )

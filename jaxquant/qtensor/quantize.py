@@ -241,7 +241,7 @@ def _negative_axes(spec: QSpec, ndim: int) -> QSpec:
 
     gran = spec.granularity
     if isinstance(gran, PerChannel):
-        gran = PerChannel(neg(gran.axes))
+        gran = PerChannel(neg(gran.axes), gran.size)
     elif isinstance(gran, PerGroup):
         gran = PerGroup(gran.size, neg(gran.axis))
     elif isinstance(gran, PerBlock) and gran.axes is not None:
@@ -250,15 +250,18 @@ def _negative_axes(spec: QSpec, ndim: int) -> QSpec:
     return QSpec(spec.format, gran, spec.symmetric, spec.range, spec.scale_dtype, spec.global_scale)
 
 
-def along(divisor: Array, axis: int, ndim: int) -> Array:
-    """`[*batch, channels]` laid out for an array of rank `ndim` with the channels at `axis` (< 0).
+def along(divisor: Array, axes: tuple[int, ...], ndim: int) -> Array:
+    """`[*batch, *channels]` laid out for an array of rank `ndim`, its channels at `axes` (< 0).
 
-    >>> along(jnp.ones((2, 3)), -2, 4).shape
-    (2, 1, 3, 1)
+    >>> along(jnp.ones((2, 3)), (-2,), 4).shape, along(jnp.ones((2, 3)), (-1, -3), 4).shape
+    ((2, 1, 3, 1), (1, 3, 1, 2))
     """
-    lead = divisor.ndim - 1
+    lead = divisor.ndim - len(axes)
+    order = sorted(range(len(axes)), key=lambda n: axes[n])
+    divisor = jnp.transpose(divisor, [*range(lead), *(lead + n for n in order)])
     shape = [*divisor.shape[:lead], *(1,) * (ndim - lead)]
-    shape[axis] = divisor.shape[-1]
+    for n, size in zip(order, divisor.shape[lead:], strict=True):
+        shape[axes[n]] = size
     return divisor.reshape(shape)
 
 

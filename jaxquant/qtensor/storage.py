@@ -15,6 +15,11 @@ from jaxquant.numerics import decode, unpack
 from jaxquant.qtensor.tensor import QTensor
 
 
+# Up to so many values a tree of selects over the bits of a code is as fast as a gather on a CPU, and
+# elsewhere one elementwise operation that meshes with explicit axes need not be told how to split.
+_SELECT = 16
+
+
 def to_storage(q: QTensor, w: Array) -> Array:
     """Lays a core array out as `q` stores it: axes permuted, merged, padded with zeros."""
     order = [a % w.ndim for merged in q.axes for a in merged]
@@ -101,13 +106,45 @@ def storage_values(q: QTensor) -> Array:
     """`q - Z` or `codebook[q]` in float32, unscaled, `[*batch, *padded storage]`."""
     codes = storage_codes(q)
     if q.codebook is not None:
-        flat = codes.reshape(*q.batch, -1).astype(jnp.int32)
-        return jnp.take_along_axis(q.codebook, flat, axis=-1).reshape(codes.shape)
+        return looked_up(q, codes, q.codebook)
     values = decode(codes, q.spec.format, jnp.float32)
     if q.zero_point is None:
         return values
     zero = spread(q, q.zero_point.astype(jnp.float32))
     return unblocked(q, blocked(q, values) - zero)
+
+
+def looked_up(q: QTensor, codes: Array, table: Array) -> Array:
+    """The values `[*batch, *padded storage]` that `codes` have in a learned codebook.
+
+    Args:
+      q: how codes are stored.
+      codes: unpacked, `[*batch, *padded storage]`.
+      table: `[*batch, levels]`, or `[*batch, *groups, levels]` where `q.grouped_codebook`.
+    """
+    levels, grouped = table.shape[-1], q.grouped_codebook
+    at = blocked(q, codes) if grouped else codes
+    if levels > _SELECT:
+        index = at.astype(jnp.int32)
+        if grouped:
+            number = jnp.arange(math.prod(q.groups), dtype=jnp.int32).reshape(q.groups)
+            index = index + levels * spread(q, number)
+        flat = table.reshape(*q.batch, -1)
+        found = jnp.take_along_axis(flat, index.reshape(*q.batch, -1), axis=-1, mode="clip")
+        return found.reshape(codes.shape)
+
+    def entry(i: int) -> Array:
+        own = table[..., min(i, levels - 1)]
+        return spread(q, own) if grouped else own.reshape(*q.batch, *(1,) * len(q.axes))
+
+    values = [entry(i) for i in range(1 << (levels - 1).bit_length())]
+    bit = 1
+    while len(values) > 1:  # the lowest bit first
+        odd = (at & bit) != 0
+        values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
+        bit *= 2
+    values = [jnp.broadcast_to(values[0], at.shape)]
+    return unblocked(q, values[0]) if grouped else values[0]
 
 
 def from_storage(q: QTensor, x: Array) -> Array:

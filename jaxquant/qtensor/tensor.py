@@ -60,7 +60,8 @@ class QTensor:
       codes: `[*batch, *storage]`; sub-byte formats are packed along the last axis as uint8.
       scale: `[*batch, *groups]`, one per block of `blocks[s]` indices of each storage axis `s`.
       zero_point: like `scale`, in the codes' integer dtype; `None` where `Z = 0`.
-      codebook: `[*batch, levels]` of a learned codebook; `None` where the format holds it.
+      codebook: float32 `[*batch, levels]` of a learned codebook, or `[*batch, *groups, levels]` of
+        one for each group; `None` where the format holds it.
       global_scale: `[*batch]` float32, multiplies `scale`; `None` where there is none.
       spec: the `QSpec` it was encoded with.
       core: sizes of the core axes in the array's own order.
@@ -129,6 +130,13 @@ class QTensor:
         """Number of scales along each storage axis."""
         return tuple(-(-n // b) for n, b in zip(self.storage, self.blocks, strict=True))
 
+    @property
+    def grouped_codebook(self) -> bool:
+        """Whether there is a learned codebook for each group, not one for the whole array."""
+        if self.codebook is None or not self.axes:
+            return False
+        return len(self.codebook.shape) == len(self.codes.shape) + 1
+
     def __repr__(self) -> str:
         # tree functions put anything in the place of arrays, and print what they get
         def show(x: Any) -> str:
@@ -160,6 +168,10 @@ class QTensor:
             want["zero_point"] = (batch + self.groups, fmt.storage)
         if self.global_scale is not None:
             want["global_scale"] = (batch, np.float32)
+        if self.codebook is not None:
+            groups = self.groups if self.grouped_codebook else ()
+            levels = 2**fmt.bits if fmt.codebook is None else len(fmt.codebook)
+            want["codebook"] = ((*batch, *groups, levels), np.float32)
         for name, (shape, dtype) in want.items():
             got = getattr(self, name)
             if tuple(got.shape) != shape or jnp.dtype(got.dtype) != jnp.dtype(dtype):

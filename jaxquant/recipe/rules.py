@@ -7,8 +7,9 @@ import re
 from typing import Literal
 
 from jaxquant.encoders import Encoder
-from jaxquant.observers import Observer
+from jaxquant.observers import Inputs, Observer, inputs
 from jaxquant.recipe.patterns import compile_glob, pattern_matches
+from jaxquant.rewrites.scaling import Rewrite
 from jaxquant.spec import Gradients, PerChannel, PerTensor, QSpec
 from jaxquant.ste import Estimator
 
@@ -32,7 +33,9 @@ class Rule:
       activations: how the other operand is quantized at run time, before it is contracted with
         such a parameter; `None` leaves it in float.
       attention: how both operands are quantized where neither is a parameter.
-      encoder: how codes are chosen; `None` rounds to nearest.
+      encoder: how codes are chosen; `None` rounds to nearest. Some look at calibration samples.
+      rewrite: how scale moves between the weights' input channels and what they are contracted
+        with, before they are encoded: `jaxquant.smoothquant()`, `jaxquant.awq()`.
       skip: leave what matches in float, whatever later rules say.
       lookup: takes the place of `weights` for parameters that rows are looked up in (embedding
         tables), which lose more at few bits.
@@ -67,6 +70,7 @@ class Rule:
     activations: QSpec | None = None
     attention: QSpec | None = None
     encoder: Encoder | None = None
+    rewrite: Rewrite | None = None
     skip: bool = False
     lookup: QSpec | None = None
     observer: Observer | None = None
@@ -92,9 +96,18 @@ class Rule:
             raise ValueError(
                 f"{self._name}: encoder takes a value such as rtn(), got {self.encoder!r}"
             )
+        if self.rewrite is not None:
+            if not isinstance(self.rewrite, Rewrite) or isinstance(self.rewrite, type):
+                raise ValueError(
+                    f"{self._name}: rewrite takes a value such as awq(), got {self.rewrite!r}"
+                )
+            if self.weights is None:
+                raise ValueError(f"{self._name}: rewrite without weights")
         if self.skip:
             given += [
-                n for n in ("encoder", "observer", "requantize", *_TRAINING) if getattr(self, n)
+                n
+                for n in ("encoder", "rewrite", "observer", "requantize", *_TRAINING)
+                if getattr(self, n)
             ]
         if self.skip and given:
             raise ValueError(f"{self._name}: skip=True leaves no place for {', '.join(given)}")
@@ -124,6 +137,13 @@ class Rule:
                 _check_dynamic(f"{self._name}: {name}", specs[name])
         self._check_static()
         self._check_training()
+
+    @property
+    def gathers(self) -> Inputs | None:
+        """The observer of what its encoder and its rewrite have to know of inputs, if anything."""
+        wanted = [getattr(value, "observer", None) for value in (self.encoder, self.rewrite)]
+        found = [observer for observer in wanted if observer is not None]
+        return inputs(any(observer.hessian for observer in found)) if found else None
 
     def _check_static(self) -> None:
         given = [s for s in (self.activations, self.attention) if s is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from jaxquant.numerics import FORMATS, Format, codebook_format
-from jaxquant.spec import Granularity, PerGroup, PerTensor, QSpec, Range
+from jaxquant.spec import Granularity, PerChannel, PerGroup, PerTensor, QSpec, Range
 
 
 class IntegerSpec(Protocol):
@@ -83,22 +83,29 @@ int8 = _integer("int8")
 uint8 = _integer("uint8")
 
 
-def palette(bits: int = 4) -> QSpec:
-    """`2^bits` values for a whole array, which k-means finds; for rules with `ste.kmeans()`.
+def palette(bits: int = 4, channels: int | None = None) -> QSpec:
+    """`2^bits` values for a whole array, which k-means finds.
+
+    For rules with `encoder=kmeans()`, which finds them once, or `weight_estimator=ste.kmeans()`,
+    which trains them.
 
     Args:
       bits: 1 to 8.
+      channels: values for each run of so many output channels instead.
 
     Raises:
-      ValueError: other bits.
+      ValueError: other bits, or `channels` that is not a positive integer.
 
     Source: Han et al., "Deep Compression" (2016), section 3.
 
     >>> palette(2).format.bits, len(palette(2).format.codebook)
     (2, 4)
+    >>> palette(4, channels=16).granularity
+    PerChannel(axes=None, size=16)
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
         raise ValueError(f"palette: expected 1 to 8 bits, got {bits!r}")
     levels = 2**bits
     values = [2.0 * i / (levels - 1) - 1.0 for i in range(levels)]
-    return QSpec(codebook_format(values, name=f"palette{bits}"), PerTensor())
+    granularity = PerTensor() if channels is None else PerChannel(size=channels)
+    return QSpec(codebook_format(values, name=f"palette{bits}"), granularity)

@@ -12,6 +12,7 @@ from tests.ops.cases import jit, normal
 ROWS = lax.GatherDimensionNumbers((2,), (0,), (0,))
 SPECS = {
     "row": QSpec("int8", PerChannel(0)),
+    "tensor": QSpec("int8", PerTensor()),
     "group": QSpec("int4", PerGroup(8, 1)),
     "uneven group": QSpec("int4", PerGroup(9, 1)),
     "asymmetric": QSpec("uint8", PerChannel(0), symmetric=False),
@@ -79,8 +80,7 @@ def test_other_kinds_are_left_to_the_caller():
     assert take(row, one, slices, (2, 8)) is None
     assert take(row, one, sizes=(1, 4)) is None
     numbers = lax.GatherDimensionNumbers((1,), (0,), (0,))
-    for spec in (QSpec("int8", PerTensor()), QSpec("int4", PerGroup(8, 0))):
-        assert take(quantize(table, spec), one, numbers) is None
+    assert take(quantize(table, QSpec("int4", PerGroup(8, 0))), one, numbers) is None
     columns = lax.GatherDimensionNumbers((1,), (1,), (1,))
     assert take(quantize(table, QSpec("int4", PerChannel(0))), one, columns, (16, 1)) is None
 

@@ -52,7 +52,7 @@ FORMS: dict[str, tuple[Any, ...]] = {
         *((8, 6), lambda x, w: x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)),
         *(lambda w: w, True),
     ),
-    "transposed": ((6, 8), lambda x, w: x @ w.T, lambda w: w.T, False),
+    "transposed": ((6, 8), lambda x, w: x @ w.T, lambda w: w.T, True),
     "reshaped": ((8, 3, 2), lambda x, w: x @ w.reshape(8, 6), lambda w: w.reshape(8, 6), False),
     "columns": ((8, 9), lambda x, w: x @ w[:, 1:7], lambda w: w[:, 1:7], False),
     "negated": ((8, 6), lambda x, w: x @ -w, lambda w: -w, False),
@@ -115,9 +115,9 @@ def test_dequantize_gives_the_weight_back(name: str, served: Any) -> None:
     params, qparams, *_ = served
     q, w = qparams[name], np.asarray(params[name])
     # half a step of what is stored is half a step over the divisor of what it stands for
-    size = w.shape[q.calibration.axis]
+    size = w.shape[q.calibration.axis[0]]
     divisor = np.asarray(q.calibration.divisor)
-    divisor = divisor.reshape([size if a == q.calibration.axis else 1 for a in range(-w.ndim, 0)])
+    divisor = divisor.reshape([size if (a,) == q.calibration.axis else 1 for a in range(-w.ndim, 0)])
     back = np.asarray(jax.jit(jq.dequantize)(q))
     step = float(jnp.max(q.scale))
     assert (np.abs(back - w) <= 0.5001 * step / divisor).all()

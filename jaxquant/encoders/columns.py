@@ -1,0 +1,172 @@
+"""GPTQ's recursion over the columns of a layer, blocked, as nested loops.
+
+With `H = M M^T`, `M` upper triangular, `W` the weights `[K, N]`, `Q` what they are rounded to and
+`D = W - Q`, the output error is `tr(D^T H D) = |M^T D|^2`. Row `j` of `M^T D` depends on
+`D_1 .. D_j` alone, so rows are rounded one after another, each where it makes up for the errors of
+those before it:
+
+    w'_j = W_j + (sum_{i<j} M_ij D_i) / M_jj,    Q_j = round(w'_j),    e_j = M_jj (w'_j - Q_j)
+
+and `|M^T D|^2 = sum_j |e_j|^2`. This is GPTQ: `U = M^-1` is its Cholesky factor of `H^-1`, `U_jj =
+1 / M_jj`, and `w'_j` is what its updates `W_j -= U_ij e_i` arrive at. Written with `M`, no matrix
+is inverted, and a block reads the errors before it instead of rewriting the weights behind it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxquant.numerics import Format, decode
+from jaxquant.qtensor import scaled_codes
+
+Grid = tuple[Array, Array | None]
+"""Scales and zero points, float32 `[rows, N]` or `[1, N]`, shared by all rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the rows are walked.
+
+    Attributes:
+      levels: sizes of the nested blocks, each a multiple of the next.
+      group: which of the levels begins a group whose grid is chosen on arrival; `None` for grids
+        that are given.
+    """
+
+    levels: tuple[int, ...]
+    group: int | None = None
+
+
+def rounded(w: Array, grid: Grid, fmt: Format) -> Array:
+    """The nearest values that a grid can represent, `S (q - Z)`."""
+    scale, zero = grid
+    values = decode(scaled_codes(w, scale, zero, fmt), fmt, jnp.float32)
+    return scale * (values if zero is None else values - zero)
+
+
+def round_columns(
+    w: Array,
+    factor: Array,
+    fmt: Format,
+    plan: Plan,
+    grid: Grid | None,
+    choose: Callable[[Array, Array], Grid],
+) -> tuple[Array, Grid, Array]:
+    """Rounds the rows of `W` in order, as the module says.
+
+    Args:
+      w: `[K, N]` float32; `K` is a multiple of the first level.
+      factor: `M`, `[K, K]` upper triangular.
+      fmt: the format of the codes.
+      plan: block sizes.
+      grid: the grids of all rows, where `plan.group` is `None`.
+      choose: `(updated rows [group, N], first row) -> grid [1, N]`, where it is not.
+
+    Returns:
+      `D = W - Q` `[K, N]`; the grids, `[groups, N]` where they were chosen; `sum_j |e_j|^2`.
+    """
+
+    def rows(m: Array, w: Array, past: Array, grid: Grid) -> tuple[Array, Array]:
+        """The innermost block: one row after another."""
+
+        def row(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            d, loss = carry
+            column = lax.dynamic_slice_in_dim(m, j, 1, 1)  # [n, 1]
+            pivot = lax.dynamic_slice_in_dim(column, j, 1, 0)  # [1, 1]
+            seen = _row(past, j) + lax.dot_general(column, d, (((0,), (0,)), ((), ())))
+            now = _row(w, j)
+            target = now + seen / pivot
+            q = rounded(target, _grid_rows(grid, j, 1, m.shape[0]), fmt)
+            loss = loss + jnp.square(pivot * (target - q))
+            return lax.dynamic_update_slice_in_dim(d, now - q, j, 0), loss
+
+        start = jnp.zeros_like(w), jnp.zeros_like(w[:1])
+        return lax.fori_loop(0, m.shape[0], row, start)
+
+    def walk(
+        depth: int, m: Array, w: Array, past: Array | None, grid: Grid | None, first: Array
+    ) -> tuple[Array, Grid | None, Array]:
+        """`D` of some rows; `past` is what the errors before them add to `M^T D`."""
+        size = plan.levels[depth]
+        total, columns = w.shape
+
+        def one(i: Array, carry: tuple[Array, Grid | None, Array]) -> tuple:
+            d, grids, loss = carry
+            at = i * size
+            mine = lax.dynamic_slice_in_dim(m, at, size, 1)  # [total, size]
+            seen = lax.dot_general(mine, d, (((0,), (0,)), ((), ())))  # rows from `at` are zero
+            if past is not None:
+                seen = seen + lax.dynamic_slice_in_dim(past, at, size, 0)
+            corner = lax.dynamic_slice_in_dim(mine, at, size, 0)
+            weights = lax.dynamic_slice_in_dim(w, at, size, 0)
+            if plan.group == depth:
+                # the weights as they are now: w + U_gg^T seen, U_gg the inverse of the corner
+                moved = lax.linalg.triangular_solve(
+                    corner, seen, left_side=True, lower=False, transpose_a=True
+                )
+                inner: Grid | None = choose(weights + moved, first + at)
+            else:
+                inner = None if grid is None else _grid_rows(grid, at, size, total)
+            below: Grid | None = None
+            if depth + 1 < len(plan.levels):
+                new, below, cost = walk(depth + 1, corner, weights, seen, inner, first + at)
+            else:
+                assert inner is not None
+                new, cost = rows(corner, weights, seen, inner)
+            if grids is not None:
+                found = inner if plan.group == depth else below
+                assert found is not None
+                count = size // plan.levels[plan.group or 0]
+                grids = _put(grids, found, i * count)
+            return lax.dynamic_update_slice_in_dim(d, new, at, 0), grids, loss + cost
+
+        grids = None
+        if plan.group is not None and plan.group >= depth:
+            grids = _blank(choose, total // plan.levels[plan.group], w, plan.levels[plan.group])
+        start = jnp.zeros_like(w), grids, jnp.zeros((1, columns), jnp.float32)
+        return lax.fori_loop(0, total // size, one, start)
+
+    d, grids, loss = walk(0, factor, w, None, grid, jnp.int32(0))
+    out = grids if plan.group is not None else grid
+    assert out is not None
+    return d, out, jnp.sum(loss)
+
+
+def _row(a: Array, j: Array) -> Array:
+    return lax.dynamic_slice_in_dim(a, j, 1, 0)
+
+
+def _grid_rows(grid: Grid, at: Array, size: int, total: int) -> Grid:
+    """The part of a grid that belongs to some of its rows."""
+
+    def part(a: Array | None) -> Array | None:
+        if a is None or a.shape[0] != total:
+            return a
+        return lax.dynamic_slice_in_dim(a, at, size, 0)
+
+    scale = part(grid[0])
+    assert scale is not None
+    return scale, part(grid[1])
+
+
+def _blank(choose: Callable[[Array, Array], Grid], count: int, w: Array, size: int) -> Grid:
+    """Room for the grids of `count` groups."""
+    shape = jax.ShapeDtypeStruct((size, w.shape[1]), jnp.float32)
+    scale, zero = jax.eval_shape(choose, shape, jax.ShapeDtypeStruct((), jnp.int32))
+
+    def room(a: jax.ShapeDtypeStruct) -> Array:
+        return jnp.zeros((count, a.shape[1]), a.dtype)
+
+    return room(scale), None if zero is None else room(zero)
+
+
+def _put(grids: Grid, new: Grid, at: Array) -> Grid:
+    scale = lax.dynamic_update_slice_in_dim(grids[0], new[0], at, 0)
+    if grids[1] is None or new[1] is None:
+        return scale, None
+    return scale, lax.dynamic_update_slice_in_dim(grids[1], new[1], at, 0)

@@ -1,0 +1,103 @@
+"""Scales between the order they are stored in and the weights that share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+
+from jaxquant.encoders.columns import Grid
+from jaxquant.encoders.grids import grid_over, searched
+from jaxquant.qtensor import (
+    QTensor,
+    blocked,
+    from_storage,
+    storage_layout,
+    to_storage,
+    unblocked,
+)
+from jaxquant.spec import QSpec
+
+
+def fixed_grid(
+    w: Array,
+    spec: QSpec,
+    minor: tuple[int, ...],
+    weights: Array | None,
+    steps: int | None,
+    least: float,
+) -> tuple[Grid, Grid]:
+    """Grids of an array by its own range, of any granularity: as stored, and for each value.
+
+    Args:
+      w: float32 `[*core]`.
+      spec: axes named, without a global scale.
+      minor: core axes to be stored last.
+      weights: `[*core]`, what squared errors count; `None`: 1.
+      steps: how many factors the range is shrunk by in search of the least error; `None`: it is
+        taken as it is.
+      least: see `searched`.
+
+    Returns:
+      Scale and zero point `[*groups]`, and again `[*core]`.
+
+    >>> from jaxquant.spec import PerGroup
+    >>> spec = QSpec("int4", PerGroup(2, axis=0))
+    >>> stored, each = fixed_grid(jnp.array([[7.5], [1.0], [15.0]]), spec, (), None, None, 1.0)
+    >>> stored[0].tolist(), each[0].tolist()
+    ([[1.0, 2.0]], [[1.0], [1.0], [2.0]])
+    """
+    blank = storage_layout(w.shape, spec, minor, "float32")
+    x = blocked(blank, to_storage(blank, w))
+    inner = tuple(range(1, x.ndim, 2))
+    if steps is None:
+        grid = grid_over(x, inner, spec)
+    else:
+        of = 1.0 if weights is None else blocked(blank, to_storage(blank, weights))
+
+        def cost(d: Array) -> Array:
+            return jnp.sum(of * d * d, axis=inner, keepdims=True)
+
+        grid, _ = searched(x, inner, spec, cost, steps, least)
+    return _both(grid, lambda a: a.reshape(blank.groups)), _both(grid, lambda a: _each(blank, x, a))
+
+
+def _each(blank: QTensor, x: Array, a: Array) -> Array:
+    return from_storage(blank, unblocked(blank, jnp.broadcast_to(a, x.shape)))
+
+
+def _both(grid: Grid, fn: Callable[[Array], Array]) -> Grid:
+    scale, zero = grid
+    return fn(scale), None if zero is None else fn(zero)
+
+
+def scales_of_groups(
+    s: Array,
+    shape: tuple[int, ...],
+    spec: QSpec,
+    minor: tuple[int, ...],
+    axes: tuple[int, ...],
+    batched: tuple[int, ...],
+) -> Array:
+    """What the matrix view has for its groups, as it is stored.
+
+    Args:
+      s: `[matrices, groups, N]`, the matrices those of `batched`.
+      shape: of the core array.
+      spec: with groups over `axes`, in that order.
+      minor: core axes to be stored last.
+      axes: contracted axes (negative).
+      batched: as in `to_matrix`.
+
+    Returns:
+      `[*groups]` of the stored array: other axes in the order stored, then groups.
+    """
+    blank = storage_layout(shape, spec, minor, "float32")
+    rank = len(shape)
+    kept = [a for a in range(-rank, 0) if a not in axes and a not in batched]
+    have: list[int | None] = [*batched, None, *kept]  # None: the groups
+    count = s.shape[1]
+    s = s.reshape([count if a is None else shape[a] for a in have])
+    want: list[int | None] = [*(a for (a,) in blank.axes[:-1]), None]
+    return jnp.transpose(s, [have.index(a) for a in want]).reshape(blank.groups)

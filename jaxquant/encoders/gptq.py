@@ -1,0 +1,302 @@
+"""GPTQ: each input's weights are rounded to make up for the errors of those before."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxquant.encoders.base import Info, measure
+from jaxquant.encoders.columns import Grid, round_columns
+from jaxquant.encoders.damping import factor
+from jaxquant.encoders.fixed import fixed_grid, scales_of_groups
+from jaxquant.encoders.grids import grid_over, searched, total_scale
+from jaxquant.encoders.layout import Layout, Order, layout, ordered
+from jaxquant.encoders.matrix import from_matrix, to_matrix
+from jaxquant.encoders.moments import Moments, aligned, check_moments, grouped_axes
+from jaxquant.observers import Inputs, InputStats
+from jaxquant.qtensor import QTensor, encode_given
+from jaxquant.spec import PerGroup, QSpec
+
+# Of the search of grid="mse": factors from 1 down to this, in steps of 1/32.
+_LEAST, _STEPS = 0.25, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQ:
+    """The encoder that `gptq` makes; its fields are that function's arguments."""
+
+    observer: ClassVar[Inputs] = Inputs()
+
+    damping: float = 0.01
+    block: int = 128
+    act_order: bool | Literal["static", "dynamic"] = False
+    grid: Literal["range", "mse", "hessian"] = "range"
+    shrinkage: float = 0.0
+    dead: Literal["zero", "nearest"] = "zero"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise ValueError(f"gptq: damping is finite and not negative, got {self.damping!r}")
+        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
+            raise ValueError(f"gptq: block is a positive integer, got {self.block!r}")
+        if not 0 <= self.shrinkage <= 1:
+            raise ValueError(f"gptq: shrinkage is between 0 and 1, got {self.shrinkage!r}")
+        for name, known in (
+            ("act_order", (False, True, "static", "dynamic")),
+            ("grid", ("range", "mse", "hessian")),
+            ("dead", ("zero", "nearest")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"gptq: {name} is one of {known}, got {getattr(self, name)!r}")
+
+    def __call__(
+        self,
+        w: Array,
+        spec: QSpec,
+        *,
+        key: Array | None = None,
+        minor: tuple[int, ...] = (),
+        batch_axes: int = 0,
+        stats: InputStats | None = None,
+    ) -> tuple[QTensor, Info]:
+        """Encodes `w`; see `Encoder`. No random numbers are drawn.
+
+        Details, float32 `[*batch, *batched]`: `damping` that the factorisation took; `dead` inputs;
+        `loss`, `sum (w - q)^2 / (2 U_ii^2)` with `H = 2 X^T X / n`; `output_error`,
+        `tr(D^T H D) / tr(W^T H W)`.
+
+        Raises:
+          ValueError: no statistics, or without `X^T X`, or of another shape than the weight's
+            inputs; weights or statistics that are not finite (not under a trace).
+        """
+        del key
+        w = jnp.asarray(w)
+        stats = check_moments("gptq", w, spec, minor, batch_axes, stats)
+        assert stats.hessian is not None
+        _warn_of_few(stats)
+        moments = Moments(stats.axes, stats.batched)
+        return _encode(w, stats.hessian, self, spec, minor, batch_axes, moments)
+
+
+def gptq(
+    damping: float = 0.01,
+    block: int = 128,
+    act_order: bool | Literal["static", "dynamic"] = False,
+    grid: Literal["range", "mse", "hessian"] = "range",
+    shrinkage: float = 0.0,
+    dead: Literal["zero", "nearest"] = "zero",
+) -> GPTQ:
+    """Rounds a weight such that the layer's output, not the weight itself, changes least.
+
+    Column by column, `w_j` is rounded to `q_j`, and the columns not yet rounded make up for it:
+    `W_i -= U_ji (w_j - q_j) / U_jj`, `U` the upper Cholesky factor of `H'^-1`, `H' = (1 - s) H +
+    s diag(H) + d mean(diag H) I`, `H = X^T X / n`. (`columns` has the form that is computed.) Works
+    with every format and granularity that a `QTensor` has. Groups along the inputs take their
+    scales from the weights as they are when the group begins; all other scales are fixed before.
+
+    Args:
+      damping: `d`. Where the factorisation fails it rises tenfold until it does not.
+      block: columns to a block: speed, not results.
+      act_order: inputs with large `H_kk` first. `"static"` (or `True`) orders single columns, all
+        scales fixed beforehand, each column keeping those of its own group. `"dynamic"` orders
+        whole groups by their sum, and columns inside their group, so that groups stay together and
+        their scales are taken on the way; without groups it is `"static"`. Either way the array
+        is stored in its own order, so no permutation is needed to use it.
+      grid: how a range becomes a scale: `"range"`, the spec's rule; `"mse"`, that of the range
+        shrunk by the factor from {1, 31/32, ..., 9/32} that leaves least squared error;
+        `"hessian"`, the same with errors weighted by `H_kk`.
+      shrinkage: `s`: how far off-diagonal moments are drawn to 0, for few rows or other data later.
+      dead: weights of inputs that were always 0: `"zero"`, or rounded to `"nearest"`. Where no
+        row came at all (an expert that was never chosen) all are rounded to nearest.
+
+    Raises:
+      ValueError: an argument out of its range.
+
+    Source: Frantar et al., "GPTQ" (arXiv 2210.17323), algorithm 1; `act_order`, static groups and
+    `grid="mse"` are options of its reference implementation.
+
+    >>> import jax, jaxquant as jq
+    >>> from jaxquant.observers import input_stats, inputs
+    >>> kx, kw = jax.random.split(jax.random.key(0))
+    >>> x = jax.random.normal(kx, (256, 1)) + 0.5 * jax.random.normal(kw, (256, 32))
+    >>> w, spec = jax.random.normal(kw, (32, 8)), jq.QSpec("int4", jq.PerGroup(16, 0))
+    >>> stats = input_stats(inputs().update(inputs().init(x), x))
+    >>> def output_error(q):
+    ...     return float(jnp.square(x @ (jq.dequantize(q) - w)).sum())
+    >>> q, info = gptq()(w, spec, stats=stats)
+    >>> output_error(q) < 0.5 * output_error(jq.quantize(w, spec))
+    True
+    """
+    return GPTQ(damping, block, act_order, grid, shrinkage, dead)
+
+
+def _warn_of_few(stats: InputStats) -> None:
+    if isinstance(stats.rows, jax.core.Tracer):
+        return
+    rows, k = np.asarray(stats.rows), stats.absmax.shape[-1]
+    few = rows < k
+    if few.any():
+        some = f", for {int(few.sum())} of {rows.size} matrices" if rows.size > 1 else ""
+        warnings.warn(
+            f"gptq: {int(rows.min())} calibration rows for {k} columns{some}: with fewer rows than "
+            "columns the second moments are singular, and errors fit those rows alone",
+            stacklevel=3,
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _encode(
+    w: Array,
+    hessian: Array,
+    encoder: GPTQ,
+    spec: QSpec,
+    minor: tuple[int, ...],
+    batch_axes: int,
+    moments: Moments,
+) -> tuple[QTensor, Info]:
+    batch = w.shape[:batch_axes]
+    one = functools.partial(_core, encoder=encoder, spec=spec, minor=minor, moments=moments)
+    flat = w.reshape(-1, *w.shape[batch_axes:]), hessian.reshape(-1, *hessian.shape[batch_axes:])
+    made = mapped(one, flat)
+    q, details = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), made)
+    return q, measure(w, q)._replace(details=details)
+
+
+def mapped(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """`fn` for each index of a leading axis, one after another: a layer at a time in memory."""
+    if jax.tree.leaves(args)[0].shape[0] == 1:
+        out = fn(*jax.tree.map(lambda a: a[0], args))
+        return jax.tree.map(lambda a: a[None], out)
+    return jax.lax.map(lambda each: fn(*each), args)
+
+
+def _core(
+    w: Array,
+    hessian: Array,
+    *,
+    encoder: GPTQ,
+    spec: QSpec,
+    minor: tuple[int, ...],
+    moments: Moments,
+) -> tuple[QTensor, dict[str, Array]]:
+    """One array without batch axes: its matrices one after another."""
+    gran, grouped = spec.granularity, grouped_axes(spec, w.ndim)
+    axes, hessian = aligned(moments, grouped, hessian, w.shape)
+    batched, lead = moments.batched, len(moments.batched)
+    m = to_matrix(w.astype(jnp.float32), axes, batched)
+    shape, k = m.shape, m.shape[-2]
+    m, hessian = m.reshape(-1, *shape[lead:]), hessian.reshape(-1, k, k)
+    diagonal = jnp.diagonal(hessian, axis1=1, axis2=2)
+    dead = diagonal <= 0
+    if encoder.dead == "zero":
+        gone = dead & ~dead.all(axis=1, keepdims=True)
+        m = jnp.where(gone[..., None], 0.0, m)
+
+    def core(a: Array) -> Array:
+        return from_matrix(a.reshape(*shape), w.shape, axes, batched)
+
+    total = total_scale(m, spec)
+    m = m if total is None else m / total
+    local = dataclasses.replace(spec, global_scale=False)
+    dynamic = gran.size if isinstance(gran, PerGroup) and grouped == axes else None
+    order: Order = "static" if encoder.act_order is True else encoder.act_order or None
+    if dynamic is None and order is not None:
+        order = "static"
+    chosen_on_the_way = dynamic is not None and order != "static"
+    lay = layout(k, dynamic if chosen_on_the_way else None, encoder.block)
+    given: Grid | None = None
+    scale = zero = None
+    if not chosen_on_the_way:
+        weights = None
+        if encoder.grid == "hessian":
+            weights = core(jnp.broadcast_to(diagonal[..., None], m.shape))
+        steps = None if encoder.grid == "range" else _STEPS
+        (scale, zero), each = fixed_grid(core(m), local, minor, weights, steps, _LEAST)
+        given = jax.tree.map(lambda a: to_matrix(a, axes, batched).reshape(m.shape), each)
+
+    solve = functools.partial(_matrix, encoder=encoder, spec=local, lay=lay, order=order)
+    d, grids, details = mapped(solve, (m, hessian, given))
+    if chosen_on_the_way:
+        scale, zero = (
+            None if a is None else scales_of_groups(a, w.shape, spec, minor, axes, batched)
+            for a in grids
+        )
+    assert scale is not None
+    scale = scale.astype(spec.scale_dtype)
+    rounded = core(m - d) if total is None else core(m - d) * total
+    q = encode_given(rounded, scale, zero, total, spec, minor=minor)
+    q = dataclasses.replace(q, dtype=w.dtype.name)
+    details = {**details, "dead": dead.sum(axis=1, dtype=jnp.float32)}
+    return q, {name: a.reshape(*shape[:lead]) for name, a in details.items()}
+
+
+def _matrix(
+    w: Array,
+    hessian: Array,
+    given: Grid | None,
+    *,
+    encoder: GPTQ,
+    spec: QSpec,
+    lay: Layout,
+    order: Order,
+) -> tuple[Array, Grid | None, dict[str, Array]]:
+    """One matrix `[K, N]`: its errors, and the grids of its groups `[groups, N]`."""
+    k = w.shape[0]
+    diagonal = jnp.diagonal(hessian)
+    place, among = ordered(lay, diagonal, order)
+
+    def laid(a: Array, fill: float = 0.0) -> Array:
+        if order is None and np.array_equal(lay.place, np.arange(k)):
+            return a
+        return jnp.take(a, place, axis=0, mode="fill", fill_value=fill)
+
+    moved = laid(laid(hessian).T)
+    own = jnp.diagonal(moved)
+    live = own > 0
+    mean = jnp.sum(own) / jnp.maximum(jnp.sum(live), 1)
+    filler = jnp.where(live, 0.0, jnp.where(mean > 0, mean, 1.0))
+    n = moved.shape[0]
+    eye = jax.lax.broadcasted_iota(jnp.int32, (n, n), 0) == jax.lax.broadcasted_iota(
+        jnp.int32, (n, n), 1
+    )
+    damped = jnp.where(eye, moved + filler[:, None], (1.0 - encoder.shrinkage) * moved)
+    m, used = factor(damped, encoder.damping)
+
+    def choose(x: Array, first: Array) -> Grid:
+        if encoder.grid == "range":
+            return grid_over(x, (0,), spec)
+        weights = jnp.ones((x.shape[0], 1))
+        if encoder.grid == "hessian":
+            weights = jax.lax.dynamic_slice_in_dim(own, first, x.shape[0])[:, None]
+        cost = lambda d: jnp.sum(weights * d * d, axis=0, keepdims=True)  # noqa: E731
+        return searched(x, (0,), spec, cost, _STEPS, _LEAST)[0]
+
+    rows = laid(w)
+    grid = None
+    if given is not None:
+        grid = laid(given[0], 1.0), None if given[1] is None else laid(given[1])
+    d, grids, loss = round_columns(rows, m, spec.format, lay.plan, grid, choose)
+
+    def energy(a: Array) -> Array:
+        return jnp.sum(a * jnp.matmul(moved, a, precision=jax.lax.Precision.HIGHEST))
+
+    signal = energy(rows)
+    details = {
+        "damping": used,
+        "loss": loss,
+        "output_error": energy(d) / jnp.where(signal > 0, signal, 1.0),
+    }
+    back = jnp.zeros((k,), jnp.int32).at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
+    found = None
+    if among is not None:
+        found = jax.tree.map(lambda a: a[jnp.argsort(among)][: lay.groups], grids)
+    return d[back], found, details

@@ -1,0 +1,120 @@
+"""What encoders that look at second moments ask of their statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxquant.observers import InputStats
+from jaxquant.spec import PerGroup, QSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Which axes of a weight the moments belong to; all negative, see `InputStats`."""
+
+    axes: tuple[int, ...]
+    batched: tuple[int, ...]
+
+
+def grouped_axes(spec: QSpec, ndim: int) -> tuple[int, ...] | None:
+    """The axes (negative) that groups run over; `None` without groups.
+
+    >>> grouped_axes(QSpec("int4", PerGroup(32, axis=0)), 2)
+    (-2,)
+    """
+    gran = spec.granularity
+    if not isinstance(gran, PerGroup) or gran.axis is None:
+        return None
+    given = (gran.axis,) if isinstance(gran.axis, int) else gran.axis
+    return tuple(a % ndim - ndim for a in given)
+
+
+def aligned(
+    moments: Moments, grouped: tuple[int, ...] | None, hessian: Array, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], Array]:
+    """The contracted axes in the order that groups run over them, and `H` in that order.
+
+    Args:
+      moments: as the statistics have them.
+      grouped: the axes of the groups (negative); `None`, or others than those contracted, change
+        nothing.
+      hessian: `[*batched, K, K]`.
+      shape: of the core array.
+    """
+    axes = moments.axes
+    if grouped is None or grouped == axes or sorted(grouped) != sorted(axes):
+        return axes, hessian
+    lead, count = hessian.ndim - 2, len(axes)
+    sizes = [shape[a] for a in axes]
+    order = [axes.index(a) for a in grouped]
+    rows, columns = ([lead + start + i for i in order] for start in (0, count))
+    split = hessian.reshape(*hessian.shape[:lead], *sizes, *sizes)
+    return grouped, jnp.transpose(split, [*range(lead), *rows, *columns]).reshape(hessian.shape)
+
+
+def check_moments(
+    name: str,
+    w: Array,
+    spec: QSpec,
+    minor: tuple[int, ...],
+    batch_axes: int,
+    stats: InputStats | None,
+) -> InputStats:
+    """The statistics, if they are those of this weight's inputs; axes made negative.
+
+    Raises:
+      ValueError: none, others, or of another shape; arrays that are not finite (not under a trace).
+    """
+    if stats is None:
+        raise ValueError(
+            f"{name}: looks at what the weight is contracted with: expected "
+            "stats=input_stats(...) of the observer inputs(), got None"
+        )
+    if not isinstance(stats, InputStats):
+        raise ValueError(f"{name}: stats: expected InputStats, got {type(stats).__name__}")
+    if stats.hessian is None:
+        raise ValueError(
+            f"{name}: stats: expected second moments, got InputStats without: gather them with "
+            "inputs(), not inputs(hessian=False)"
+        )
+    if not isinstance(spec, QSpec):
+        raise ValueError(f"{name}: expected a QSpec such as jq.QSpec('int4'), got {spec!r}")
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected a float array, got {w.dtype.name}{list(w.shape)}")
+    if not 0 <= batch_axes <= w.ndim:
+        raise ValueError(f"{name}: batch_axes={batch_axes} of an array of rank {w.ndim}")
+    core = w.shape[batch_axes:]
+    spec.resolve(core, minor)
+    rank = len(core)
+    for a in (*stats.axes, *stats.batched):
+        if not -rank <= a < rank:
+            raise ValueError(f"{name}: stats: axis {a} of an array of shape {list(core)}")
+    axes, batched = (tuple(a % rank - rank for a in some) for some in (stats.axes, stats.batched))
+    if not axes or len({*axes, *batched}) != len(axes) + len(batched):
+        raise ValueError(
+            f"{name}: stats: expected contracted and batched axes that differ, got {stats.axes} "
+            f"and {stats.batched}"
+        )
+    k = math.prod(core[a] for a in axes)
+    expected = (*w.shape[:batch_axes], *(core[a] for a in batched), k, k)
+    if stats.hessian.shape != expected:
+        raise ValueError(
+            f"{name}: stats: expected second moments {list(expected)} for a weight "
+            f"{list(w.shape)}, got {list(stats.hessian.shape)}"
+        )
+    for what, array in (("weight", w), ("second moments", stats.hessian)):
+        finite = _all_finite(array)
+        if not isinstance(finite, jax.core.Tracer) and not bool(finite):
+            came = f"{array.dtype.name}{list(array.shape)}"
+            raise ValueError(f"{name}: non-finite values in the {what} {came}")
+    return dataclasses.replace(stats, axes=axes, batched=batched)
+
+
+@jax.jit
+def _all_finite(a: Array) -> Array:
+    return jnp.isfinite(a).all()

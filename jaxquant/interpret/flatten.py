@@ -1,0 +1,285 @@
+"""`flatten`: a call as one straight program, in which inputs of chosen parameters are marked.
+
+Helpers are inlined, and scans over layers unrolled, so that a program can be cut in front of any
+contraction. What is not chosen stays as it is: a loop over time is one equation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxquant.interpret import _compat
+from jaxquant.interpret.calls import Call
+from jaxquant.interpret.evaluate import Interpreter, abstract
+from jaxquant.interpret.loops import result_facts, signed, slice_facts
+from jaxquant.interpret.policy import Contraction, Policy, param_first
+from jaxquant.interpret.reading import Reading
+from jaxquant.interpret.record import dimensions
+from jaxquant.interpret.values import Facts, Value
+
+Piece = tuple[int, ...]
+_MARK = "jaxquant:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """One contraction of a chosen parameter with an activation.
+
+    Attributes:
+      path: the parameter.
+      piece: which of its layers; `()` for one that no unrolled scan takes slice by slice.
+      reading: how it reads the activation.
+      axes: the parameter's axes (negative) that are contracted, in order.
+      batched: the parameter's axes (negative) that are batch dimensions.
+    """
+
+    path: str
+    piece: Piece
+    reading: Reading
+    axes: tuple[int, ...]
+    batched: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """A straight program.
+
+    Attributes:
+      jaxpr: the open jaxpr; `mark_of` tells which of its equations are marks.
+      consts: its constants.
+      names: for each of its inputs the parameter and the piece, or `None` for an input.
+      marks: the contractions of chosen parameters, in execution order. A parameter with more than
+        one mark for a piece is used more than once.
+      lengths: of each parameter that comes in pieces, the lengths of the scans.
+    """
+
+    jaxpr: Any
+    consts: list[Any]
+    names: tuple[tuple[str, Piece] | None, ...]
+    marks: tuple[Mark, ...]
+    lengths: Mapping[str, tuple[int, ...]]
+
+
+def flatten(call: Call, chosen: Collection[str]) -> Flat:
+    """Makes one straight program of a call; nothing is computed.
+
+    Args:
+      call: the traced call, its params float.
+      chosen: paths of the parameters whose contractions are to be marked. A scan that takes slices
+        of one of these is unrolled, and every parameter it takes slices of comes in pieces.
+    """
+    probe = Flattener(chosen, {}, probing=True)
+    _trace(call, probe)
+    real = Flattener(chosen, probe.lengths)
+    jaxpr, consts, names = _trace(call, real)
+    return Flat(jaxpr, consts, names, tuple(real.marks), dict(probe.lengths))
+
+
+def mark_of(eqn: Any) -> tuple[int, int] | None:
+    """The number of the mark that an equation is, and which operand it marks (0: the activation).
+
+    >>> eqn = jax.make_jaxpr(lambda x: checkpoint_name(x, f"{_MARK}3:0"))(1.0).eqns[0]
+    >>> mark_of(eqn)
+    (3, 0)
+    """
+    name = eqn.params.get("name")
+    if eqn.primitive.name != "name" or not str(name).startswith(_MARK):
+        return None
+    number, operand = str(name).removeprefix(_MARK).split(":")
+    return int(number), int(operand)
+
+
+def _trace(call: Call, policy: Flattener) -> tuple[Any, list[Any], tuple[Any, ...]]:
+    names: list[tuple[str, Piece] | None] = []
+    avals = []
+    for leaf, path in zip(call.leaves, call.paths, strict=True):
+        aval = abstract(leaf)
+        lengths = policy.lengths.get(path, ()) if path is not None and not policy.probing else ()
+        for piece in itertools.product(*map(range, lengths)):
+            names.append(None if path is None else (path, piece))
+            shape = aval.shape[len(lengths) :]
+            avals.append(jax.ShapeDtypeStruct(shape, aval.dtype, sharding=aval.sharding))
+
+    def run(*arrays: Any) -> None:
+        rest = iter(arrays)
+        leaves = [
+            policy.whole(rest, path, policy.lengths.get(path or "", ()))
+            if path is not None and not policy.probing
+            else next(rest)
+            for path in call.paths
+        ]
+        if policy.probing:
+            named = zip(leaves, call.paths, strict=True)
+            policy.known.update({id(leaf): (p, ()) for leaf, p in named if p is not None})
+        policy.held.append(leaves)
+        call.run(Interpreter(policy, call.param_paths), leaves)
+
+    jaxpr, consts = _compat.opened(jax.make_jaxpr(run)(*avals))
+    return jaxpr, consts, tuple(names)
+
+
+def _scan(
+    ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: tuple[str, ...]
+) -> list[Value]:
+    """A scan that takes slices of a chosen parameter, step after step; any other as it is."""
+    policy: Any = ip.policy
+    p = eqn.params
+    jaxpr, closed = _compat.opened(p["jaxpr"])
+    n_consts, n_carry = _compat.scan_split(p)
+    operands = signed(operands, positive)
+    consts, carry, xs = (
+        operands[:n_consts],
+        operands[n_consts : n_consts + n_carry],
+        operands[n_consts + n_carry :],
+    )
+    paths = [v.facts.origin.path for v in xs if v.facts.origin is not None]
+    if not any(path in policy.chosen for path in paths):
+        return ip._plain(eqn, operands, positive, scope)
+    # as in the loop itself, a carry is nothing known
+    carry = [Value(v.data, Facts(live=True)) if v.facts.live else v for v in carry]
+    slices = [policy.slices(v, p["length"]) for v in xs]
+    facts = [slice_facts(v.facts) for v in xs]
+    steps: Sequence[int] = range(1 if policy.probing else p["length"])
+    collected: list[list[Value]] = []
+    outer = dict(policy.at)
+    for i in reversed(steps) if p["reverse"] else steps:
+        for v in xs:
+            if v.facts.origin is not None and id(v.data) in policy.parts:
+                path = v.facts.origin.path
+                policy.at[path] = (*outer.get(path, ()), i)
+        here = [Value(part[i], f) for part, f in zip(slices, facts, strict=True)]
+        out = ip.run(jaxpr, closed, [*consts, *carry, *here], scope)
+        carry = out[:n_carry]
+        collected.append(out[n_carry:])
+    policy.at = outer
+    if p["reverse"]:
+        collected.reverse()
+    stacked = []
+    for column in zip(*collected, strict=True):
+        data = jnp.stack([v.data for v in column])
+        if policy.probing:
+            data = jnp.broadcast_to(data, (p["length"], *data.shape[1:]))
+        stacked.append(Value(data, result_facts(column[0].facts)))
+    return [*carry, *stacked]
+
+
+def _inline(
+    ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: tuple[str, ...]
+) -> list[Value]:
+    jaxpr, consts = _compat.opened(eqn.params["jaxpr"])
+    return ip.run(jaxpr, consts, signed(operands, positive), scope)
+
+
+def _whole(
+    ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: tuple[str, ...]
+) -> list[Value]:
+    return ip._plain(eqn, operands, positive, scope)
+
+
+_RULES: dict[str, Callable[..., list[Value]]] = {
+    "scan": _scan,
+    "remat2": _inline,
+    "checkpoint": _inline,
+    "while": _whole,
+    "cond": _whole,
+    "shard_map": _whole,
+}
+
+
+class Flattener(Policy):
+    """The policy that inlines, unrolls and marks.
+
+    Attributes:
+      chosen: paths of the parameters to mark.
+      lengths: of each parameter that comes in pieces, the lengths of the scans; filled by probing.
+      probing: whether this only finds out what comes in pieces; one step of each loop is enough.
+      marks: what was marked.
+      known: by identity of a tracer, the parameter and the piece that it is, whole and unmoved.
+      parts: by identity of a stack, the tracers that it is made of.
+      at: by path, the piece that is visible where the interpreter is.
+      held: keeps tracers alive, so that their identities stay their own.
+    """
+
+    rules = _RULES
+
+    def __init__(
+        self,
+        chosen: Collection[str],
+        lengths: Mapping[str, tuple[int, ...]],
+        probing: bool = False,
+    ) -> None:
+        self.chosen, self.probing = chosen, probing
+        self.lengths: dict[str, tuple[int, ...]] = dict(lengths)
+        self.marks: list[Mark] = []
+        self.known: dict[int, tuple[str, Piece]] = {}
+        self.parts: dict[int, list[Any]] = {}
+        self.at: dict[str, Piece] = {}
+        self.held: list[Any] = []
+
+    def whole(self, pieces: Iterator[Any], path: str, lengths: Sequence[int]) -> Any:
+        """The stack of the pieces that come next; unused stacks are never computed."""
+        if not lengths:
+            return next(pieces)
+        parts = [self.whole(pieces, path, lengths[1:]) for _ in range(lengths[0])]
+        stack = jnp.stack(parts)
+        self.parts[id(stack)] = parts
+        self.held.append(stack)
+        return stack
+
+    def contract(self, ip: Interpreter, site: Contraction) -> Any:
+        """Marks what a chosen parameter meets, and contracts as the function did."""
+        held = param_first(site.lhs, site.rhs)
+        origin = held[0].facts.origin if held else None
+        if origin is None or origin.joined or origin.path not in self.chosen:
+            return super().contract(ip, site)
+        piece = self.at.get(origin.path, ())
+        weight, (x, side) = held[0], (site.rhs, "rhs")
+        if weight is site.rhs:
+            x, side = site.lhs, "lhs"
+        summed, batched = dimensions(site.eqn, "rhs" if side == "lhs" else "lhs")
+        rank = len(origin.shape)
+        named = [[p - rank for a in axes for p in origin.axes[a]] for axes in (summed, batched)]
+        if len(piece) != len(origin.scanned) or not x.facts.live:
+            return super().contract(ip, site)
+        number, shape = len(self.marks), tuple(jnp.shape(weight.data))
+        self.marks.append(
+            Mark(
+                origin.path,
+                piece,
+                Reading(site.eqn.primitive.name, site.eqn.params, side, shape),
+                tuple(named[0]),
+                tuple(named[1]),
+            )
+        )
+        marked = checkpoint_name(x.data, f"{_MARK}{number}:0")
+        rest = [checkpoint_name(v.data, f"{_MARK}{number}:{n}") for n, v in enumerate(site.rest, 1)]
+        data = [marked, weight.data] if side == "lhs" else [weight.data, marked]
+        return _compat.bind(site.eqn, [*data, *rest])[0]
+
+    def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> None:
+        """Helpers are inlined."""
+
+    def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
+        """Custom rules are inlined: nothing is differentiated."""
+        return True
+
+    def slices(self, value: Value, length: int) -> list[Any]:
+        """The steps of a scanned value."""
+        parts = self.parts.get(id(value.data))
+        if parts is not None:
+            return parts
+        count = 1 if self.probing else length
+        found = [jax.tree.map(lambda a, i=i: a[i], value.data) for i in range(count)]
+        path, piece = self.known.get(id(value.data), ("", ()))
+        if self.probing and path:
+            self.lengths[path] = (*self.lengths.get(path, ())[: len(piece)], length)
+            self.known.update({id(part): (path, (*piece, 0)) for part in found})
+        self.held.append(found)
+        return found

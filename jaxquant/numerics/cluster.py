@@ -1,0 +1,193 @@
+"""Values on a line that are to be clustered: sorted or binned, as prefix sums, and Lloyd's step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+_ONE = 0x3F800000  # the bits of 1.0
+_COMPARE_ALL = 16  # up to so many levels a comparison with each bound beats a binary search
+
+
+class Points(NamedTuple):
+    """Values in ascending order, those in one place taken together.
+
+    Attributes:
+      place: `[m]`, their means, ascending.
+      weight: `[m + 1]`, sums of weights of the first 0 to m.
+      total: `[m + 1]`, of weighted values.
+      square: `[m + 1]`, of weighted squares.
+      grid: `(unit, bins per octave)` of `binned`; `None` where places are the values themselves.
+      ends: the least and the largest value, `[2]`.
+    """
+
+    place: Array
+    weight: Array
+    total: Array
+    square: Array
+    grid: tuple[Array, Array] | None
+    ends: Array
+
+
+def ordered(x: Array, weights: Array | None = None) -> Points:
+    """The points that values `[n]` are, sorted; each value of a tie is a point of its own."""
+    if weights is None:
+        x = jnp.sort(x)
+        w = jnp.ones_like(x)
+    else:
+        x, w = lax.sort((x, weights), num_keys=1)
+    return _summed(x, w, w * x, w * x * x, None, x[jnp.array([0, -1])])
+
+
+def binned(x: Array, bins: int, weights: Array | None = None) -> Points:
+    """The points that values `[n]` are, put in `bins` places and summed there.
+
+    Places are fine about zero and coarse in proportion far out, `log2(1 + |x| / mean |x|)` apart,
+    so that a value far from all others costs no resolution. A histogram takes a nanosecond a value
+    on a CPU; sorting takes 200 to 400.
+    """
+    size = jnp.abs(x)
+    mean = jnp.mean(size)
+    # a power of two, so that the places do not hang on how the mean was summed
+    unit = jnp.where(mean > 0, jnp.exp2(jnp.round(jnp.log2(jnp.where(mean > 0, mean, 1.0)))), 1.0)
+    top = _octaves(jnp.max(size) / unit)
+    grid = (unit, (bins / 2 - 1) / jnp.where(top > 0, top, 1.0))
+    at = jnp.clip(_position(x, grid) + bins // 2, 0, bins - 1).astype(jnp.int32)
+    zero = jnp.zeros(bins, jnp.float32)
+    if weights is None:
+        weight, total = zero.at[at].add(1.0), zero.at[at].add(x)
+    else:
+        weight, total = zero.at[at].add(weights), zero.at[at].add(weights * x)
+    mean = jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), -jnp.inf)
+    place = lax.cummax(mean)
+    ends = jnp.stack([jnp.min(x), jnp.max(x)])
+    place = jnp.maximum(place, ends[0])  # empty places before the first value
+    return _summed(place, weight, total, weight * place * place, grid, ends)
+
+
+def _summed(
+    place: Array,
+    weight: Array,
+    total: Array,
+    square: Array,
+    grid: tuple[Array, Array] | None,
+    ends: Array,
+) -> Points:
+    zero = jnp.zeros(1, jnp.float32)
+    sums = (jnp.concatenate([zero, jnp.cumsum(a)]) for a in (weight, total, square))
+    return Points(place, *sums, grid, ends)
+
+
+def _octaves(u: Array) -> Array:
+    """`log2(1 + u)`, linear between powers of two: the bits of a float read as an integer."""
+    bits = lax.bitcast_convert_type(1.0 + u, jnp.int32) - _ONE
+    return bits.astype(jnp.float32) * 2.0**-23
+
+
+def _position(x: Array, grid: tuple[Array, Array]) -> Array:
+    unit, scale = grid
+    octaves = _octaves(jnp.abs(x) / unit)
+    return jnp.round(jnp.where(x < 0, -octaves, octaves) * scale)
+
+
+def members(points: Points, centroids: Array) -> tuple[Array, Array]:
+    """Index of the first point of each centroid, and of the last plus one, `[levels]` each."""
+    bounds = 0.5 * centroids[:-1] + 0.5 * centroids[1:]
+    count = points.place.shape[0]
+    if points.grid is None:
+        # ties go to the lower centroid, as codes do
+        inner = jnp.searchsorted(points.place, bounds, side="right").astype(jnp.int32)
+    else:
+        at = _position(bounds, points.grid) + count // 2
+        inner = jnp.clip(at, 0, count - 1).astype(jnp.int32)
+        inner = inner + (points.place[inner] <= bounds)
+    first = jnp.concatenate([jnp.zeros(1, jnp.int32), inner])
+    return first, jnp.concatenate([inner, jnp.full(1, count, jnp.int32)])
+
+
+def moments(points: Points, centroids: Array) -> tuple[Array, Array, Array]:
+    """Weight, sum and sum of squares of the members of each centroid, `[levels]` each."""
+    first, last = members(points, centroids)
+    weight, total, square = (
+        a[last] - a[first] for a in (points.weight, points.total, points.square)
+    )
+    held = (last > first) & (weight > 0)
+    return (jnp.where(held, weight, 0.0), *(jnp.where(held, a, 0.0) for a in (total, square)))
+
+
+def inertia(points: Points, centroids: Array) -> Array:
+    """`sum_i w_i min_k (x_i - c_k)^2`, up to what the places do not tell."""
+    weight, total, square = moments(points, centroids)
+    return jnp.sum(square - 2.0 * centroids * total + weight * centroids**2)
+
+
+def settled(points: Points, centroids: Array, iterations: int) -> tuple[Array, Array]:
+    """Lloyd's iteration until no centroid moves: centroids `[levels]`, and how many steps it took.
+
+    Each step moves centroids to the mean of their members, which are a run of points between two
+    midpoints; their sum is the difference of two prefix sums. A centroid without members goes to a
+    deviation above the mean of the run of the largest error.
+
+    Source: Lloyd, "Least squares quantization in PCM" (1982).
+    """
+    low, high = points.ends
+
+    def moved(centroids: Array) -> Array:
+        weight, total, square = moments(points, centroids)
+        some = jnp.where(weight > 0, weight, 1.0)
+        mean = jnp.clip(total / some, low, high)
+        error = jnp.maximum(square - mean * total, 0.0)
+        empty = weight <= 0
+        # the k-th that is empty goes to the k-th worst
+        worst = jnp.argsort(-jnp.where(empty, -1.0, error))
+        other = jnp.clip(mean + jnp.sqrt(error / some), low, high)
+        rank = jnp.cumsum(empty) - 1
+        return jnp.sort(jnp.where(empty, other[worst[jnp.maximum(rank, 0)]], mean))
+
+    def body(state: Any) -> Any:
+        step, centroids, _ = state
+        new = moved(centroids)
+        return step + 1, new, jnp.any(new != centroids)
+
+    start = (jnp.int32(0), centroids, jnp.bool_(True))
+    steps, centroids, _ = lax.while_loop(lambda s: (s[0] < iterations) & s[2], body, start)
+    return centroids, steps
+
+
+def nearest(x: Array, centroids: Array) -> Array:
+    """The index of the nearest of ascending centroids `[levels]`, a tie going to the lower: uint8.
+
+    What `to_codebook` gives for finite values.
+    """
+    bounds = 0.5 * centroids[:-1] + 0.5 * centroids[1:]
+    if centroids.shape[0] > _COMPARE_ALL:
+        bounds, x = jnp.where(bounds == 0, 0.0, bounds), jnp.where(x == 0, 0.0, x)
+        return jnp.searchsorted(bounds, x, side="left", method="scan_unrolled").astype(jnp.uint8)
+    index = jnp.zeros(x.shape, jnp.uint8)
+    for i in range(centroids.shape[0] - 1):  # written out: a sum over a new axis takes 5 times more
+        index = index + (x > bounds[i]).astype(jnp.uint8)
+    return index
+
+
+def sums(index: Array, values: Array, levels: int) -> Array:
+    """The sum of `values` over the members of each index, float32 `[levels]`.
+
+    Scattered: on a CPU a million values take a millisecond, masked sums for 16 levels 20.
+    """
+    return jnp.zeros(levels, jnp.float32).at[index.ravel()].add(values.astype(jnp.float32).ravel())
+
+
+def refined(x: Array, centroids: Array, weights: Array | None = None) -> Array:
+    """One more step over the values themselves: means of members, as centroid plus mean residual.
+
+    A residual is small, so its mean is exact where all members are equal.
+    """
+    levels = centroids.shape[0]
+    index = nearest(x, centroids)
+    rest = x - centroids[index]
+    w = jnp.ones_like(x) if weights is None else weights
+    weight, total = sums(index, w, levels), sums(index, w * rest, levels)
+    mean = centroids + jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
+    return jnp.sort(mean)

@@ -1,0 +1,205 @@
+"""Second moments of what a weight is contracted with, for encoders and rewrites that look at data.
+
+With `X` the rows `[n, K]` that met a weight `[K, N]`, an error `D` of the weight costs
+`|X D|^2 / n = tr(D^T H D)` at its output, `H = X^T X / n`. So `H` is all that GPTQ needs of the
+data, and a column's mean or largest magnitude all that activation-aware scaling does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxquant.observers.base import (
+    Range,
+    State,
+    as_range,
+    counted,
+    counted_both,
+    everywhere,
+    no_updates,
+    require_seen,
+)
+from jaxquant.spec import QSpec
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("rows", "absmax", "absmean", "hessian"),
+    meta_fields=("axes", "batched"),
+)
+@dataclasses.dataclass(frozen=True)
+class InputStats:
+    """Second moments of what a weight is contracted with.
+
+    `[*batch]` are the leading axes of the weight that are encoded one by one, then the sizes of
+    `batched`. `K` is the product of the contracted axes' sizes.
+
+    Attributes:
+      rows: float32 `[*batch]`, how many rows were seen that are not all zeros.
+      absmax: float32 `[*batch, K]`, `max |x_k|`.
+      absmean: float32 `[*batch, K]`, mean of `|x_k|` over those rows.
+      hessian: float32 `[*batch, K, K]`, `X^T X / n`; `None` where it was not gathered.
+      axes: core axes (negative) of the weight that `K` runs over, flattened in this order.
+      batched: core axes (negative) of the weight with moments of their own, such as experts.
+    """
+
+    rows: Array
+    absmax: Array
+    absmean: Array
+    hessian: Array | None
+    axes: tuple[int, ...]
+    batched: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The observer that `inputs` makes.
+
+    It is given rows `[*batched, rows, K]`, see `jaxquant.ops.unfold`. State, beside the counters:
+    `rows`, float32 `[*batched]`; `absmax` and `abssum`, float32 `[*batched, K]`; `hessian`, float32
+    `[*batched, K, K]`, the sum of `x x^T`, absent where it is not gathered.
+
+    Attributes:
+      hessian: whether `X^T X` is gathered.
+    """
+
+    sees_rows: ClassVar[bool] = True
+    """Whether what it is given must be unfolded into rows first."""
+
+    hessian: bool = True
+
+    def __repr__(self) -> str:
+        return "inputs()" if self.hessian else "inputs(hessian=False)"
+
+    @property
+    def axis(self) -> None:
+        """Its range is per tensor."""
+        return None
+
+    def init(self, aval: Any) -> State:
+        """See `Observer.init`; `aval` has the shape `[*batched, rows, K]`."""
+        if len(aval.shape) < 2:
+            raise ValueError(f"inputs: expected rows [..., rows, K], got {list(aval.shape)}")
+        *batched, _, k = aval.shape
+        zeros = jnp.zeros((*batched, k), jnp.float32)
+        state = {
+            "rows": jnp.zeros(tuple(batched), jnp.float32),
+            "absmax": zeros,
+            "abssum": zeros,
+            **no_updates(),
+        }
+        if self.hessian:
+            state["hessian"] = jnp.zeros((*batched, k, k), jnp.float32)
+        return state
+
+    def update(self, state: State, x: Array) -> State:
+        """Adds `x^T x`, `|x|` and the number of rows; rows of zeros do not count."""
+        x = x.astype(jnp.float32)
+        size = jnp.abs(x)
+        absmax = everywhere(jnp.max(size, axis=-2, initial=0.0))
+        abssum = everywhere(jnp.sum(size, axis=-2))
+        rows = everywhere(jnp.sum((size > 0).any(axis=-1), axis=-1, dtype=jnp.float32))
+        finite = jnp.isfinite(abssum).all()  # a sum keeps NaN, which a maximum may lose
+        new = {
+            "rows": state["rows"] + rows,
+            "absmax": jnp.maximum(state["absmax"], absmax),
+            "abssum": state["abssum"] + abssum,
+        }
+        if self.hessian:
+            lead = tuple(range(x.ndim - 2))
+            over = ((x.ndim - 2,), (x.ndim - 2,))
+            square = lax.dot_general(x, x, (over, (lead, lead)), precision=lax.Precision.HIGHEST)
+            square = everywhere(square)
+            finite &= jnp.isfinite(jnp.trace(square, axis1=-2, axis2=-1)).all()  # may overflow
+            new["hessian"] = state["hessian"] + square
+        kept = {name: jnp.where(finite, value, state[name]) for name, value in new.items()}
+        return {**kept, **counted(state, finite)}
+
+    def merge(self, a: State, b: State) -> State:
+        """Sums of both, the larger magnitude."""
+        summed = [name for name in a if name in ("rows", "abssum", "hessian")]
+        sums = {name: a[name] + b[name] for name in summed}
+        return {**sums, "absmax": jnp.maximum(a["absmax"], b["absmax"]), **counted_both(a, b)}
+
+    def range(self, state: State) -> Range:
+        """`[-max |x|, max |x|]` so far; may be traced."""
+        every = tuple(range(state["updates"].ndim, state["absmax"].ndim))
+        amax = jnp.max(state["absmax"], axis=every, initial=0.0)
+        return Range(-amax, amax)
+
+    def finish(self, state: State, spec: QSpec) -> Range:
+        """`[-max |x|, max |x|]` over all columns, whatever the spec."""
+        require_seen(state)
+        amax = np.max(np.asarray(state["absmax"]), initial=0.0)
+        return as_range(-amax, amax)
+
+
+def inputs(hessian: bool = True) -> Inputs:
+    """Observes what a weight is contracted with: `X^T X`, and the magnitudes of each column.
+
+    `n = sum_r [x_r != 0]`, `H = sum_r x_r x_r^T`, `m_k = max_r |x_rk|`, `a_k = sum_r |x_rk|`, in
+    float32; `input_stats` divides by `n`. Rows of zeros add nothing and are not counted, since rows
+    that went to another expert come as zeros. A batch with NaN or infinity in it changes nothing
+    and is counted.
+
+    Args:
+      hessian: whether to gather `X^T X`, `4 K^2` bytes.
+
+    Source: Frantar et al., "GPTQ" (arXiv 2210.17323), section 3.
+
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 0.0]])
+    >>> state = inputs().update(inputs().init(x), x)
+    >>> state["hessian"].tolist(), state["absmax"].tolist()
+    ([[10.0, 2.0], [2.0, 4.0]], [3.0, 2.0])
+    """
+    return Inputs(hessian)
+
+
+def input_stats(
+    state: State, axes: tuple[int, ...] = (-2,), batched: tuple[int, ...] = ()
+) -> InputStats:
+    """The means that a state of `inputs` stands for; leading layer axes allowed.
+
+    Args:
+      state: of `inputs`, one or several stacked along leading axes.
+      axes: core axes (negative) of the weight that the columns are, in the order flattened.
+      batched: core axes (negative) of the weight with moments of their own.
+
+    Raises:
+      ValueError: nothing was seen, or something that was not finite; not under a trace.
+
+    >>> x = jnp.array([[1.0, 2.0], [3.0, 0.0]])
+    >>> input_stats(inputs().update(inputs().init(x), x)).hessian.tolist()
+    [[5.0, 1.0], [1.0, 2.0]]
+    """
+    if not isinstance(state["updates"], jax.core.Tracer):
+        updates, bad = np.asarray(state["updates"]), np.asarray(state["bad"])
+        if not updates.size or np.any(updates == 0):
+            raise ValueError("input_stats: no batches seen")
+        if np.any(bad > 0):
+            raise ValueError(
+                f"input_stats: non-finite values in {int(bad.max())} of {int(updates.max())} "
+                "batches"
+            )
+    return _means(state, tuple(axes), tuple(batched))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _means(state: State, axes: tuple[int, ...], batched: tuple[int, ...]) -> InputStats:
+    count = jnp.maximum(state["rows"], 1.0)
+    hessian = state.get("hessian")
+    return InputStats(
+        rows=state["rows"],
+        absmax=state["absmax"],
+        absmean=state["abssum"] / count[..., None],
+        hessian=None if hessian is None else hessian / count[..., None, None],
+        axes=axes,
+        batched=batched,
+    )

@@ -1,0 +1,183 @@
+"""Leaves that one activation feeds, rewritten and encoded by what is known of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxquant.encoders import matrix_spec, measure, rtn, to_matrix
+from jaxquant.observers import InputStats, input_stats
+from jaxquant.params import Encoded, Plan, encode_leaf
+from jaxquant.qtensor import Calibration, QTensor, along
+from jaxquant.recipe import Rule
+from jaxquant.report import shown
+
+_TOLD = 4  # notes of a stacked leaf that a report holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One leaf, or a piece of one, that an activation feeds.
+
+    Attributes:
+      plan: how it is encoded; its `batch_axes` are those of `w`.
+      w: the array.
+      axes: its axes (negative) that are contracted, in the order of the statistics' columns.
+      batched: its axes (negative) that have statistics of their own.
+      movable: whether scale can move between it and what it is contracted with; else why not.
+    """
+
+    plan: Plan
+    w: Any
+    axes: tuple[int, ...]
+    batched: tuple[int, ...]
+    movable: str = ""
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that decided."""
+        assert self.plan.rule is not None
+        return self.plan.rule
+
+
+def encode_members(members: Sequence[Member], state: Any, key: Array | None) -> list[Encoded]:
+    """Encodes what one activation feeds.
+
+    Args:
+      members: the leaves; those whose rules have the same rewrite share its factors.
+      state: of the observer `inputs`, stacked over the members' batch axes.
+      key: see `encode_leaf`.
+
+    Returns:
+      One result for each; factors that were moved are divisors in its calibration.
+
+    Raises:
+      ValueError: naming the leaf: statistics that are missing or not finite, and what encoders
+        refuse.
+    """
+    try:
+        stats = [input_stats(state, m.axes, m.batched) for m in members]
+    except ValueError as error:
+        raise ValueError(f"{shown(members[0].plan.path)}: {error}") from None
+    factors: dict[int, Array] = {}
+    notes: dict[int, tuple[str, ...]] = {}
+    for rewrite in dict.fromkeys(m.rule.rewrite for m in members if m.rule.rewrite is not None):
+        own = [n for n, m in enumerate(members) if m.rule.rewrite == rewrite]
+        able = [n for n in own if not members[n].movable]
+        for n in set(own) - set(able):
+            notes[n] = (f"not rewritten: {members[n].movable}",)
+        if not able:
+            continue
+        weights, specs = zip(*(_viewed(members[n]) for n in able), strict=True)
+        try:
+            c, details = rewrite(weights, specs, stats[able[0]])
+        except ValueError as error:
+            paths = ", ".join(shown(members[n].plan.path) for n in able)
+            raise ValueError(f"{paths}: {error}") from error
+        for n in able:
+            factors[n], notes[n] = c, _told(rewrite, details)
+    return [
+        _encoded(m, s, factors.get(n), notes.get(n, ()), key)
+        for n, (m, s) in enumerate(zip(members, stats, strict=True))
+    ]
+
+
+def _viewed(member: Member) -> tuple[Array, Any]:
+    """A leaf as the matrices `[*batch, K, N]` that contractions make of it, and their spec."""
+    assert member.plan.spec is not None
+
+    def view(w: Array) -> Array:
+        return to_matrix(w, member.axes, member.batched)
+
+    for _ in range(member.plan.batch_axes):
+        view = jax.vmap(view)
+    return jax.jit(view)(member.w), matrix_spec(member.plan.spec)
+
+
+def _encoded(
+    member: Member, stats: InputStats, c: Array | None, notes: tuple[str, ...], key: Array | None
+) -> Encoded:
+    w, divisor = member.w, None
+    encoder = member.rule.encoder or rtn()
+    if c is not None:
+        lead = member.plan.batch_axes
+        divisor = c.reshape(*c.shape[:lead], *(w.shape[a] for a in member.axes))
+        w = _times(w, divisor, member.axes)
+        stats = _rescaled(stats, c)
+    needs = getattr(encoder, "observer", None) is not None
+    q, info = encode_leaf(w, member.plan, encoder, key, stats if needs else None)
+    if divisor is not None:
+        held = q.calibration or Calibration()
+        held = dataclasses.replace(held, divisor=divisor, axis=member.axes)
+        q = dataclasses.replace(q, calibration=held)
+    return Encoded(q, info, notes + _said(info, encoder))
+
+
+@jax.jit
+def _rescaled(stats: InputStats, c: Array) -> InputStats:
+    """The statistics of `x / c`."""
+    h = stats.hessian
+    return dataclasses.replace(
+        stats,
+        absmax=stats.absmax / c,
+        absmean=stats.absmean / c,
+        hessian=None if h is None else h / (c[..., :, None] * c[..., None, :]),
+    )
+
+
+def _times(w: Any, divisor: Array, axes: tuple[int, ...]) -> Array:
+    def product(w: Array, divisor: Array) -> Array:
+        return (w.astype(jnp.float32) * along(divisor, axes, w.ndim)).astype(w.dtype)
+
+    return jax.jit(product)(w, divisor)
+
+
+def _told(rewrite: Any, details: Any) -> tuple[str, ...]:
+    """A note on what a rewrite found."""
+    found = {k: np.asarray(v, np.float64) for k, v in details.items()}
+    words = []
+    for name in ("ratio", "alpha"):
+        if name in found:
+            low, high = float(found[name].min()), float(found[name].max())
+            words.append(f"{name} {low:.2f}" + (f" to {high:.2f}" if high > low else ""))
+    name = type(rewrite).__name__
+    return (f"{name}: {', '.join(words)}",) if words else ()
+
+
+def _said(info: Any, encoder: Any) -> tuple[str, ...]:
+    """Notes on what an encoder had to do that one should know of."""
+    details = dict(getattr(info, "details", None) or {})
+    notes = []
+    used, asked = details.get("damping"), getattr(encoder, "damping", None)
+    if used is not None and asked is not None:
+        most = float(np.max(np.asarray(used)))
+        if most > 1.5 * asked:
+            notes.append(
+                f"damping raised from {asked:.3g} to {most:.3g}: the factorisation failed"
+            )
+    dead = details.get("dead")
+    if dead is not None and np.sum(np.asarray(dead)):
+        notes.append(f"{int(np.sum(np.asarray(dead)))} inputs were never other than zero")
+    return tuple(notes)
+
+
+def stacked(pieces: Sequence[Encoded], lengths: tuple[int, ...], leaf: Any) -> Encoded:
+    """The pieces of one leaf, in order, as one with leading axes `lengths`."""
+
+    def together(*arrays: Any) -> Array:
+        whole = jnp.stack(arrays)
+        return whole.reshape(*lengths, *whole.shape[1:])
+
+    q: QTensor = jax.tree.map(together, *(p.q for p in pieces))
+    # layer by layer they were measured in units of their own
+    info = measure(jnp.asarray(leaf), q)
+    notes = tuple(dict.fromkeys(n for p in pieces for n in p.notes))
+    if len(notes) > _TOLD:
+        notes = (*notes[: _TOLD - 1], f"and {len(notes) - _TOLD + 1} more such notes on its layers")
+    return Encoded(q, info, notes)
