@@ -199,14 +199,15 @@ def table(rows: Sequence[Row], title: str, caption: str) -> Table:
         title_style="bold",
         caption_style="dim",
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     found.add_column("scheme", style="dim", no_wrap=True)
     found.add_column("method", style="bold", no_wrap=True)
     first = rows[0]
     for text in first.perplexity:
         found.add_column(text, justify="right", no_wrap=True)
-        found.add_column("of\nfloat", justify="right", no_wrap=True)
-    for header in ("bits per\nweight", "all\nMB", "quantize\ns", "peak\nGB"):
+        found.add_column("ratio", justify="right", no_wrap=True)
+    for header in ("bits a\nweight", "all\nMB", "time\ns", "peak\nGB"):
         found.add_column(header, justify="right", no_wrap=True)
     before = first.scheme
     for row in rows:

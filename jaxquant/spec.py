@@ -108,6 +108,18 @@ class PerBlock:
 Granularity = PerTensor | PerChannel | PerGroup | PerBlock
 
 
+def _zero_dtype(name: str, symmetric: bool) -> str:
+    if symmetric:
+        raise ValueError("zero_dtype: a symmetric spec has no zero point; use symmetric=False")
+    try:
+        dtype = jnp.dtype(name)
+    except TypeError:
+        raise ValueError(f"zero_dtype: {name!r} is not a dtype") from None
+    if dtype.name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"zero_dtype: expected float32, float16 or bfloat16, got {dtype.name}")
+    return str(dtype.name)
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """A granularity made concrete for one shape.
@@ -143,9 +155,13 @@ class QSpec:
       range: the rule above; integers only.
       scale_dtype: dtype name the scales are stored in.
       global_scale: whether scales are themselves relative to one float32 scale per array.
+      double: whether scales are themselves quantized, to 8 bits in blocks of 256 (see `nest`).
+      zero_dtype: dtype name of zero points that need not be integers, as HQQ finds them; `None`
+        keeps them integers of the format.
 
     Raises:
-      ValueError: unknown format, range or dtype; an asymmetric float or codebook format.
+      ValueError: unknown format, range or dtype; an asymmetric float or codebook format; `double`
+        beside a global scale or other scales than float32; `zero_dtype` without a zero point.
 
     >>> QSpec("int4", granularity=PerGroup(128, axis=0)).format.name
     'int4'
@@ -159,6 +175,8 @@ class QSpec:
     range: Range = "half"
     scale_dtype: str = "float32"
     global_scale: bool = False
+    double: bool = False
+    zero_dtype: str | None = None
 
     def __init__(
         self,
@@ -168,6 +186,8 @@ class QSpec:
         range: Range = "half",
         scale_dtype: str | None = None,
         global_scale: bool = False,
+        double: bool = False,
+        zero_dtype: str | None = None,
     ) -> None:
         if isinstance(format, (list, tuple)) or hasattr(format, "__array__"):
             raise ValueError(
@@ -198,6 +218,13 @@ class QSpec:
             raise ValueError(f"scale_dtype: expected a float dtype, got {scale.name}")
         if range == "signed" and float(jnp.finfo(scale).min) >= 0:
             raise ValueError(f"range='signed' makes negative scales, which {scale.name} lacks")
+        if double and (global_scale or scale.name != "float32"):
+            raise ValueError(
+                "double=True quantizes float32 scales without a global scale, got "
+                f"{scale.name}{' with a global scale' if global_scale else ''}"
+            )
+        if zero_dtype is not None:
+            zero_dtype = _zero_dtype(zero_dtype, symmetric)
         for name, value in (
             ("format", fmt),
             ("granularity", granularity),
@@ -205,6 +232,8 @@ class QSpec:
             ("range", range),
             ("scale_dtype", scale.name),
             ("global_scale", global_scale),
+            ("double", double),
+            ("zero_dtype", zero_dtype),
         ):
             object.__setattr__(self, name, value)
 
@@ -213,6 +242,8 @@ class QSpec:
         notes += [] if self.symmetric else ["symmetric=False"]
         notes += [] if self.range == "half" else [f"range={self.range!r}"]
         notes += [] if self.scale_dtype == "float32" else [f"scale_dtype={self.scale_dtype!r}"]
+        notes += ["double=True"] if self.double else []
+        notes += [] if self.zero_dtype is None else [f"zero_dtype={self.zero_dtype!r}"]
         return f"QSpec({', '.join(notes)})"
 
     def at(self, contracted: tuple[int, ...], ndim: int) -> QSpec:
@@ -230,9 +261,7 @@ class QSpec:
             gran = PerChannel(kept, gran.size)
         elif isinstance(gran, PerGroup) and gran.axis is None:
             gran = PerGroup(gran.size, contracted)
-        return QSpec(
-            self.format, gran, self.symmetric, self.range, self.scale_dtype, self.global_scale
-        )
+        return dataclasses.replace(self, granularity=gran)
 
     def resolve(self, shape: tuple[int, ...], minor: tuple[int, ...] = ()) -> Blocks:
         """The storage axes and block sizes for an array of `shape`.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import jax
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -68,7 +69,9 @@ def optimal(points: Points, levels: int) -> Array:
     return jnp.sort(jnp.where(w > 0, total / jnp.where(w > 0, w, 1.0), nearby))
 
 
-def _row_minima(least: Array, cost: jax.typing.ArrayLike, count: int) -> tuple[Array, Array]:
+def _row_minima(
+    least: Array, cost: Callable[[Array, Array], Array], count: int
+) -> tuple[Array, Array]:
     """`min_{j <= i} least[j] + cost(j, i)` for every `i` of `0 .. count`, and where it is."""
     rows = count + 1
     rounds = max(count, 1).bit_length()
@@ -112,7 +115,7 @@ def _two_sums(
     In one float the second moment of a narrow run far out would be lost in that of all others.
     """
 
-    def both(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    def both(a: tuple[Array, ...], b: tuple[Array, Array]) -> tuple[Array, Array]:
         total = a[0] + b[0]
         part = total - a[0]
         lost = (a[0] - (total - part)) + (b[0] - part)
@@ -131,8 +134,17 @@ def _two_sums(
     again = product(first[0], place)
     second = (again[0], again[1] + first[1] * place)
 
+    place_in_line = jnp.arange(place.shape[0])
+
     def summed(pair: tuple[Array, Array]) -> tuple[Array, Array]:
-        high, low = lax.associative_scan(lambda a, b: both(a, b), pair)
+        def doubled(r: Array, pair: tuple[Array, Array]) -> tuple[Array, Array]:
+            """Sums of `2^(r + 1)` from sums of `2^r`."""
+            before = place_in_line - (jnp.int32(1) << r)
+            other = (jnp.where(before >= 0, a[jnp.maximum(before, 0)], 0.0) for a in pair)
+            return both((*other,), pair)
+
+        rounds = max(place.shape[0] - 1, 0).bit_length()
+        high, low = lax.fori_loop(0, rounds, doubled, pair)
         zero = jnp.zeros(1, jnp.float32)
         return jnp.concatenate([zero, high]), jnp.concatenate([zero, low])
 

@@ -99,8 +99,8 @@ def lean(index: np.ndarray) -> np.ndarray:
     return index
 
 
-def options(node: Node, demand: Demand, ties: Ties) -> list[Option]:
-    """The ways to meet a demand on a node, each as demands on its operands.
+def options(node: Node, demand: Demand, ties: Ties) -> list[tuple[Option, Ties]]:
+    """The ways to meet a demand on a node: what to ask of its operands, and what is tied then.
 
     Raises:
       Refused: there is none.
@@ -108,9 +108,12 @@ def options(node: Node, demand: Demand, ties: Ties) -> list[Option]:
     rule = RULES.get(node.op)
     if rule is None:
         raise Refused(f"it comes from `{node.op}`, which does not commute with factors")
-    if demand.offset and node.op not in _LAYOUT and node.op != "leaf":
+    if demand.offset and node.op not in LAYOUT and node.op != "leaf":
         raise Refused("a constant is added to it")
-    return rule(node, demand, ties)
+    if node.op == "dot_general":
+        return [_dot(node, demand, side, ties.copy()) for side in _sides(node, demand)]
+    ties = ties.copy()
+    return [(option, ties) for option in rule(node, demand, ties)]
 
 
 def is_zero(node: Node) -> bool:
@@ -137,7 +140,7 @@ def _broadcast(node: Node, d: Demand, ties: Ties) -> list[Option]:
 
 def _reshape(node: Node, d: Demand, ties: Ties) -> list[Option]:
     old, new = node.parents[0].shape, node.shape
-    if node.params.get("dimensions") is not None or 0 in old:
+    if (node.op == "reshape" and node.params.get("dimensions") is not None) or 0 in old:
         raise Refused("it comes from a reshape that moves its values")
     full, split = [1] * len(new), [1] * len(old)
     for olds, news in factors(old, new):
@@ -253,9 +256,13 @@ def _every(node: Node, d: Demand, ties: Ties, kind: str = "", first: int = 0) ->
     for n, parent in enumerate(node.parents):
         if n < first or is_zero(parent):
             continue
-        if parent.shape != node.shape:
+        if len(parent.shape) != len(node.shape):
             raise Refused("a constant takes part in it")
-        found[n] = d.moved(d.index, kind)
+        asked = d.moved(d.index, kind)
+        for axis, size in enumerate(parent.shape):
+            if size == 1 < node.shape[axis]:
+                asked = asked.moved(ties.across(asked, axis))
+        found[n] = asked
     return [found]
 
 
@@ -264,39 +271,58 @@ def _add(node: Node, d: Demand, ties: Ties) -> list[Option]:
     known = [(n, p.detail) for n, p in enumerate(node.parents) if p.op == "const"]
     if len(known) == 1 and known[0][1]:
         [(at, value)] = known
-        leaf = other = node.parents[1 - at]
+        leaf = node.parents[1 - at]
         while leaf.op in _MOVES:
             leaf = leaf.parents[0]
-        if leaf.op == "leaf" and other.shape == node.shape:
+        if leaf.op == "leaf":
             return [{1 - at: dataclasses.replace(d, offset=value)}]
     return _every(node, d, ties, "bias")
 
 
-def _mul(node: Node, d: Demand, ties: Ties) -> list[Option]:
-    """One factor, that nearest to a leaf first."""
-    able = [
-        n for n, p in enumerate(node.parents) if p.shape == node.shape and p.op not in _UNABLE
+def _able(node: Node, d: Demand) -> list[int]:
+    """The operands that have the channels."""
+    return [
+        at
+        for at, p in enumerate(node.parents)
+        if p.op not in _UNABLE
+        and len(p.shape) == len(node.shape)
+        and all(
+            m == 1 or n == s for m, n, s in zip(d.index.shape, p.shape, node.shape, strict=True)
+        )
     ]
-    able.sort(key=lambda n: _distance(node.parents[n]))
+
+
+def _mul(node: Node, d: Demand, ties: Ties) -> list[Option]:
+    """One factor; first what no input changes, then that nearest to a leaf."""
+    able = _able(node, d)
+    if len(able) > 1:
+        able.sort(key=lambda at: (is_live(node.parents[at]), _distance(node.parents[at])))
     if not able:
         raise Refused("it is a product of what cannot be divided")
-    return [{n: d.moved(d.index, "norm")} for n in able]
+    return [{at: d.moved(d.index, "norm")} for at in able]
 
 
 def _div(node: Node, d: Demand, ties: Ties) -> list[Option]:
-    above, below = node.parents
-    ways: list[Option] = []
-    if above.shape == node.shape and above.op not in _UNABLE:
-        ways.append({0: d.moved(d.index, "norm")})
-    if below.shape == node.shape and below.op not in _UNABLE:
-        turned = dataclasses.replace(d, power=-d.power)
-        ways.append({1: turned.moved(d.index, "norm")})
+    turned = dataclasses.replace(d, power=-d.power)
+    ways = [{at: (turned if at else d).moved(d.index, "norm")} for at in _able(node, d)]
     if not ways:
         raise Refused("it is a quotient of what cannot be divided")
     return ways
 
 
 _UNABLE = ("const", "input")
+
+
+def is_live(node: Node) -> bool:
+    """Whether a value depends on inputs of the function."""
+    seen, stack = {id(node)}, [node]
+    while stack:
+        node = stack.pop()
+        if node.op == "input":
+            return True
+        stack += [p for p in node.parents if id(p) not in seen]
+        seen |= {id(p) for p in node.parents}
+    return False
 
 
 def _distance(node: Node, most: int = 8) -> int:
@@ -321,33 +347,31 @@ def kept_axes(node: Node, side: int) -> dict[int, int]:
     return {**dict(enumerate(batched[at])), **{first + n: a for n, a in enumerate(free)}}
 
 
-def _dot(node: Node, d: Demand, ties: Ties) -> list[Option]:
-    """The operand that has all the channels; else, with ties, one that has some of them."""
-    relevant = [a for a, n in enumerate(d.index.shape) if n > 1]
-    ways = []
-    for side, parent in enumerate(node.parents[:2]):
-        own = kept_axes(node, side)
-        missing = [a for a in relevant if a not in own]
-        if len(missing) < max(len(relevant), 1) and parent.op not in _UNABLE:
-            ways.append((len(missing), -side, side, own, missing))
-    ways.sort(key=lambda way: way[:2])
-    found: list[Option] = []
-    for count, _, side, own, missing in ways:
-        if count and found:
-            break
-        moved = d
-        for axis in missing:
-            moved = moved.moved(ties.across(moved, axis))
-        index = moved.index.transpose([*own, *(set(range(moved.index.ndim)) - set(own))])
-        order = np.argsort(list(own.values()))
-        index = index.reshape(index.shape[: len(own)]).transpose(order)
-        rest = sorted(set(range(len(node.parents[side].shape))) - set(own.values()))
-        found.append({side: moved.moved(np.expand_dims(index, rest), "linear")})
-        if count:
-            break
+def _sides(node: Node, d: Demand) -> list[int]:
+    """The operands that have all the channels; else those that have some, which are tied then."""
+    relevant = {a for a, n in enumerate(d.index.shape) if n > 1}
+    missing = {
+        side: len(relevant - set(kept_axes(node, side)))
+        for side, parent in enumerate(node.parents[:2])
+        if parent.op not in _UNABLE
+    }
+    fewest = min(missing.values(), default=0)
+    found = [side for side, count in missing.items() if count == fewest < max(len(relevant), 1)]
     if not found:
         raise Refused("no operand of the contraction before it has its channels")
-    return found
+    return sorted(found, key=lambda side: _distance(node.parents[side]))
+
+
+def _dot(node: Node, d: Demand, side: int, ties: Ties) -> tuple[Option, Ties]:
+    own = kept_axes(node, side)
+    for axis in range(len(node.shape)):
+        if axis not in own:
+            d = d.moved(ties.across(d, axis))
+    others = [a for a in range(d.index.ndim) if a not in own]
+    index = d.index.transpose([*own, *others]).reshape([d.index.shape[a] for a in own])
+    index = index.transpose(np.argsort(list(own.values())))
+    summed = set(range(len(node.parents[side].shape))) - set(own.values())
+    return {side: d.moved(np.expand_dims(index, tuple(summed)), "linear")}, ties
 
 
 def _conv(node: Node, d: Demand, ties: Ties) -> list[Option]:
@@ -388,7 +412,7 @@ Rule = Callable[[Node, Demand, Ties], list[Option]]
 
 _MOVES = {"transpose", "broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "step"}
 
-_LAYOUT: dict[str, Rule] = {
+LAYOUT: dict[str, Rule] = {
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
@@ -404,7 +428,7 @@ _LAYOUT: dict[str, Rule] = {
 }
 
 RULES: dict[str, Rule] = {
-    **_LAYOUT,
+    **LAYOUT,
     "concatenate": _concatenate,
     "pad": _pad,
     **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min"), _reduce),
@@ -416,7 +440,7 @@ RULES: dict[str, Rule] = {
     "cond": lambda node, d, ties: _every(node, d, ties, first=1),
     "mul": _mul,
     "div": _div,
-    "dot_general": _dot,
+    "dot_general": lambda node, d, ties: [_dot(node, d, s, ties)[0] for s in _sides(node, d)[:1]],
     "conv_general_dilated": _conv,
     "leaf": _leaf,
     "const": _const,

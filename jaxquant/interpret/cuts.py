@@ -21,8 +21,7 @@ from jaxquant.interpret.moves import (
     with_arrays,
     with_grouped_codebook,
 )
-from jaxquant.qtensor import QTensor
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QTensor, with_plain_scales
 
 
 def broadcast(q: QTensor, shape: Sequence[int], dims: Sequence[int]) -> QTensor | None:
@@ -35,7 +34,7 @@ def broadcast(q: QTensor, shape: Sequence[int], dims: Sequence[int]) -> QTensor 
 
 
 def _broadcast(q: QTensor, shape: Sequence[int], dims: Sequence[int]) -> QTensor | None:
-    flat, nb = plain(q), len(q.batch)
+    flat, nb = plain(with_plain_scales(q)), len(q.batch)
     if flat is None:
         return None
     size, group, block = list(shape), [1] * len(shape), list(shape)
@@ -61,7 +60,10 @@ def cut(
     touched = [a for a in range(q.ndim) if sizes[a] != q.shape[a] or strides[a] != 1]
     if not touched:
         return q
-    nb, flat = len(q.batch), opened(q, touched)
+    nb = len(q.batch)
+    if any(a >= nb for a in touched):
+        q = with_plain_scales(q)
+    flat = opened(q, touched)
     if flat is None:
         return None
     core, blocks = tuple(sizes[nb:]), list(flat.blocks)
@@ -101,6 +103,7 @@ def cut(
         held = getattr(flat, name)
         static[name] = None if held is None else _leading(held, spans, nb)
     static["calibration"] = calibrated(flat, lambda a: _leading(a, spans, nb))
+    static["nested"] = jax.tree.map(lambda a: _leading(a, spans, nb), flat.nested)
     return rebuilt(flat, take_codes, take_scales, **static)
 
 
@@ -133,7 +136,7 @@ def _slice(x: Array, start: Any, size: int, stride: int, axis: int) -> Array:
 
 def reverse(q: QTensor, dims: Sequence[int]) -> QTensor | None:
     """Reverses axes whose scales are per index or shared by all."""
-    flat, nb = opened(q, dims), len(q.batch)
+    flat, nb = opened(with_plain_scales(q), dims), len(q.batch)
     if flat is None:
         return None
     places = [at for at in (place_of(flat, d) for d in dims) if at is not None]
@@ -155,6 +158,7 @@ def reverse(q: QTensor, dims: Sequence[int]) -> QTensor | None:
 
 def concatenate(qs: Sequence[QTensor], axis: int) -> QTensor | None:
     """Joins tensors of one format along an axis where each index or full group has its scale."""
+    qs = [with_plain_scales(q) for q in qs]
     same_layout = all((q.axes, len(q.batch)) == (qs[0].axes, len(qs[0].batch)) for q in qs)
     opens = [opened(q, [axis]) if same_layout else plain(q) for q in qs]
     flats = [None if q is None else with_grouped_codebook(q) for q in opens]
@@ -208,6 +212,7 @@ def rows(q: QTensor, indices: Array, axis: int, mode: Any) -> QTensor | None:
     at = place_of(q, axis)
     if at is None:
         return None
+    q = q if nb else with_plain_scales(q)
     shared = not nb and q.groups[at] == 1 and q.shape[axis] != 1
     if not nb and q.blocks[at] > 1 and not shared:
         return None
@@ -246,7 +251,9 @@ def rows(q: QTensor, indices: Array, axis: int, mode: Any) -> QTensor | None:
 
 def rescale(q: QTensor, factor: Array | float) -> QTensor:
     """Multiplication by a scalar, which acts on the scales."""
-    scale = q.scale.astype(jnp.float32) * jnp.asarray(factor).astype(jnp.float32)
-    s = q.spec
-    spec = QSpec(s.format, s.granularity, s.symmetric, s.range, "float32", s.global_scale)
+    factor = jnp.asarray(factor).astype(jnp.float32)
+    if q.nested is not None:
+        return dataclasses.replace(q, nested=jax.tree.map(lambda a: a * factor, q.nested))
+    scale = q.scale.astype(jnp.float32) * factor
+    spec = dataclasses.replace(q.spec, scale_dtype="float32")
     return dataclasses.replace(q, scale=scale, spec=spec)

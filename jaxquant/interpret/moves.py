@@ -13,7 +13,13 @@ from jax import Array, lax
 
 from jaxquant.interpret.runs import factors, merge_blocks, split_block
 from jaxquant.numerics import Format, decode, get
-from jaxquant.qtensor import Calibration, QTensor, storage_codes, storage_scale
+from jaxquant.qtensor import (
+    Calibration,
+    QTensor,
+    storage_codes,
+    storage_scale,
+    with_plain_scales,
+)
 from jaxquant.spec import PerTensor, QSpec
 
 
@@ -61,7 +67,7 @@ def plain_axes(rank: int) -> tuple[tuple[int, ...], ...]:
 def _respec(q: QTensor, fmt: Format, scale_dtype: str) -> QSpec:
     # what a moved tensor's granularity was called no longer matters: axes and blocks say it
     s = q.spec
-    return QSpec(fmt, PerTensor(), s.symmetric, s.range, scale_dtype)
+    return QSpec(fmt, PerTensor(), s.symmetric, s.range, scale_dtype, zero_dtype=s.zero_dtype)
 
 
 def _widened(fmt: Format) -> Format:
@@ -81,7 +87,7 @@ def promote(q: QTensor) -> QTensor | None:
     held = with_grouped_codebook(q)
     if held is None:
         return None
-    q, rank = held, len(q.core) + n
+    q, rank = with_plain_scales(held), len(q.core) + n
     scale, dtype = q.scale, q.spec.scale_dtype
     if q.global_scale is not None:
         scale, dtype = storage_scale(q), "float32"
@@ -111,6 +117,7 @@ def demote(q: QTensor) -> QTensor | None:
     block = q.blocks[at]
     if block not in (1, max(q.core[0], 1)):
         return None
+    q = with_plain_scales(q)
 
     def scales(a: Array) -> Array:
         a = jnp.moveaxis(a, at, 0)
@@ -138,6 +145,7 @@ def plain(q: QTensor) -> QTensor | None:
     fmt = q.spec.format
     if q.axes == axes and not fmt.packed:
         return q
+    q = with_plain_scales(q)
     codes, nb = storage_codes(q), len(q.batch)
     widened = _widened(fmt) if fmt.packed else fmt
     if fmt.packed and fmt.is_float:
@@ -162,7 +170,7 @@ def plain(q: QTensor) -> QTensor | None:
 
     spec = QSpec(
         widened, PerTensor(), q.spec.symmetric, q.spec.range, q.spec.scale_dtype,
-        q.spec.global_scale,
+        q.spec.global_scale, zero_dtype=q.spec.zero_dtype,
     )  # fmt: skip
     return rebuilt(
         dataclasses.replace(q, codes=codes),

@@ -22,7 +22,7 @@ from jaxquant.interpret.record import both_live
 from jaxquant.interpret.slots import Frame, Slot
 from jaxquant.interpret.values import Facts, Value
 from jaxquant.observers import Histogram, Observer
-from jaxquant.ops import is_integers
+from jaxquant.ops import is_integers, over_divisor
 from jaxquant.qtensor import dequantize, is_qtensor
 
 
@@ -187,8 +187,11 @@ class Observe(Policy):
                 # anew. For one reduction the barrier costs more than it saves
                 x = lax.optimization_barrier(x)
                 operands[name] = dataclasses.replace(value, data=x)
+            weight = operands["rhs" if name == "lhs" else "lhs"].data
+            if is_qtensor(weight) and site.eqn.primitive.name == "dot_general":
+                over = site.eqn.params["dimension_numbers"][0]
+                x = over_divisor(x, weight, *(over if name == "lhs" else over[::-1]))
             if sees_rows(observer):
-                weight = operands["rhs" if name == "lhs" else "lhs"].data
                 shape = tuple(jnp.shape(weight))
                 reading = Reading(site.eqn.primitive.name, site.eqn.params, name, shape)
                 x = reading.rows(x, [v.data for v in site.rest])

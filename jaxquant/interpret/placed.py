@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant.interpret import _compat
-from jaxquant.qtensor import QTensor
+from jaxquant.qtensor import QTensor, with_plain_scales
 
 
 def storage_spec(q: QTensor, spec: Sequence[Any], groups: bool) -> PartitionSpec:
@@ -27,6 +27,7 @@ def reshard(q: QTensor, sharding: Any, apply: Callable[[Any, Any], Any]) -> QTen
     """Applies a sharding meant for the array that `q` stands for to codes and scales."""
     if not isinstance(sharding, NamedSharding):
         return q
+    q = with_plain_scales(q)
 
     def place(x: Any, groups: bool) -> Any:
         if x is None:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jaxquant.interpret import _compat, placed
 from jaxquant.interpret.values import Facts, Value
-from jaxquant.qtensor import QTensor, is_qtensor, is_trained
+from jaxquant.qtensor import QTensor, is_qtensor, is_trained, with_plain_scales
 
 if TYPE_CHECKING:
     from jaxquant.interpret.evaluate import Interpreter
@@ -61,7 +61,7 @@ def shard_map(
     specs: list[Any] = []
     rebuild: list[Any] = []
     for value, spec in zip(operands, p["in_specs"], strict=True):
-        data = value.data
+        data = with_plain_scales(value.data) if is_qtensor(value.data) else value.data
         local = _local(data, mesh, spec) if is_qtensor(data) else None
         if local is None:
             leaves.append(ip.dense(value, eqn, scope))

@@ -67,6 +67,20 @@ def binned(x: Array, bins: int, weights: Array | None = None) -> Points:
     return _summed(place, weight, total, weight * place * place, grid, ends)
 
 
+def coarser(points: Points, count: int) -> Points:
+    """The same with neighbouring places put together until there are at most `count`."""
+    m = points.place.shape[0]
+    step = -(-m // count)
+    if step == 1:
+        return points
+    at = jnp.minimum(jnp.arange(0, m + step, step), m)
+    weight, total, square = (a[at] for a in (points.weight, points.total, points.square))
+    mass = jnp.diff(weight)
+    mean = jnp.diff(total) / jnp.where(mass > 0, mass, 1.0)
+    place = jnp.clip(mean, points.place[at[:-1]], points.place[at[1:] - 1])
+    return Points(lax.cummax(place), weight, total, square, None, points.ends)
+
+
 def _summed(
     place: Array,
     weight: Array,

@@ -165,6 +165,10 @@ _NF4 = (
     1.0,
 )
 
+# Sign, two bits of exponent and one of mantissa, over the largest: bitsandbytes' FP4, which is not
+# OCP's E2M1. Zero is there twice, as +0 and -0 are: what is above 0 by itself takes the upper one.
+_FP4 = tuple(sign * v / 12 for sign in (-1, 1) for v in (12, 8, 6, 4, 3, 2, 0.0625, 0)[:: -sign])
+
 
 def _table() -> Mapping[str, Format | BlockFormat]:
     ieee = {"has_inf": True, "has_nan": True}
@@ -181,6 +185,7 @@ def _table() -> Mapping[str, Format | BlockFormat]:
         *(_integer(bits, True) for bits in (2, 3, 4, 5, 6, 7, 8, 16)),
         *(_integer(bits, False) for bits in (2, 3, 4, 5, 6, 7, 8, 16)),
         codebook_format(_NF4, name="nf4"),
+        codebook_format(_FP4, name="fp4"),
     ]
     one = {f.name: f for f in plain}
     power_of_two = one["float8_e8m0fnu"]

@@ -179,7 +179,7 @@ def input_stats(
     >>> input_stats(inputs().update(inputs().init(x), x)).hessian.tolist()
     [[5.0, 1.0], [1.0, 2.0]]
     """
-    if not isinstance(state["updates"], jax.core.Tracer):
+    if not any(isinstance(state[name], jax.core.Tracer) for name in ("updates", "bad")):
         updates, bad = np.asarray(state["updates"]), np.asarray(state["bad"])
         if not updates.size or np.any(updates == 0):
             raise ValueError("input_stats: no batches seen")

@@ -11,7 +11,7 @@ from jaxquant.ops.activations import (
 from jaxquant.ops.backward import constant, inference_only
 from jaxquant.ops.conv import conv_general_dilated
 from jaxquant.ops.convolve import conv_of
-from jaxquant.ops.dot_general import dot_general
+from jaxquant.ops.dot_general import dot_general, over_divisor
 from jaxquant.ops.dynamic import dot_general_dynamic
 from jaxquant.ops.fused import conv_integer, dot_integer, folded
 from jaxquant.ops.integer import Accumulator, Activation, Integers, added, is_integers
@@ -42,6 +42,7 @@ __all__ = [
     "inference_only",
     "is_integers",
     "on_grid",
+    "over_divisor",
     "own_zero_point",
     "quantize_activation",
     "ragged_dot_general",

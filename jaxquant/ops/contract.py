@@ -57,8 +57,8 @@ def contract(
     """`sum_k s_x (q_x - z_x) s_w (q_w - z_w)`, float32 `[batch, free of x, free of w]`.
 
     With int8 values each group's sum is an int32, exact, zero points included:
-    `sum q_x q_w - z_w sum q_x - z_x sum q_w + n z_x z_w`. Then come the scales, and the sum over
-    groups. Float values are summed in float32. `on_cpu` says that the
+    `sum q_x q_w - z_w sum q_x - z_x sum q_w + n z_x z_w`. What a float `z_w` has beyond an integer
+    is taken off in float32. Then come the scales, and the sum over groups. Float values are summed in float32. `on_cpu` says that the
     platform is a CPU already, `narrow` that `w` is stored in less than a byte.
     """
     rows = lowering.static_size(x.values.shape, x.free)
@@ -219,20 +219,33 @@ def _batched(x: Operand, w: Operand, precision: Any, sharding: Sharding | None) 
     def summed(op: Operand) -> Array:
         return jnp.sum(op.values, axis=op.inner, keepdims=True, dtype=kind)
 
-    if w.zero is not None:
-        total = total - of_w(w.zero) * of_x(summed(x))
+    zero, rest = _split_zero(w) if kind == jnp.int32 else (w.zero, None)
+    sums = None if zero is None else of_x(summed(x))
+    if zero is not None:
+        total = total - of_w(zero) * sums
     if x.zero is not None:
         total = total - of_x(x.zero) * of_w(summed(w))
-        if w.zero is not None:
+        if zero is not None:
             count = jnp.sum(jnp.ones([x.values.shape[a] for a in x.inner], kind))
-            total = total + count * of_x(x.zero) * of_w(w.zero)
+            sums = sums - count * of_x(x.zero)
+            total = total + count * of_x(x.zero) * of_w(zero)
     out = total.astype(jnp.float32)
+    if rest is not None and sums is not None:
+        out = out - of_w(rest) * sums.astype(jnp.float32)
     if w.scale is not None:
         out = out * of_w(w.scale)
     if x.scale is not None:
         out = out * of_x(x.scale)
     first = len(x.batch)
     return jnp.sum(out, axis=tuple(range(first, first + len(x.groups)))) if x.groups else out
+
+
+def _split_zero(w: Operand) -> tuple[Array | None, Array | None]:
+    """A zero point as an int8 number that sums stay exact with, and what it has beyond."""
+    if w.zero is None or jnp.issubdtype(w.zero.dtype, jnp.integer):
+        return w.zero, None
+    whole = jnp.clip(jnp.round(w.zero), -128, 127)
+    return whole.astype(jnp.int32), w.zero - whole
 
 
 def _loop(x: Operand, w: Operand) -> Array:

@@ -158,7 +158,8 @@ def _on_codes(conv: Conv, x: Array, q: QTensor, at: Placement, spec: QSpec | Non
         out = window_sum(kernel, x, values)
     else:
         codes, shift = int8_codes(storage_codes(q), q.spec.format)
-        zero = None if q.zero_point is None else jnp.ravel(q.zero_point).astype(jnp.int32) - shift
+        exact = jnp.int32 if q.spec.zero_dtype is None else jnp.float32
+        zero = None if q.zero_point is None else jnp.ravel(q.zero_point).astype(exact) - shift
         if zero is None and shift:
             zero = jnp.full((1,), -shift, jnp.int32)
         limits = integer_range(q.spec.format)

@@ -23,7 +23,7 @@ from jaxquant.ops.activations import (
 )
 from jaxquant.ops.backward import straight_through
 from jaxquant.ops.contract import contract, contract_limbs
-from jaxquant.ops.dot_call import Call, finish, sharding_of
+from jaxquant.ops.dot_call import Axes, Call, finish, sharding_of
 from jaxquant.ops.operands import (
     Operand,
     Placement,
@@ -200,19 +200,31 @@ def _as_stored(call: Call, x: Array, q: QTensor, at: Placement, together: bool) 
 def _divided(call: Call, x: Array, q: QTensor, held: Calibration) -> tuple[Call, Array, QTensor]:
     """The float operand over the divisor, and the weight times it."""
     bare = dataclasses.replace(q, calibration=dataclasses.replace(held, divisor=None))
-    axes = tuple(q.ndim + a for a in held.axis)
-    if held.divisor is None or held.divisor.ndim > len(axes) or not set(axes) <= {*call.w_contract}:
-        raise ValueError(
-            "dot_general: a QTensor with a divisor is contracted over the axes of its divisor "
-            "alone, without batch axes of its own; dequantize it first"
-        )
-    met = tuple(call.x_contract[call.w_contract.index(a)] - x.ndim for a in axes)
-    divided = x.astype(jnp.float32) * along(1.0 / held.divisor, met, x.ndim)
     spec = call.activations
     if spec is not None and spec.granularity in (PerChannel(-1), PerChannel((-1,))):
         # a scale for each channel was asked for, which the divisor is: what is left has one
         spec = dataclasses.replace(spec, granularity=PerTensor())
-    return dataclasses.replace(call, activations=spec), divided.astype(x.dtype), bare
+    divided = over_divisor(x, q, call.x_contract, call.w_contract)
+    return dataclasses.replace(call, activations=spec), divided, bare
+
+
+def over_divisor(x: Array, q: QTensor, x_contract: Axes, w_contract: Axes) -> Array:
+    """What a QTensor with a divisor meets, divided by it: `x_k / c_k`, in the dtype of `x`.
+
+    Raises:
+      ValueError: the contraction is not over the axes of the divisor.
+    """
+    held = q.calibration
+    if held is None or held.divisor is None:
+        return x
+    axes = tuple(q.ndim + a for a in held.axis)
+    if held.divisor.ndim > len(axes) or not {*axes} <= {*w_contract}:
+        raise ValueError(
+            "dot_general: a QTensor with a divisor is contracted over the axes of its divisor "
+            "alone, without batch axes of its own; dequantize it first"
+        )
+    met = tuple(x_contract[w_contract.index(a)] - x.ndim for a in axes)
+    return (x.astype(jnp.float32) * along(1.0 / held.divisor, met, x.ndim)).astype(x.dtype)
 
 
 def _grid(call: Call, q: QTensor) -> Grid | None:

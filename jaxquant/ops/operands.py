@@ -27,7 +27,7 @@ class Operand:
     Attributes:
       values: int8, or float; contracted axes with groups are split in two, `[.., g, b, ..]`.
       scale: float32 of the same rank, size 1 where shared, always so on `inner`; `None` is 1.
-      zero: int32 shaped like `scale`; `None` is 0.
+      zero: int32 shaped like `scale`, or float32 where it need not be an integer; `None` is 0.
       batch: axes shared with the other operand, in the result's order.
       free: axes of the result, ascending, as `lax.dot_general` gives them.
       groups: contracted axes that partial sums are kept apart for, since scales differ.
@@ -198,7 +198,8 @@ def weight(
     if unit != 1.0:
         scale = unit * (jnp.ones((1,) * len(shape)) if scale is None else scale)
     if q.zero_point is not None:
-        zero = full(q.zero_point.astype(jnp.int32)) - shift
+        exact = jnp.int32 if q.spec.zero_dtype is None else jnp.float32
+        zero = full(q.zero_point.astype(exact)) - shift
     elif shift:
         zero = jnp.full((1,) * len(shape), -shift, jnp.int32)
     return Operand(

@@ -44,6 +44,8 @@ def plain_place(q: QTensor, contracted: Sequence[int]) -> Placement | None:
         return None
     if q.codebook is not None or not q.spec.format.is_integer:
         return None
+    if q.spec.zero_dtype is not None:  # zero points are no integers
+        return None
     return at if integer_range(q.spec.format) is not None else None
 
 
@@ -90,7 +92,7 @@ def with_fine_scales(q: QTensor, contracted: Sequence[int]) -> QTensor:
     Any scale will do for them, and biases are counted in units of it.
     """
     at = place(q, [a + len(q.batch) for a in contracted], ())
-    if at is None or q.scale.ndim != len(q.padded) + len(q.batch):
+    if at is None or q.nested is not None or q.scale.ndim != len(q.padded) + len(q.batch):
         return q
     zero = jnp.all(storage_values(q) == 0, axis=at.contract, keepdims=True)
     if zero.shape != q.scale.shape:

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jaxquant.ops.backward import constant
 from jaxquant.ops.operands import members
-from jaxquant.qtensor import QTensor, dequantize
+from jaxquant.qtensor import QTensor, dequantize, with_plain_scales
 
 
 def gather(
@@ -61,7 +61,7 @@ def gather(
     rows = indices.shape[:-1]
     limit = jnp.array([q.shape[a] for a in taken], indices.dtype)
     limit = jnp.broadcast_to(limit, indices.shape)
-    q = constant(q)
+    q = constant(with_plain_scales(q))
 
     def take(a: Array, own: int) -> Array:
         """Rows of one leaf, `[*rows, *other axes]`; `own` is how many storage axes it has."""

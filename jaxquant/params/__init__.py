@@ -3,6 +3,7 @@
 from jaxquant.params.plan import Plan, identity, make_plans
 from jaxquant.params.quantize import (
     Encoded,
+    Found,
     apply_recipe,
     check_finite,
     encode_leaf,
@@ -12,6 +13,7 @@ from jaxquant.params.trees import combine, dequantize_params, partition
 
 __all__ = [
     "Encoded",
+    "Found",
     "Plan",
     "apply_recipe",
     "check_finite",

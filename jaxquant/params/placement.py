@@ -42,6 +42,10 @@ def derive(sharding: NamedSharding, shape: tuple[int, ...], q: QTensor) -> QTens
 
     names = ("codes", "scale", "zero_point", "codebook", "global_scale")
     placed: dict[str, Any] = {name: place(getattr(q, name)) for name in names}
+    if q.nested is not None:  # blocks of scales run over all of a core array
+        storage = [()] * len(q.axes)
+        placed["scale"] = place(q.scale)
+        placed["nested"] = jax.tree.map(place, q.nested)
     return dataclasses.replace(q, **placed)
 
 

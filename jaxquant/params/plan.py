@@ -275,6 +275,7 @@ def describe(spec: QSpec) -> str:
     else:
         assert isinstance(gran, PerBlock)
         words = f"{name} in blocks of {gran.rows} x {gran.cols}"
+    words += ", scales quantized" if spec.double else ""
     return words if spec.symmetric else f"{words}, asymmetric"
 
 

@@ -65,6 +65,23 @@ def quantize_params(
     return apply_recipe(params, recipe, sites=sites, key=key, use=use)
 
 
+class Found(NamedTuple):
+    """A number that was found for a leaf, or the range of it over its layers.
+
+    >>> print(Found("awq", "ratio", 0.25, 0.5))
+    awq: ratio 0.25 to 0.5
+    """
+
+    what: str
+    name: str
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        more = f" to {self.high:.3g}" if self.high > self.low else ""
+        return f"{self.what}: {self.name} {self.low:.3g}{more}"
+
+
 class Encoded(NamedTuple):
     """A leaf that is encoded already.
 
@@ -76,7 +93,7 @@ class Encoded(NamedTuple):
 
     q: QTensor
     info: Info | None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str | Found, ...] = ()
 
 
 def apply_recipe(
@@ -111,7 +128,7 @@ def apply_recipe(
             how = (array, plan.spec, plan.minor, plan.batch_axes, plan.rule)
             rule, given = plan.rule, (encoded or {}).get(path)
             if given is not None:
-                plan = dataclasses.replace(plan, notes=plan.notes + given.notes)
+                plan = dataclasses.replace(plan, notes=(*plan.notes, *map(str, given.notes)))
             if how not in done:
                 if given is None:
                     _require_no_inputs(plan)

@@ -133,17 +133,20 @@ def ptq(
         bound = trace_call(with_kwargs, params, args, {})
         if stats is not None:
             check_sites(sites, stats)
-        encoded = encoded_by_inputs(
+        encoded, params = encoded_by_inputs(
             with_kwargs, params, recipe, bound, sites, batches, stats, key, how
         )
-    if batches is not None and observed:
+    if batches is not None and observed and not looking:
         stats = capture(with_kwargs, params, batches, recipe, progress=progress)
     by_channel: dict[str, Divided] = {}
-    if stats is not None and observed:
+    if stats is not None and observed and not looking:
         check_sites(sites, stats)
         check_observers(recipe, sites, stats)
         params, by_channel = divided(params, recipe, sites, stats)
     qparams, report = apply_recipe(params, recipe, sites=sites, key=key, encoded=encoded)
+    if batches is not None and observed and looking:
+        # ranges are of what is left of an activation when its factors have moved
+        stats = capture(with_kwargs, qparams, batches, recipe, progress=progress)
     if stats is not None and observed:
         qparams = with_offsets(calibrated(qparams, recipe, sites, stats, by_channel), sites)
         call = trace_call(fn, qparams, args, kwargs)

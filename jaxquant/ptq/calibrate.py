@@ -14,15 +14,17 @@ from jax import Array
 
 from jaxquant.capture import Statistics, arguments
 from jaxquant.capture.batches import Alike
+from jaxquant.capture.plan import plan_of
 from jaxquant.encoders import rtn
 from jaxquant.interpret.calls import Call, is_traced
 from jaxquant.interpret.sites import Sites, path_str
 from jaxquant.observers import Inputs
 from jaxquant.params import Encoded, Plan, check_finite, encode_leaf, make_plans
 from jaxquant.ptq.encode import encode_members
-from jaxquant.ptq.gather import BUDGET, members_of, passes
+from jaxquant.ptq.gather import BUDGET, fed_by, members_of, passes
+from jaxquant.ptq.moves import Move, folded, moves_of
 from jaxquant.ptq.saved import Folder, Path
-from jaxquant.ptq.sequential import Walk, quantize_in_order, walk_of
+from jaxquant.ptq.sequential import Walk, fed_alike, quantize_in_order, walk_of
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe
 
@@ -54,7 +56,7 @@ def encoded_by_inputs(
     stats: Statistics | None,
     key: Array | None,
     how: How,
-) -> dict[str, Encoded]:
+) -> tuple[dict[str, Encoded], Any]:
     """Encodes all leaves of a recipe some of whose rules look at inputs.
 
     Args:
@@ -69,7 +71,8 @@ def encoded_by_inputs(
       how: in which order, and within which bounds.
 
     Returns:
-      By path, what became of every leaf that a rule quantizes.
+      By path, what became of every leaf that a rule quantizes; and the params, of which float
+      leaves may have absorbed factors.
     """
     flat = jax.tree.leaves_with_path(params, is_leaf=is_qtensor)
     leaves = {path_str(path): leaf for path, leaf in flat}
@@ -86,11 +89,11 @@ def encoded_by_inputs(
         if plan.spec is not None and path not in needs
     }
     early = {p: o for p, o in needs.items() if walk is None or p not in walk.paths}
+    moves = _moves(call, sites, plans, early, walk, stats)
     if stats is not None:
-        encoded |= _encoded(list(early), leaves, plans, sites, stats, key)
-        return encoded
-    assert batches is not None
-    if early:
+        encoded |= _encoded(list(early), leaves, plans, stats, moves, key)
+    elif early:
+        assert batches is not None
         done = folder.read(0)
         if done is None:
             found: dict[str, Encoded] = {}
@@ -99,27 +102,53 @@ def encoded_by_inputs(
                 budget=how.bytes,
                 progress=how.progress,
             ):
-                found |= _encoded(paths, leaves, plans, sites, seen, key)
+                found |= _encoded(paths, leaves, plans, seen, moves, key)
             done = [found[path] for path in early]
             folder.write(0, done)
         encoded |= dict(zip(early, done, strict=True))
     if walk is not None and walk.paths:
-        encoded |= _walked(walk, leaves, plans, needs, call, batches, encoded, key, how, folder)
-    return encoded
+        assert batches is not None
+        encoded |= quantize_in_order(
+            *(walk, leaves, plans, needs, moves, _samples(batches), encoded),
+            key=key,
+            budget=how.bytes,
+            offload=how.offload,
+            progress=how.progress,
+            folder=folder,
+        )
+    encoded, changed = folded(encoded, leaves, moves)
+    tree = jax.tree.structure(params, is_leaf=is_qtensor)
+    whole = [changed.get(path, leaf) for path, leaf in leaves.items()]
+    return encoded, jax.tree.unflatten(tree, whole)
 
 
-def _walked(
-    walk: Walk,
-    leaves: Mapping[str, Any],
-    plans: Mapping[str, Plan],
-    needs: Mapping[str, Inputs],
+def _moves(
     call: Call,
-    batches: Sequence[Any],
-    encoded: Mapping[str, Encoded],
-    key: Array | None,
-    how: How,
-    folder: Folder,
-) -> dict[str, Encoded]:
+    sites: Sites,
+    plans: Mapping[str, Plan],
+    early: Mapping[str, Inputs],
+    walk: Walk | None,
+    stats: Statistics | None,
+) -> dict[str, Move]:
+    """Where factors of rewrites can go, for all parameters that have one."""
+    wanted = {p for p in plans if getattr(plans[p].rule, "rewrite", None) is not None}
+    if not wanted:
+        return {}
+    groups = [] if walk is None else fed_alike(walk)
+    if early and wanted & set(early):
+        known = plan_of(call, early, "ptq").sites if stats is None else stats.sites
+        groups += fed_by(known, sites, early)
+    return moves_of(call, groups, plans)
+
+
+def _samples(batches: Sequence[Any]) -> list[list[Any]]:
+    """The arrays in each batch.
+
+    Raises:
+      ValueError: there are no batches, or one differs from the first.
+    """
+    if not batches:
+        raise ValueError("ptq: no batches; expected at least one")
     alike, samples = Alike(), []
     for index, batch in enumerate(batches):
         args = arguments(batch)
@@ -127,14 +156,7 @@ def _walked(
         if difference is not None:
             raise ValueError(f"ptq: batch {index}: {difference}")
         samples.append([leaf for leaf in jax.tree.leaves(args) if is_traced(leaf)])
-    return quantize_in_order(
-        *(walk, leaves, plans, needs, samples, encoded),
-        key=key,
-        budget=how.bytes,
-        offload=how.offload,
-        progress=how.progress,
-        folder=folder,
-    )
+    return samples
 
 
 def _needs(plans: Mapping[str, Plan]) -> dict[str, Inputs]:
@@ -160,12 +182,12 @@ def _encoded(
     paths: Sequence[str],
     leaves: Mapping[str, Any],
     plans: Mapping[str, Plan],
-    sites: Sites,
     stats: Statistics,
+    moves: Mapping[str, Move],
     key: Array | None,
 ) -> dict[str, Encoded]:
     found: dict[str, Encoded] = {}
-    for members, state in members_of(paths, leaves, plans, sites, stats):
+    for members, state in members_of(paths, leaves, plans, stats, moves):
         done = encode_members(members, state, key)
         found |= {m.plan.path: one for m, one in zip(members, done, strict=True)}
     return found

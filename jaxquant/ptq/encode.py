@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,13 @@ from jax import Array
 
 from jaxquant.encoders import matrix_spec, measure, rtn, to_matrix
 from jaxquant.observers import InputStats, input_stats
-from jaxquant.params import Encoded, Plan, encode_leaf
+from jaxquant.params import Encoded, Found, Plan, encode_leaf
+from jaxquant.ptq.moves import Move
 from jaxquant.qtensor import Calibration, QTensor, along
 from jaxquant.recipe import Rule
 from jaxquant.report import shown
 
-_TOLD = 4  # notes of a stacked leaf that a report holds
+_SHOWN = ("ratio", "alpha")  # of a rewrite's details
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +31,16 @@ class Member:
       w: the array.
       axes: its axes (negative) that are contracted, in the order of the statistics' columns.
       batched: its axes (negative) that have statistics of their own.
-      movable: whether scale can move between it and what it is contracted with; else why not.
+      immovable: why no scale can move between it and what it is contracted with; empty if it can.
+      move: where factors of its rule's rewrite can go.
     """
 
     plan: Plan
     w: Any
     axes: tuple[int, ...]
     batched: tuple[int, ...]
-    movable: str = ""
+    immovable: str = ""
+    move: Move | None = None
 
     @property
     def rule(self) -> Rule:
@@ -66,12 +69,12 @@ def encode_members(members: Sequence[Member], state: Any, key: Array | None) -> 
     except ValueError as error:
         raise ValueError(f"{shown(members[0].plan.path)}: {error}") from None
     factors: dict[int, Array] = {}
-    notes: dict[int, tuple[str, ...]] = {}
+    notes: dict[int, tuple[str | Found, ...]] = {}
     for rewrite in dict.fromkeys(m.rule.rewrite for m in members if m.rule.rewrite is not None):
         own = [n for n, m in enumerate(members) if m.rule.rewrite == rewrite]
-        able = [n for n in own if not members[n].movable]
+        able = [n for n in own if not _refused(members[n])]
         for n in set(own) - set(able):
-            notes[n] = (f"not rewritten: {members[n].movable}",)
+            notes[n] = (f"not rewritten: {_refused(members[n])}",)
         if not able:
             continue
         weights, specs = zip(*(_viewed(members[n]) for n in able), strict=True)
@@ -80,12 +83,24 @@ def encode_members(members: Sequence[Member], state: Any, key: Array | None) -> 
         except ValueError as error:
             paths = ", ".join(shown(members[n].plan.path) for n in able)
             raise ValueError(f"{paths}: {error}") from error
+        move = members[able[0]].move
+        if move is not None and move.folds and move.absorbed is not None:
+            c = move.absorbed.tie(c)
         for n in able:
             factors[n], notes[n] = c, _told(rewrite, details)
     return [
         _encoded(m, s, factors.get(n), notes.get(n, ()), key)
         for n, (m, s) in enumerate(zip(members, stats, strict=True))
     ]
+
+
+def _refused(member: Member) -> str:
+    """Why a rewrite does not apply to a leaf; empty if it does."""
+    if member.immovable:
+        return member.immovable
+    if member.move is not None and not member.move.allowed:
+        return member.move.reason
+    return ""
 
 
 def _viewed(member: Member) -> tuple[Array, Any]:
@@ -101,7 +116,11 @@ def _viewed(member: Member) -> tuple[Array, Any]:
 
 
 def _encoded(
-    member: Member, stats: InputStats, c: Array | None, notes: tuple[str, ...], key: Array | None
+    member: Member,
+    stats: InputStats,
+    c: Array | None,
+    notes: tuple[str | Found, ...],
+    key: Array | None,
 ) -> Encoded:
     w, divisor = member.w, None
     encoder = member.rule.encoder or rtn()
@@ -138,32 +157,26 @@ def _times(w: Any, divisor: Array, axes: tuple[int, ...]) -> Array:
     return jax.jit(product)(w, divisor)
 
 
-def _told(rewrite: Any, details: Any) -> tuple[str, ...]:
-    """A note on what a rewrite found."""
-    found = {k: np.asarray(v, np.float64) for k, v in details.items()}
-    words = []
-    for name in ("ratio", "alpha"):
-        if name in found:
-            low, high = float(found[name].min()), float(found[name].max())
-            words.append(f"{name} {low:.2f}" + (f" to {high:.2f}" if high > low else ""))
-    name = type(rewrite).__name__
-    return (f"{name}: {', '.join(words)}",) if words else ()
+def _told(rewrite: Any, details: Any) -> tuple[Found, ...]:
+    """What a rewrite found."""
+    name = str(rewrite).partition("(")[0]
+    found = ((k, np.asarray(details[k], np.float64)) for k in _SHOWN if k in details)
+    return tuple(Found(name, k, float(v.min()), float(v.max())) for k, v in found)
 
 
-def _said(info: Any, encoder: Any) -> tuple[str, ...]:
+def _said(info: Any, encoder: Any) -> tuple[str | Found, ...]:
     """Notes on what an encoder had to do that one should know of."""
     details = dict(getattr(info, "details", None) or {})
-    notes = []
+    notes: list[str | Found] = []
     used, asked = details.get("damping"), getattr(encoder, "damping", None)
     if used is not None and asked is not None:
-        most = float(np.max(np.asarray(used)))
-        if most > 1.5 * asked:
-            notes.append(
-                f"damping raised from {asked:.3g} to {most:.3g}: the factorisation failed"
-            )
-    dead = details.get("dead")
-    if dead is not None and np.sum(np.asarray(dead)):
-        notes.append(f"{int(np.sum(np.asarray(dead)))} inputs were never other than zero")
+        raised = np.asarray(used, np.float64)
+        if raised.max() > 1.5 * asked:
+            what = f"the factorisation failed with damping {asked:.3g}"
+            notes.append(Found(what, "used", float(raised.min()), float(raised.max())))
+    dead = float(np.sum(np.asarray(details.get("dead", 0.0))))
+    if dead:
+        notes.append(Found("inputs that were always zero", "count", dead, dead))
     return tuple(notes)
 
 
@@ -177,7 +190,17 @@ def stacked(pieces: Sequence[Encoded], lengths: tuple[int, ...], leaf: Any) -> E
     q: QTensor = jax.tree.map(together, *(p.q for p in pieces))
     # layer by layer they were measured in units of their own
     info = measure(jnp.asarray(leaf), q)
-    notes = tuple(dict.fromkeys(n for p in pieces for n in p.notes))
-    if len(notes) > _TOLD:
-        notes = (*notes[: _TOLD - 1], f"and {len(notes) - _TOLD + 1} more such notes on its layers")
-    return Encoded(q, info, notes)
+    return Encoded(q, info, _merged(n for p in pieces for n in p.notes))
+
+
+def _merged(notes: Iterable[str | Found]) -> tuple[str | Found, ...]:
+    """Notes once each; of numbers their range."""
+    out: dict[Any, str | Found] = {}
+    for note in notes:
+        kind = note if isinstance(note, str) else (note.what, note.name)
+        before = out.get(kind)
+        if isinstance(note, Found) and isinstance(before, Found):
+            low, high = min(before.low, note.low), max(before.high, note.high)
+            note = note._replace(low=low, high=high)
+        out[kind] = note
+    return tuple(out.values())

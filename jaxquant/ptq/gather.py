@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxquant.interpret.sites import Site, Sites
 from jaxquant.observers import Inputs
 from jaxquant.params import Plan
 from jaxquant.ptq.encode import Member
+from jaxquant.ptq.moves import Move
 from jaxquant.report import shown
 
 BUDGET = 2**30  # bytes of statistics held at once, unless said otherwise
@@ -73,6 +75,23 @@ def passes(
         yield now, capture_with("ptq", fn, params, (), batches, chosen, progress=progress)
 
 
+def fed_by(stats_sites: Any, sites: Sites, paths: Collection[str]) -> list[list[str]]:
+    """Paths of parameters that one activation feeds, by the entries that their sites share.
+
+    Args:
+      stats_sites: site keys with their operands and entries, as `Statistics.sites`.
+      sites: the sites of the function.
+      paths: which parameters.
+    """
+    groups: dict[str, list[str]] = {}
+    for key, operands in stats_sites:
+        path = sites[key].param
+        for _, entry in operands:
+            if path is not None and path in paths:
+                groups.setdefault(entry, []).append(path)
+    return list(groups.values())
+
+
 def require_budget(sizes: Mapping[str, int], budget: int) -> None:
     """Raises unless the statistics that are needed together, by name, fit the budget."""
     least = max(sizes.values(), default=0)
@@ -93,8 +112,8 @@ def members_of(
     paths: Sequence[str],
     leaves: Mapping[str, Any],
     plans: Mapping[str, Plan],
-    sites: Sites,
     stats: Statistics,
+    moves: Mapping[str, Move],
 ) -> list[tuple[list[Member], Any]]:
     """Leaves grouped by what they are contracted with, and the states of its statistics.
 
@@ -107,7 +126,7 @@ def members_of(
     for path in paths:
         plan = plans[path]
         uses = [site for site in plan.sites if site.primitive != "gather"]
-        member = _member(path, leaves[path], plan, uses)
+        member = dataclasses.replace(_member(path, leaves[path], plan, uses), move=moves.get(path))
         found = [_entry(dict(entries.get(site.key, ())), stats, site) for site in uses]
         kind: Any = found[0] if len(uses) == 1 else path
         if kind not in states:

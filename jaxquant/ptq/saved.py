@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.encoders import Info
-from jaxquant.params import Encoded
+from jaxquant.params import Encoded, Found
 from jaxquant.qtensor import read, written
 
 Path = str | os.PathLike[str]
@@ -88,9 +88,13 @@ class Folder:
             info = None
             if one.info is not None:
                 info = [float(one.info.error), float(one.info.signal)]
-            entries.append({"q": text, "info": info, "notes": list(one.notes)})
+            entries.append({"q": text, "info": info, "notes": [_note(n) for n in one.notes]})
         arrays[_META] = np.frombuffer(json.dumps(entries).encode(), np.uint8)
         _write(os.path.join(self.save, _name(step)), lambda file: np.savez(file, **arrays))
+
+
+def _note(note: str | Found) -> Any:
+    return note if isinstance(note, str) else list(note)
 
 
 def _name(step: int) -> str:
@@ -110,7 +114,8 @@ def _read(path: str) -> list[Encoded]:
             if entry["info"] is not None:
                 error, signal = map(jnp.float32, entry["info"])
                 info = Info(error, signal)
-            done.append(Encoded(read(entry["q"], own), info, tuple(entry["notes"])))
+            notes = tuple(n if isinstance(n, str) else Found(*n) for n in entry["notes"])
+            done.append(Encoded(read(entry["q"], own), info, notes))
         return done
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"ptq: resume: {path!r} is damaged; delete it to redo its step") from error

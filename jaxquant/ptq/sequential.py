@@ -26,6 +26,7 @@ from jaxquant.observers import Inputs, inputs
 from jaxquant.params import Encoded, Plan, identity
 from jaxquant.ptq.encode import Member, encode_members, stacked
 from jaxquant.ptq.gather import immovable, require_budget, tree_bytes
+from jaxquant.ptq.moves import Move
 from jaxquant.ptq.saved import Folder
 from jaxquant.qtensor import dequantize
 from jaxquant.report import shown
@@ -80,6 +81,7 @@ def quantize_in_order(
     leaves: Mapping[str, Any],
     plans: Mapping[str, Plan],
     needs: Mapping[str, Inputs],
+    moves: Mapping[str, Move],
     batches: Sequence[Sequence[Any]],
     encoded: Mapping[str, Encoded],
     *,
@@ -96,6 +98,7 @@ def quantize_in_order(
       leaves: the float params by path.
       plans: how they are encoded.
       needs: the observer for each.
+      moves: where factors can go, by path.
       batches: for each sample the leaves of its arguments.
       encoded: parameters that are encoded already.
       key: see `encode_leaf`.
@@ -121,7 +124,7 @@ def quantize_in_order(
             runner.advance(segment)
             done = folder.read(number + 1)
             if done is None:
-                members = [_member(m, leaves, plans) for m in marks]
+                members = [_member(m, leaves, plans, moves) for m in marks]
                 state = runner.observed(segment, observer)
                 done = encode_members(members, state, key)
                 folder.write(number + 1, done)
@@ -133,6 +136,11 @@ def quantize_in_order(
     finally:
         bar.close()
     return {path: _whole(flat, path, found, leaves[path]) for path, found in pieces.items()}
+
+
+def fed_alike(walk: Walk) -> list[list[str]]:
+    """Paths of the parameters that each activation feeds."""
+    return [[mark.path for mark in _marks(walk.flat, group)] for group in walk.groups]
 
 
 def _whole(flat: Flat, path: str, found: Mapping[Piece, Encoded], leaf: Any) -> Encoded:
@@ -162,11 +170,14 @@ def _check_budget(walk: Walk, watching: Sequence[Inputs], budget: int) -> None:
     require_budget(sizes, budget)
 
 
-def _member(mark: Any, leaves: Mapping[str, Any], plans: Mapping[str, Plan]) -> Member:
+def _member(
+    mark: Any, leaves: Mapping[str, Any], plans: Mapping[str, Plan], moves: Mapping[str, Move]
+) -> Member:
     plan = plans[mark.path]
     here = dataclasses.replace(plan, batch_axes=plan.batch_axes - len(mark.piece))
     reason = immovable(plan.sites[0], mark.batched, 1)
-    return Member(here, piece_of(leaves[mark.path], mark.piece), mark.axes, mark.batched, reason)
+    w = piece_of(leaves[mark.path], mark.piece)
+    return Member(here, w, mark.axes, mark.batched, reason, moves.get(mark.path))
 
 
 def piece_of(leaf: Any, piece: Piece) -> Any:

@@ -53,7 +53,10 @@ def calibrated(
     leaves = {path_str(path): leaf for path, leaf in flat}
     for path, leaf in leaves.items():
         rule = recipe.match(path)
-        if not is_qtensor(leaf) or rule is None or rule.observer is None or leaf.calibration:
+        if not is_qtensor(leaf) or rule is None or rule.observer is None:
+            continue
+        before = leaf.calibration or Calibration()
+        if before.input is not None:
             continue
         spec, uses = rule.activations, contractions(sites, path)
         if spec is None or not uses:
@@ -65,7 +68,7 @@ def calibrated(
                 f"{shown(path)}: expected statistics for layers {list(leaf.batch)}, "
                 f"got {list(seen.low.shape)}"
             )
-        held = Calibration(input=grid_of(*range_to_scale(seen, spec), spec))
+        held = dataclasses.replace(before, input=grid_of(*range_to_scale(seen, spec), spec))
         if by is not None:
             held = dataclasses.replace(held, divisor=by.divisor, axis=by.axis)
         if rule.requantize is not None:

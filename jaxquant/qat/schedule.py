@@ -7,6 +7,7 @@ import itertools
 import operator
 from collections.abc import Mapping
 
+from jaxquant.numerics import get
 from jaxquant.recipe import Recipe, Rule
 from jaxquant.spec import QSpec
 
@@ -178,11 +179,5 @@ def wide(spec: QSpec | None, bits: int) -> QSpec | None:
     """A spec whose integer format has at least so many bits."""
     if spec is None or not spec.format.is_integer or spec.format.bits >= bits:
         return spec
-    return QSpec(
-        f"{'' if spec.format.signed else 'u'}int{bits}",
-        spec.granularity,
-        spec.symmetric,
-        spec.range,
-        spec.scale_dtype,
-        spec.global_scale,
-    )
+    name = f"{'' if spec.format.signed else 'u'}int{bits}"
+    return dataclasses.replace(spec, format=get(name))

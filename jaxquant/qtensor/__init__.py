@@ -2,6 +2,7 @@
 
 from jaxquant.qtensor import export as _export  # noqa: F401 - registers QTensor with jax.export
 from jaxquant.qtensor.calibration import Calibration, Folded, Grid
+from jaxquant.qtensor.nested import Nested, nest, with_plain_scales
 from jaxquant.qtensor.quantize import (
     along,
     dequantize,
@@ -37,6 +38,7 @@ __all__ = [
     "Calibration",
     "Folded",
     "Grid",
+    "Nested",
     "QTensor",
     "Trained",
     "Use",
@@ -50,6 +52,7 @@ __all__ = [
     "is_qtensor",
     "is_trained",
     "magnitude",
+    "nest",
     "pad_to",
     "quantize",
     "read",
@@ -64,6 +67,7 @@ __all__ = [
     "store_scale",
     "to_storage",
     "unblocked",
+    "with_plain_scales",
     "with_use",
     "written",
 ]

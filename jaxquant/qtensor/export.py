@@ -11,6 +11,7 @@ import jax.export
 
 from jaxquant.numerics import Format
 from jaxquant.qtensor.calibration import Calibration, Folded, Grid
+from jaxquant.qtensor.nested import Nested
 from jaxquant.qtensor.tensor import QTensor, Use
 from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
@@ -43,7 +44,7 @@ def static_from_json(x: Any) -> Any:
     return x
 
 
-NODES: dict[str, Any] = {c.__name__: c for c in (QTensor, Calibration, Folded, Grid)}
+NODES: dict[str, Any] = {c.__name__: c for c in (QTensor, Calibration, Folded, Grid, Nested)}
 
 for _node in NODES.values():
     jax.export.register_pytree_node_serialization(

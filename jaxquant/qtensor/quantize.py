@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.numerics import pack
+from jaxquant.qtensor.nested import nest
 from jaxquant.qtensor.scales import scaled_codes, scales_over
 from jaxquant.qtensor.storage import (
     blocked,
@@ -108,7 +109,11 @@ def _encode(w: Array, key: Array | None, spec: QSpec, minor: tuple[int, ...]) ->
     blank = storage_layout(w.shape, spec, minor, w.dtype.name)
     x, inner = _shared(blank, w)
     scale, zero, global_scale = scales_over(x, inner, spec)
-    return _filled(blank, x, scale, zero, global_scale, key)
+    q = _filled(blank, x, scale, zero, global_scale, key)
+    if not spec.format.is_codebook or spec.double or spec.scale_dtype != "float32":
+        return q
+    # of a codebook, blocks of zeros have scale 0, as bitsandbytes stores them
+    return dataclasses.replace(q, scale=jnp.where(_empty(blank, x), 0.0, q.scale))
 
 
 def encode_given(
@@ -170,10 +175,17 @@ def _shared(blank: QTensor, w: Array) -> tuple[Array, tuple[int, ...]]:
     """The array in float32, laid out so that a scale is shared over whole axes; and those axes."""
     order = _own_order(blank)
     if order is None:
-        x = blocked(blank, to_storage(blank, w.astype(jnp.float32)))
-        return x, tuple(range(1, x.ndim, 2))
+        return blocked(blank, to_storage(blank, w.astype(jnp.float32))), _inner(blank)
+    return w.astype(jnp.float32), _inner(blank)
+
+
+def _inner(blank: QTensor) -> tuple[int, ...]:
+    """The axes that scales are shared over, of an array laid out by `_shared`."""
+    order = _own_order(blank)
+    if order is None:
+        return tuple(range(1, 2 * len(blank.axes), 2))
     whole = (a for a, g, n in zip(order, blank.groups, blank.storage, strict=True) if g < n)
-    return w.astype(jnp.float32), tuple(sorted(whole))
+    return tuple(sorted(whole))
 
 
 def _own_order(blank: QTensor) -> list[int] | None:
@@ -213,7 +225,7 @@ def _filled(
     effective = scale.astype(jnp.float32)
     if global_scale is not None:
         effective = effective * global_scale
-    codes = scaled_codes(x, effective, zero, fmt, key=key)
+    codes = scaled_codes(x, effective, zero, fmt, key=key, divide=_cut_short(blank, order))
 
     def stored(a: Array, shape: tuple[int, ...]) -> Array:
         return (a if order is None else jnp.transpose(a, order)).reshape(shape)
@@ -223,13 +235,38 @@ def _filled(
     codes = stored(codes, blank.padded)
     if fmt.packed:
         codes = pack(codes, fmt.bits)
+    scale, nested = stored(scale, blank.groups), None
+    if blank.spec.double:
+        # scales of what is zero say nothing, and would be seen in the mean
+        scale, nested = nest(jnp.where(_empty(blank, x), 0.0, scale))
+    zero_dtype = blank.spec.zero_dtype or fmt.storage
     return dataclasses.replace(
         blank,
         codes=codes,
-        scale=stored(scale, blank.groups),
-        zero_point=None if zero is None else stored(zero, blank.groups).astype(fmt.storage),
+        scale=scale,
+        zero_point=None if zero is None else stored(zero, blank.groups).astype(zero_dtype),
         global_scale=global_scale,
+        nested=nested,
     )
+
+
+def _empty(blank: QTensor, x: Array) -> Array:
+    """Which blocks of `x`, laid out by `_shared`, are zero throughout: `[*groups]`."""
+    empty = jnp.max(jnp.abs(x), axis=_inner(blank), keepdims=True, initial=0.0) == 0
+    order = _own_order(blank)
+    return (empty if order is None else jnp.transpose(empty, order)).reshape(blank.groups)
+
+
+def _cut_short(blank: QTensor, order: list[int] | None) -> Array | None:
+    """Which blocks are padded, laid out as by `_shared`; `None` where none is."""
+    if order is not None or blank.padded == blank.storage:
+        return None
+    out = jnp.zeros((1,) * (2 * len(blank.axes)), bool)
+    for s, (have, want) in enumerate(zip(blank.padded, blank.storage, strict=True)):
+        if have != want:
+            last = jnp.arange(blank.groups[s]) == blank.groups[s] - 1
+            out = out | jnp.expand_dims(last, [i for i in range(out.ndim) if i != 2 * s])
+    return out
 
 
 def _negative_axes(spec: QSpec, ndim: int) -> QSpec:
@@ -247,7 +284,7 @@ def _negative_axes(spec: QSpec, ndim: int) -> QSpec:
     elif isinstance(gran, PerBlock) and gran.axes is not None:
         rows, cols = neg(gran.axes)
         gran = PerBlock(gran.rows, gran.cols, (rows, cols))
-    return QSpec(spec.format, gran, spec.symmetric, spec.range, spec.scale_dtype, spec.global_scale)
+    return dataclasses.replace(spec, granularity=gran)
 
 
 def along(divisor: Array, axes: tuple[int, ...], ndim: int) -> Array:

@@ -4,23 +4,50 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxquant.numerics import Format, encode
 from jaxquant.spec import QSpec
 
 
 def scaled_codes(
-    x: Array, scale: Array, zero: Array | None, fmt: Format, *, key: Array | None = None
+    x: Array,
+    scale: Array,
+    zero: Array | None,
+    fmt: Format,
+    *,
+    key: Array | None = None,
+    divide: Array | None = None,
 ) -> Array:
-    """Codes of `x / scale + zero`, rounded and clipped to the format."""
-    v = x / scale
+    """Codes of `x / scale + zero`, rounded and clipped to the format.
+
+    Codebooks multiply by the reciprocal, except where `divide` says so, as bitsandbytes does.
+    """
+    if fmt.is_codebook:
+        v = over(x, scale)
+        if divide is not None:
+            # by a broadcast array XLA divides as by a number: it multiplies by the reciprocal
+            each = lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))
+            v = jnp.where(divide, x / each, v)
+    else:
+        v = x / scale
     if fmt.is_integer:
         # amax / (amax / (qmax + 1/2)) may fall one ulp short of the tie that rounds out to qmin
         v = jnp.where(v < -fmt.qmax, v * (1 + 2**-21), v)
         if zero is not None:
             v = v + zero
     return encode(v, fmt, key=key)
+
+
+def over(x: Array, scale: Array) -> Array:
+    """`x (1 / scale)` in float32, whatever the magnitude of either.
+
+    >>> over(jnp.float32(-3e38), jnp.float32(3e38)).tolist()
+    -1.0
+    """
+    # the reciprocal of what is larger would be subnormal, and XLA takes such numbers for 0
+    unit = jnp.where(jnp.abs(scale) > 2.0**64, 2.0**-64, 1.0)
+    return (x * unit) * (1.0 / (scale * unit))
 
 
 def scales_over(
@@ -63,8 +90,13 @@ def scales_of_range(
         steps = fmt.qmax - fmt.qmin
         # halves first: max - min may overflow where each alone does not
         scale = store_scale(high / steps - low / steps, spec)
-        zero = fmt.qmin - jnp.round(low / scale.astype(jnp.float32))
-        return scale, jnp.clip(zero, fmt.qmin, fmt.qmax), None
+        zero = -low / scale.astype(jnp.float32)
+        if spec.zero_dtype is None:
+            zero = jnp.round(zero)
+        zero = jnp.clip(fmt.qmin + zero, fmt.qmin, fmt.qmax)
+        if spec.zero_dtype is not None:
+            zero = zero.astype(spec.zero_dtype).astype(jnp.float32)
+        return scale, zero, None
     if not fmt.is_integer:
         largest = max(abs(fmt.min), fmt.max)
         if spec.global_scale:

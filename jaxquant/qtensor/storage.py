@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxquant.numerics import decode, unpack
+from jaxquant.qtensor.nested import unnested
 from jaxquant.qtensor.tensor import QTensor
 
 
@@ -94,7 +95,9 @@ def storage_codes(q: QTensor) -> Array:
 
 
 def storage_scale(q: QTensor) -> Array:
-    """Scales `[*batch, *groups]` in float32, the global scale multiplied in."""
+    """Scales `[*batch, *groups]` in float32, decoded, the global scale multiplied in."""
+    if q.nested is not None:
+        return unnested(q.scale, q.nested)
     scale = q.scale.astype(jnp.float32)
     if q.global_scale is None:
         return scale

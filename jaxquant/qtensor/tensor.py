@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any, TypeGuard
 
 import jax
@@ -14,6 +15,7 @@ from jax import Array
 
 from jaxquant.numerics import packed_bytes
 from jaxquant.qtensor.calibration import Calibration
+from jaxquant.qtensor.nested import BLOCK, Nested
 from jaxquant.spec import QSpec
 
 
@@ -41,7 +43,7 @@ class Use:
     results: QSpec | None = None
 
 
-DATA = ("codes", "scale", "zero_point", "codebook", "global_scale", "calibration")
+DATA = ("codes", "scale", "zero_point", "codebook", "global_scale", "calibration", "nested")
 META = ("spec", "core", "axes", "blocks", "dtype", "use")
 
 
@@ -58,8 +60,10 @@ class QTensor:
 
     Attributes:
       codes: `[*batch, *storage]`; sub-byte formats are packed along the last axis as uint8.
-      scale: `[*batch, *groups]`, one per block of `blocks[s]` indices of each storage axis `s`.
-      zero_point: like `scale`, in the codes' integer dtype; `None` where `Z = 0`.
+      scale: `[*batch, *groups]`, one per block of `blocks[s]` indices of each storage axis `s`;
+        uint8 codes where `nested` says what they stand for (`storage_scale` decodes).
+      zero_point: `[*batch, *groups]`, in the codes' integer dtype or the spec's `zero_dtype`;
+        `None` where `Z = 0`.
       codebook: float32 `[*batch, levels]` of a learned codebook, or `[*batch, *groups, levels]` of
         one for each group; `None` where the format holds it.
       global_scale: `[*batch]` float32, multiplies `scale`; `None` where there is none.
@@ -70,6 +74,7 @@ class QTensor:
       dtype: name of the dtype that `dequantize` returns.
       use: what contractions do with the other operand.
       calibration: what calibration fixed of them; `None` where activations are dynamic.
+      nested: what quantized scales stand for; `None` where scales are floats.
     """
 
     codes: Array
@@ -84,6 +89,7 @@ class QTensor:
     dtype: str
     use: Use = Use()
     calibration: Calibration | None = None
+    nested: Nested | None = None
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -164,8 +170,16 @@ class QTensor:
             "codes": (batch + self.padded[:-1] + last, np.uint8 if fmt.packed else fmt.storage),
             "scale": (batch + self.groups, self.spec.scale_dtype),
         }
+        if (self.nested is not None) != self.spec.double:
+            raise ValueError(
+                f"QTensor.nested: expected {'one' if self.spec.double else 'none'} by {self.spec!r}"
+            )
+        if self.nested is not None:
+            want["scale"] = (batch + self.groups, np.uint8)
+            want["nested.scale"] = ((*batch, -(-math.prod(self.groups) // BLOCK)), np.float32)
+            want["nested.offset"] = (batch, np.float32)
         if self.zero_point is not None:
-            want["zero_point"] = (batch + self.groups, fmt.storage)
+            want["zero_point"] = (batch + self.groups, self.spec.zero_dtype or fmt.storage)
         if self.global_scale is not None:
             want["global_scale"] = (batch, np.float32)
         if self.codebook is not None:
@@ -173,7 +187,7 @@ class QTensor:
             levels = 2**fmt.bits if fmt.codebook is None else len(fmt.codebook)
             want["codebook"] = ((*batch, *groups, levels), np.float32)
         for name, (shape, dtype) in want.items():
-            got = getattr(self, name)
+            got = operator.attrgetter(name)(self)
             if tuple(got.shape) != shape or jnp.dtype(got.dtype) != jnp.dtype(dtype):
                 raise ValueError(
                     f"QTensor.{name}: expected {jnp.dtype(dtype).name}{list(shape)}, "

@@ -177,7 +177,9 @@ def _values_bwd(estimator: Gridded, kept: Any, g: Array) -> tuple[Array, dict[st
     w, learned, q = kept
     zero = None if q.zero_point is None else laid_out(q, q.zero_point.astype(jnp.float32))
     learned_here = {n: laid_out(q, a) for n, a in learned.items()}
-    at = _point(w, laid_out(q, storage_scale(q)), zero, learned_here, q.spec)
+    scale = storage_scale(q)
+    scale = jnp.where(scale == 0, 1.0, scale)  # of a codebook's blocks of zeros
+    at = _point(w, laid_out(q, scale), zero, learned_here, q.spec)
     inside, slopes = estimator.slopes(at, q.spec)
     gain = estimator.gain(members(q), q.spec)
     if not isinstance(gain, float):

@@ -2,14 +2,13 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
-from jaxquant.encoders import Encoder, gptq, to_matrix
+from jaxquant import PerChannel, PerGroup, QSpec
+from jaxquant.encoders import gptq
 from jaxquant.numerics import get
 from jaxquant.observers import input_stats, inputs
 from tests.encoders import gptq_reference as reference
@@ -55,8 +54,13 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize("group", [None, 16])
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [(name, 16) for name in SCHEMES] + [(name, None) for name in ("int3", "uint4", "nf4")],
+)
 def test_it_is_the_reference(name, group):
     spec, scheme = SCHEMES[name]
     gran = PerChannel(1) if group is None else PerGroup(group, 0)
@@ -73,3 +77,82 @@ def test_it_is_the_reference(name, group):
     assert float(info.details["output_error"]) == pytest.approx(
         reference.output_error(w, jq.dequantize(q), stats.hessian), rel=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("block", "group"),
+    [(7, None), (512, None), (40, 1), (16, 24), (1, 50), (512, 24), (40, 72), (128, 100)],
+)
+def test_blocks_change_nothing(block, group):
+    gran = PerChannel(1) if group is None else PerGroup(group, 0)
+    w, stats = weights(72, 6), moments(rows(72))
+    q, _ = gptq(block=block)(w, QSpec("int4", gran), stats=stats)
+    wanted, scales, *_ = reference.gptq(w, stats.hessian, reference.symmetric(4), group)
+    agree(q, wanted, w, stats.hessian, scales.mean())
+
+
+@pytest.mark.parametrize(("group", "bits"), [(None, 4), (16, 2), (20, 4)])
+def test_static_order(group, bits):
+    gran = PerChannel(1) if group is None else PerGroup(group, 0)
+    w, stats = weights(72, 12), moments(rows(72))
+    order = np.argsort(-np.diag(stats.hessian), kind="stable")
+    scheme = reference.symmetric(bits)
+    wanted, scales, *_ = reference.gptq(w, stats.hessian, scheme, group, order=order)
+    for act_order in (True, "static"):
+        q, _ = gptq(act_order=act_order)(w, QSpec(f"int{bits}", gran), stats=stats)
+        agree(q, wanted, w, stats.hessian, scales.mean())
+    if group is None:  # there are no groups to keep together
+        other, _ = gptq(act_order="dynamic")(w, QSpec(f"int{bits}", gran), stats=stats)
+        np.testing.assert_array_equal(other.codes, q.codes)
+
+
+@pytest.mark.parametrize("k", [64, 72])
+def test_dynamic_order(k):
+    """Whole groups by importance, columns inside them: the reference on permuted columns."""
+    group = 16
+    w, stats = weights(k, 12), moments(rows(k))
+    h = np.asarray(stats.hessian)
+    parts = [np.arange(g, min(g + group, k)) for g in range(0, k, group)]
+    parts = sorted(parts, key=lambda p: -np.diag(h)[p].sum())
+    parts = [p[np.argsort(-np.diag(h)[p], kind="stable")] for p in parts]
+    if k % group:  # a group that is not full comes last here, for the reference to count along
+        assert len(parts[-1]) < group
+    order = np.concatenate(parts)
+    moved, scales, *_ = reference.gptq(
+        w[order], h[np.ix_(order, order)], reference.symmetric(3), group
+    )
+    q, _ = gptq(act_order="dynamic")(w, QSpec("int3", PerGroup(group, 0)), stats=stats)
+    agree(q, moved[np.argsort(order)], w, h, scales.mean())
+
+
+def test_shrinkage():
+    w, stats, spec = weights(72, 12), moments(rows(72)), QSpec("int4", PerChannel(1))
+    q, _ = gptq(shrinkage=0.25, damping=0.05)(w, spec, stats=stats)
+    wanted, scales, *_ = reference.gptq(
+        w, stats.hessian, reference.symmetric(4), None, 0.05, shrinkage=0.25
+    )
+    agree(q, wanted, w, stats.hessian, scales.mean())
+    q, _ = gptq(shrinkage=1.0)(w, spec, stats=stats)
+    np.testing.assert_array_equal(q.codes, jq.quantize(jnp.asarray(w), spec).codes)
+
+
+@pytest.mark.parametrize("grid", ["mse", "hessian"])
+@pytest.mark.parametrize("gran", [PerChannel(1), PerGroup(24, 0)])
+def test_searched_grids_are_better(grid, gran):
+    w, stats = weights(72, 48), moments(rows(72))
+    w[::7] *= 4.0
+    spec = QSpec("int3", gran)
+    _, plain = gptq()(w, spec, stats=stats)
+    q, info = gptq(grid=grid)(w, spec, stats=stats)
+    assert float(info.details["output_error"]) < float(plain.details["output_error"])
+    if isinstance(gran, PerChannel):  # fixed beforehand, so it can be found again
+        importance = np.diag(stats.hessian) if grid == "hessian" else np.ones(72)
+        _, rounded = reference.symmetric(3)
+        wide = np.abs(w).max(0) / 3.5
+
+        def cost(p):
+            return np.sum(importance[:, None] * (w - rounded(w, (wide * p, None))) ** 2, 0)
+
+        factors = 1 - np.arange(24) / 32
+        best = factors[np.argmin([cost(p) for p in factors], axis=0)]
+        np.testing.assert_allclose(np.ravel(q.scale), wide * best, rtol=1e-5)

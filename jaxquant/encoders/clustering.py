@@ -1,0 +1,223 @@
+"""The best few values for each row of an array: k-means over rows, in parts that are compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxquant.encoders.optimal import optimal
+from jaxquant.numerics.cluster import (
+    Points,
+    binned,
+    coarser,
+    inertia,
+    nearest,
+    ordered,
+    refined,
+    settled,
+)
+from jaxquant.numerics.starts import STARTS, begin
+
+_STARTS = ("coarse", *STARTS)
+_SORTED = 8192  # up to so many values are sorted; more are put in bins
+_BINS = 1 << 16
+_OPTIMAL_BINS = 8192  # for the exact optimum of more values than that
+_COARSE_BINS = 1024  # for an optimum to begin at
+_AT_ONCE = 1 << 22  # places of all rows that are worked on together
+
+
+@dataclasses.dataclass(frozen=True)
+class Clustering:
+    """How k-means goes about it; see `kmeans`.
+
+    Attributes:
+      start: names of what to begin with; of several ends the best is kept.
+      iterations: most steps from each.
+      exact: begin at the optimum of dynamic programming instead.
+    """
+
+    start: tuple[str, ...] = ("coarse",)
+    iterations: int = 300
+    exact: bool = False
+
+    @classmethod
+    def of(cls, start: str | tuple[str, ...], iterations: int, exact: bool) -> Clustering:
+        """Checked; raises `ValueError` for an unknown start, or iterations that are not positive."""
+        names = (start,) if isinstance(start, str) else tuple(start)
+        if not names or any(name not in _STARTS for name in names):
+            raise ValueError(f"kmeans: start: expected one or several of {_STARTS}, got {start!r}")
+        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+            raise ValueError(
+                f"kmeans: iterations: expected a positive integer, got {iterations!r}"
+            )
+        return cls(names, iterations, bool(exact))
+
+    def check_key(self, key: Array | None) -> None:
+        """Raises `ValueError` where a key is missing."""
+        if "kmeans++" in self.start and not self.exact and key is None:
+            raise ValueError("kmeans(start='kmeans++') draws: pass key=jax.random.key(0)")
+
+
+def kmeans_codebook(
+    x: Array,
+    levels: int,
+    *,
+    weights: Array | None = None,
+    start: str | tuple[str, ...] = "coarse",
+    iterations: int = 300,
+    exact: bool = False,
+    key: Array | None = None,
+) -> Array:
+    """The `levels` values that an array is best rounded to; arguments as of `kmeans`.
+
+    Args:
+      x: finite values of any shape, at least `levels`.
+      levels: 1 to 256.
+      weights: what the square of each value's error costs, of a shape that broadcasts to `x`'s, not
+        negative; `None` counts all alike.
+      start: where to begin.
+      iterations: most steps.
+      exact: begin at the optimum.
+      key: PRNG key, for `"kmeans++"`.
+
+    Returns:
+      float32 `[levels]`, ascending.
+
+    Raises:
+      ValueError: fewer values than levels, or what `kmeans` refuses.
+
+    >>> kmeans_codebook(jnp.array([0.0, 1.0, 2.0]), 1, weights=jnp.array([1.0, 0.0, 0.0])).tolist()
+    [0.0]
+    """
+    how = Clustering.of(start, iterations, exact)
+    x = jnp.asarray(x)
+    if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= 256:
+        raise ValueError(f"kmeans: levels: expected 1 to 256, got {levels!r}")
+    if levels > x.size:
+        raise ValueError(
+            f"kmeans: a codebook of {levels} values for {x.size} values of an array of shape "
+            f"{list(x.shape)}"
+        )
+    how.check_key(key)
+    if weights is not None:
+        weights = spread_weights(jnp.asarray(weights), x.shape).reshape(1, -1)
+    keys = None if key is None else key[None]
+    return clustered(x.reshape(1, -1), weights, keys, how, levels)[0][0]
+
+
+def spread_weights(weights: Array, shape: tuple[int, ...]) -> Array:
+    """Weights broadcast to the shape of the array they are for; `ValueError` if they do not."""
+    try:
+        if np.broadcast_shapes(weights.shape, shape) != shape:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"kmeans: weights of shape {list(weights.shape)} for an array of shape {list(shape)}"
+        ) from None
+    rank = len(shape) - weights.ndim
+    return jnp.broadcast_to(lax.expand_dims(weights, range(rank)), shape)
+
+
+def clustered(
+    x: Array, weights: Array | None, keys: Array | None, how: Clustering, levels: int
+) -> tuple[Array, Array, Array]:
+    """k-means of each row.
+
+    Args:
+      x: `[rows, n]`, finite.
+      weights: `[rows, n]`, not negative; a row of zeros counts all alike.
+      keys: one for each row, where something is drawn.
+      how: start and iterations.
+      levels: how many values.
+
+    Returns:
+      Codebooks float32 `[rows, levels]`, ascending; codes uint8 `[rows, n]`; steps int32 `[rows]`.
+    """
+    rows, size = x.shape
+    if rows > 1:
+        return _mapped(x, weights, keys, how, levels)
+    # compiled in parts: the one that takes long is the same for arrays of many sizes
+    given = jax.tree.map(lambda a: a[0], (x, weights, keys))
+    points, unit, shift, top = _prepared(*given[:2])
+    centroids, steps = _found(points, given[2], how, levels)
+    codebook, codes = _assigned(*given[:2], centroids, unit, shift, top)
+    return codebook[None], codes[None], steps[None]
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _mapped(
+    x: Array, weights: Array | None, keys: Array | None, how: Clustering, levels: int
+) -> tuple[Array, Array, Array]:
+    def one(row: tuple[Array, Array | None, Array | None]) -> tuple[Array, Array, Array]:
+        x, weights, key = row
+        points, unit, shift, top = _prepared(x, weights)
+        centroids, steps = _found(points, key, how, levels)
+        return *_assigned(x, weights, centroids, unit, shift, top), steps
+
+    rows, size = x.shape
+    together = max(1, min(rows, _AT_ONCE // max(_bins(size), size, 1)))
+    if size >= _BINS:
+        together = 1  # each fills the processor
+    return lax.map(one, (x, weights, keys), batch_size=None if together == 1 else together)
+
+
+def _bins(size: int) -> int:
+    """How many bins for so many values."""
+    return min(_BINS, 2 << max(size - 1, 1).bit_length())
+
+
+@jax.jit
+def _prepared(x: Array, weights: Array | None) -> tuple[Points, Array, Array, Array]:
+    """The points, and what takes values there: `x / unit - shift`, weights over `top`."""
+    x = x.astype(jnp.float32)
+    least = jnp.float32(jnp.finfo(jnp.float32).tiny)
+    # a power of two, by which division is exact, so that no square overflows or vanishes
+    unit = jnp.exp2(jnp.floor(jnp.log2(jnp.maximum(jnp.max(jnp.abs(x)), least))))
+    y = x / unit
+    shift = jnp.mean(y)
+    near = y - shift  # short prefix sums lose fewer digits
+    top = jnp.float32(1.0) if weights is None else jnp.max(weights).astype(jnp.float32)
+    h = _scaled(weights, top)
+    points = ordered(near, h) if x.size <= _SORTED else binned(near, _bins(x.size), h)
+    return points, unit, shift, top
+
+
+def _scaled(weights: Array | None, top: Array) -> Array | None:
+    if weights is None:
+        return None
+    return jnp.where(top > 0, weights.astype(jnp.float32) / jnp.where(top > 0, top, 1.0), 1.0)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _found(
+    points: Points, key: Array | None, how: Clustering, levels: int
+) -> tuple[Array, Array]:
+    if how.exact:
+        fine = points if points.grid is None else coarser(points, _OPTIMAL_BINS)
+        return settled(points, optimal(fine, levels), how.iterations)
+    starts = [
+        optimal(coarser(points, _COARSE_BINS), levels)
+        if name == "coarse"
+        else begin(name, points, levels, key)
+        for name in how.start
+    ]
+    if len(starts) == 1:
+        return settled(points, starts[0], how.iterations)
+    ends, steps = jax.vmap(lambda start: settled(points, start, how.iterations))(jnp.stack(starts))
+    best = jnp.argmin(jax.vmap(lambda end: inertia(points, end))(ends))
+    return ends[best], steps[best]
+
+
+@jax.jit
+def _assigned(
+    x: Array, weights: Array | None, centroids: Array, unit: Array, shift: Array, top: Array
+) -> tuple[Array, Array]:
+    """One step more over the values themselves: the codebook, and codes."""
+    y = x.astype(jnp.float32) / unit
+    centroids = refined(y, centroids + shift, _scaled(weights, top))
+    return centroids * unit, nearest(y, centroids)

@@ -1,0 +1,163 @@
+"""Factors for each channel of an activation, put into leaves: the function stays what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxquant.qtensor import QTensor, is_qtensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Absorber:
+    """A leaf that a factor for each channel goes into: it becomes `leaf * c[index] ** power`.
+
+    Attributes:
+      path: its key path.
+      shape: its shape.
+      index: for each place of the leaf, which of the factors `[*layers, channels]`, flattened; -1
+        for none. Axes along which it is constant have size 1.
+      power: -1 for what is divided, 1 for what is multiplied.
+      kind: `norm` for what multiplies a value, `bias` for what is added, `linear` for a kernel.
+      offset: the leaf plus this is what is scaled, as in a norm that multiplies by `1 + scale`.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    index: np.ndarray
+    power: int
+    kind: str
+    offset: float = 0.0
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The leaf's axes that layers and channels run along."""
+        return tuple(a for a, n in enumerate(self.index.shape) if n > 1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Absorbed:
+    """How a factor for each channel of one activation moves into leaves.
+
+    Attributes:
+      layers: sizes of the leading axes of the factors: loops that the weights are scanned by.
+      channels: the number of channels: of batch axes and contracted axes of the weights' first
+        contraction, flattened in this order; input features of a convolution.
+      weights: the leaves that the activation is contracted with; they are multiplied.
+      producers: the leaves that absorb the division.
+      tied: for each channel the first one that must have the same factor, where one value feeds
+        several channels (grouped heads); `None` where each may have its own.
+    """
+
+    layers: tuple[int, ...]
+    channels: int
+    weights: tuple[Absorber, ...]
+    producers: tuple[Absorber, ...]
+    tied: np.ndarray | None = None
+
+    @property
+    def kind(self) -> str:
+        """`linear` if a kernel absorbs the factors, else `norm`, else `bias`."""
+        kinds = {p.kind for p in self.producers}
+        return next((kind for kind in ("linear", "norm") if kind in kinds), "bias")
+
+    def tie(self, c: Array) -> Array:
+        """The factors `[*layers, channels]` with the geometric mean where they are tied."""
+        if self.tied is None:
+            return c
+        count = np.maximum(np.bincount(self.tied, minlength=self.channels), 1)
+        logs = jnp.zeros_like(c).at[..., self.tied].add(jnp.log(c))
+        means = logs / count.astype(np.float32).reshape((1,) * (c.ndim - 1) + (-1,))
+        return jnp.exp(means)[..., self.tied]
+
+
+def scaled_leaf(leaf: Any, absorber: Absorber, c: Array) -> Any:
+    """`leaf * c ** power` at the places that the absorber names.
+
+    A float leaf is computed in float32. Of a `QTensor` the scales are multiplied and the codes
+    stay, which is exact but for the rounding of scales to their dtype; its layout must have a
+    scale of its own for each channel.
+
+    Args:
+      leaf: float array or `QTensor` of the absorber's shape.
+      absorber: where which factor goes.
+      c: positive factors `[*layers, channels]`.
+
+    Raises:
+      ValueError: the scales of a `QTensor` are shared by several channels, or it does not stand
+        for an array that can be scaled so; the leaf has another shape.
+
+    >>> absorber = Absorber("w", (2, 2), np.array([[0, 1]]), -1, "linear")
+    >>> scaled_leaf(jnp.ones((2, 2)), absorber, jnp.array([1.0, 2.0])).tolist()
+    [[1.0, 0.5], [1.0, 0.5]]
+    """
+    if tuple(leaf.shape) != absorber.shape:
+        raise ValueError(
+            f"{absorber.path}: expected shape {list(absorber.shape)}, got {list(leaf.shape)}"
+        )
+    index = jnp.asarray(absorber.index)
+    flat = c.astype(jnp.float32).reshape(-1)
+    by = jnp.where(index < 0, 1.0, flat[jnp.maximum(index, 0)])
+    by = by if absorber.power > 0 else 1.0 / by
+    if is_qtensor(leaf):
+        return _scaled_codes(leaf, by, absorber)
+    by = jnp.broadcast_to(by, leaf.shape)
+    wide = jnp.asarray(leaf).astype(jnp.promote_types(jnp.float32, leaf.dtype))
+    return ((wide + absorber.offset) * by - absorber.offset).astype(leaf.dtype)
+
+
+def _scaled_codes(q: QTensor, by: Array, absorber: Absorber) -> QTensor:
+    lead, rank = len(q.batch), len(q.core)
+    reason = ""
+    if absorber.offset:
+        reason = "a constant is added to it"
+    elif q.calibration is not None and (q.calibration.output or q.calibration.folded):
+        reason = "its results are requantized to integers"
+    for merged, block in zip(q.axes, q.blocks, strict=True):
+        if block > 1 and any(by.shape[lead + rank + a] > 1 for a in merged):
+            reason = "several of its channels share a scale"
+    if q.spec.scale_dtype == "float8_e8m0fnu":
+        reason = "its scales are powers of two"
+    if reason:
+        raise ValueError(f"{absorber.path} is quantized and cannot absorb factors: {reason}")
+    # laid out as the scales: storage axes in order, of size 1 where they share a scale
+    order = [a for merged in q.axes for a in merged]
+    by = jnp.broadcast_to(by, (*q.batch, *by.shape[lead:]))
+    by = by.transpose([*range(lead), *(lead + rank + a for a in order)])
+    sizes: list[int] = []
+    for merged in q.axes:
+        here = by.shape[lead + len(sizes) : lead + len(sizes) + len(merged)]
+        sizes += [q.core[a] if max(here, default=1) > 1 else 1 for a in merged]
+    by = jnp.broadcast_to(by, (*q.batch, *sizes))
+    groups, at = [], 0
+    for merged in q.axes:
+        groups.append(math.prod(sizes[at : at + len(merged)]))
+        at += len(merged)
+    by = by.reshape(*q.batch, *groups)
+    scale = (q.scale.astype(jnp.float32) * by).astype(q.scale.dtype)
+    return dataclasses.replace(q, scale=scale)
+
+
+def absorb(leaves: Mapping[str, Any], absorbed: Absorbed, c: Array) -> dict[str, Any]:
+    """The new leaves: weights multiplied by `c`, what produces their input divided by it.
+
+    Args:
+      leaves: all leaves that `absorbed` names, by key path.
+      absorbed: see `absorbers`.
+      c: positive factors `[*layers, channels]`; where channels are tied their mean is taken.
+
+    Raises:
+      ValueError: `c` has another shape, or see `scaled_leaf`.
+    """
+    shape = (*absorbed.layers, absorbed.channels)
+    if tuple(c.shape) != shape:
+        raise ValueError(f"factors: expected shape {list(shape)}, got {list(c.shape)}")
+    c = absorbed.tie(c)
+    named = (*absorbed.weights, *absorbed.producers)
+    return {leaf.path: scaled_leaf(leaves[leaf.path], leaf, c) for leaf in named}

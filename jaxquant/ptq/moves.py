@@ -1,0 +1,129 @@
+"""Where the factors of a rewrite go: into what produces an activation, or onto the activation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxquant.fold.absorb import Absorbed, scaled_leaf
+from jaxquant.fold.graph import graph_of
+from jaxquant.fold.producers import absorbers
+from jaxquant.interpret.calls import Call
+from jaxquant.params import Encoded, Plan
+from jaxquant.qtensor import Calibration, QTensor
+from jaxquant.report import shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """What can be done with factors for the channels of one activation.
+
+    Attributes:
+      paths: all parameters that it feeds and that a rewrite changes.
+      online: whether factors may stay on the activation.
+      absorbed: what absorbs them in its place, if anything.
+      reason: why nothing does.
+    """
+
+    paths: tuple[str, ...]
+    online: bool
+    absorbed: Absorbed | None
+    reason: str
+
+    @property
+    def folds(self) -> bool:
+        """Whether factors are folded: freely, or tied where there is no other way."""
+        return self.absorbed is not None and (self.absorbed.tied is None or not self.online)
+
+    @property
+    def allowed(self) -> bool:
+        """Whether there is any place for factors."""
+        return self.online or self.folds
+
+
+def moves_of(
+    call: Call, groups: Iterable[Sequence[str]], plans: Mapping[str, Plan]
+) -> dict[str, Move]:
+    """For each parameter with a rewrite, where its factors can go.
+
+    Args:
+      call: the traced call.
+      groups: paths of parameters that one activation feeds.
+      plans: their plans, by path.
+    """
+    graph = None
+    found: dict[str, Move] = {}
+    for group in groups:
+        rewrites = dict.fromkeys(getattr(plans[path].rule, "rewrite", None) for path in group)
+        for rewrite in rewrites:
+            paths = tuple(
+                dict.fromkeys(
+                    p for p in group if getattr(plans[p].rule, "rewrite", None) == rewrite
+                )
+            )
+            if rewrite is None or paths[0] in found:
+                continue
+            graph = graph_of(call) if graph is None else graph
+            absorbed = absorbers(graph, paths)
+            if isinstance(absorbed, str):
+                move = Move(paths, rewrite.online, None, absorbed)
+            else:
+                tied = "" if absorbed.tied is None else "one value feeds several of its channels"
+                move = Move(paths, rewrite.online, absorbed, tied)
+            found |= dict.fromkeys(paths, move)
+    return found
+
+
+def folded(
+    encoded: Mapping[str, Encoded], leaves: Mapping[str, Any], moves: Mapping[str, Move]
+) -> tuple[dict[str, Encoded], dict[str, Any]]:
+    """Divisors folded into what produces the activations, where that can be.
+
+    Returns:
+      All that is encoded, and the float leaves that are other than before.
+    """
+    out: dict[str, Encoded] = dict(encoded)
+    changed: dict[str, Any] = {}
+    for move in dict.fromkeys(moves.values()):
+        first = out.get(move.paths[0])
+        divisor = None if first is None else _divisor(first.q)
+        if divisor is None:
+            continue
+        notes = (f"factors stay on the activation: {move.reason}",)
+        if move.folds and move.absorbed is not None:
+            c = divisor.reshape(*move.absorbed.layers, move.absorbed.channels)
+            now = {p: out[p].q if p in out else changed.get(p, leaves[p]) for p in _names(move)}
+            try:
+                for absorber in move.absorbed.producers:
+                    now[absorber.path] = scaled_leaf(now[absorber.path], absorber, c)
+            except ValueError as error:
+                notes = (f"factors stay on the activation: {error}",)
+            else:
+                for path, leaf in now.items():
+                    if path in out:
+                        out[path] = out[path]._replace(q=leaf)
+                    else:
+                        changed[path] = leaf
+                for path in move.paths:
+                    out[path] = out[path]._replace(q=_undivided(out[path].q))
+                into = ", ".join(map(shown, _names(move)))
+                notes = (f"factors folded into {into}",)
+        for path in move.paths:
+            out[path] = out[path]._replace(notes=out[path].notes + notes)
+    return out, changed
+
+
+def _names(move: Move) -> list[str]:
+    assert move.absorbed is not None
+    return [absorber.path for absorber in move.absorbed.producers]
+
+
+def _divisor(q: QTensor) -> Any:
+    return None if q.calibration is None else q.calibration.divisor
+
+
+def _undivided(q: QTensor) -> QTensor:
+    assert q.calibration is not None
+    held = dataclasses.replace(q.calibration, divisor=None, axis=())
+    return dataclasses.replace(q, calibration=None if held == Calibration() else held)
