@@ -6,7 +6,7 @@ from float ones by a recipe. See the README for five-line examples.
 
 from jaxquant import linen, nnx, observers, optim, ste
 from jaxquant.capture import Statistics, activation_report, capture
-from jaxquant.encoders import huffman_bits, kmeans, rtn
+from jaxquant.encoders import clip, gptq, huffman_bits, kmeans, rtn
 from jaxquant.fold import fold_batchnorm
 from jaxquant.interpret import Site, Sites, quantized, trace
 from jaxquant.numerics import BlockFormat, Format, codebook_format
@@ -77,6 +77,7 @@ __all__ = [
     "activation_report",
     "awq",
     "capture",
+    "clip",
     "codebook_format",
     "combine",
     "convert",
@@ -87,6 +88,7 @@ __all__ = [
     "fold_batchnorm",
     "formats",
     "fp8",
+    "gptq",
     "huffman_bits",
     "init_quant_state",
     "int2",

@@ -178,7 +178,8 @@ def test_extreme_magnitudes_stay_finite(spec):
         w = jnp.full((8, 3), value, jnp.float32).at[0, 0].multiply(0.5)
         q, restored = round_trip(w, spec)
         assert jnp.isfinite(q.scale.astype(jnp.float32)).all()
-        assert (q.scale.astype(jnp.float32) != 0).all()
+        if not (spec.format.is_codebook and abs(value) < 1e-38):  # bitsandbytes has 0 for zeros
+            assert (q.scale.astype(jnp.float32) != 0).all()
         assert jnp.isfinite(restored).all()
         # half floats do not reach the ends of float32
         if 1e-30 <= abs(value) <= 1e30 and spec.scale_dtype != "float16":

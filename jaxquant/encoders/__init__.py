@@ -1,6 +1,7 @@
 """Encoders: values that turn one float array into a `QTensor` and say how well."""
 
 from jaxquant.encoders.base import Encoder, Info, measure
+from jaxquant.encoders.clip import Clip, clip
 from jaxquant.encoders.clustering import kmeans_codebook
 from jaxquant.encoders.gptq import GPTQ, gptq
 from jaxquant.encoders.huffman import huffman_bits
@@ -10,10 +11,12 @@ from jaxquant.encoders.rtn import RoundToNearest, rtn
 
 __all__ = [
     "GPTQ",
+    "Clip",
     "Encoder",
     "Info",
     "KMeans",
     "RoundToNearest",
+    "clip",
     "from_matrix",
     "gptq",
     "huffman_bits",

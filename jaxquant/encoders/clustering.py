@@ -28,6 +28,7 @@ _SORTED = 8192  # up to so many values are sorted; more are put in bins
 _BINS = 1 << 16
 _OPTIMAL_BINS = 8192  # for the exact optimum of more values than that
 _COARSE_BINS = 1024  # for an optimum to begin at
+_LEAST = 2.0**-120  # magnitudes below are not enlarged: not all processors know subnormal numbers
 _AT_ONCE = 1 << 22  # places of all rows that are worked on together
 
 
@@ -175,9 +176,8 @@ def _bins(size: int) -> int:
 def _prepared(x: Array, weights: Array | None) -> tuple[Points, Array, Array, Array]:
     """The points, and what takes values there: `x / unit - shift`, weights over `top`."""
     x = x.astype(jnp.float32)
-    least = jnp.float32(jnp.finfo(jnp.float32).tiny)
     # a power of two, by which division is exact, so that no square overflows or vanishes
-    unit = jnp.exp2(jnp.floor(jnp.log2(jnp.maximum(jnp.max(jnp.abs(x)), least))))
+    unit = jnp.exp2(jnp.floor(jnp.log2(jnp.maximum(jnp.max(jnp.abs(x)), _LEAST))))
     y = x / unit
     shift = jnp.mean(y)
     near = y - shift  # short prefix sums lose fewer digits

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jax import Array
 
@@ -13,10 +11,12 @@ from jaxquant.qtensor import (
     QTensor,
     blocked,
     from_storage,
+    nest,
     storage_layout,
     to_storage,
     unblocked,
 )
+from jaxquant.qtensor.nested import unnested
 from jaxquant.spec import QSpec
 
 
@@ -27,7 +27,7 @@ def fixed_grid(
     weights: Array | None,
     steps: int | None,
     least: float,
-) -> tuple[Grid, Grid]:
+) -> tuple[Grid, Grid, Array | None]:
     """Grids of an array by its own range, of any granularity: as stored, and for each value.
 
     Args:
@@ -40,11 +40,12 @@ def fixed_grid(
       least: see `searched`.
 
     Returns:
-      Scale and zero point `[*groups]`, and again `[*core]`.
+      Scale and zero point `[*groups]`; the same `[*core]`, scales as they are read back; and where
+      scales are quantized themselves, what values on these are multiplied by to lie on the former.
 
     >>> from jaxquant.spec import PerGroup
     >>> spec = QSpec("int4", PerGroup(2, axis=0))
-    >>> stored, each = fixed_grid(jnp.array([[7.5], [1.0], [15.0]]), spec, (), None, None, 1.0)
+    >>> stored, each, _ = fixed_grid(jnp.array([[7.5], [1.0], [15.0]]), spec, (), None, None, 1.0)
     >>> stored[0].tolist(), each[0].tolist()
     ([[1.0, 2.0]], [[1.0], [1.0], [2.0]])
     """
@@ -52,24 +53,41 @@ def fixed_grid(
     x = blocked(blank, to_storage(blank, w))
     inner = tuple(range(1, x.ndim, 2))
     if steps is None:
-        grid = grid_over(x, inner, spec)
+        scale, zero = grid_over(x, inner, spec)
     else:
         of = 1.0 if weights is None else blocked(blank, to_storage(blank, weights))
 
         def cost(d: Array) -> Array:
             return jnp.sum(of * d * d, axis=inner, keepdims=True)
 
-        grid, _ = searched(x, inner, spec, cost, steps, least)
-    return _both(grid, lambda a: a.reshape(blank.groups)), _both(grid, lambda a: _each(blank, x, a))
+        (scale, zero), _ = searched(x, inner, spec, cost, steps, least)
+    read, again = scale, None
+    if spec.double:
+        empty = jnp.max(jnp.abs(x), axis=inner, keepdims=True) == 0  # as encode_given has it
+        read = unnested(*nest(jnp.where(empty, 0.0, scale)))
+        read = jnp.where(read > 0, read, scale)
+        again = _each(blank, x, scale / read)
+    stored = scale.reshape(blank.groups), None if zero is None else zero.reshape(blank.groups)
+    each = _each(blank, x, read), None if zero is None else _each(blank, x, zero)
+    return stored, each, again
+
+
+def stored_scales(each: Array, spec: QSpec, minor: tuple[int, ...]) -> Array:
+    """`[*groups]` as stored, of what is the same for all values of a group, `[*core]`.
+
+    >>> from jaxquant.spec import PerGroup
+    >>> spec = QSpec("int4", PerGroup(2, axis=0))
+    >>> stored_scales(jnp.array([[1.0], [1.0], [2.0]]), spec, ()).tolist()
+    [[1.0, 2.0]]
+    """
+    blank = storage_layout(each.shape, spec, minor, "float32")
+    x = blocked(blank, to_storage(blank, each))
+    first = tuple(slice(None) if a % 2 == 0 else 0 for a in range(x.ndim))
+    return x[first]
 
 
 def _each(blank: QTensor, x: Array, a: Array) -> Array:
     return from_storage(blank, unblocked(blank, jnp.broadcast_to(a, x.shape)))
-
-
-def _both(grid: Grid, fn: Callable[[Array], Array]) -> Grid:
-    scale, zero = grid
-    return fn(scale), None if zero is None else fn(zero)
 
 
 def scales_of_groups(

@@ -19,9 +19,10 @@ from jaxquant.encoders.columns import Grid, round_columns
 from jaxquant.encoders.damping import factor
 from jaxquant.encoders.fixed import fixed_grid, scales_of_groups
 from jaxquant.encoders.grids import grid_over, searched, total_scale
+from jaxquant.encoders.layers import mapped
 from jaxquant.encoders.layout import Layout, Order, layout, ordered
 from jaxquant.encoders.matrix import from_matrix, to_matrix
-from jaxquant.encoders.moments import Moments, aligned, check_moments, grouped_axes
+from jaxquant.encoders.moments import Moments, aligned, check_moments, energy, grouped_axes
 from jaxquant.observers import Inputs, InputStats
 from jaxquant.qtensor import QTensor, encode_given
 from jaxquant.spec import PerGroup, QSpec
@@ -171,14 +172,6 @@ def _encode(
     return q, measure(w, q)._replace(details=details)
 
 
-def mapped(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """`fn` for each index of a leading axis, one after another: a layer at a time in memory."""
-    if jax.tree.leaves(args)[0].shape[0] == 1:
-        out = fn(*jax.tree.map(lambda a: a[0], args))
-        return jax.tree.map(lambda a: a[None], out)
-    return jax.lax.map(lambda each: fn(*each), args)
-
-
 def _core(
     w: Array,
     hessian: Array,
@@ -211,16 +204,17 @@ def _core(
     order: Order = "static" if encoder.act_order is True else encoder.act_order or None
     if dynamic is None and order is not None:
         order = "static"
-    chosen_on_the_way = dynamic is not None and order != "static"
+    # scales that are quantized themselves are known once all of them are
+    chosen_on_the_way = dynamic is not None and order != "static" and not spec.double
     lay = layout(k, dynamic if chosen_on_the_way else None, encoder.block)
     given: Grid | None = None
-    scale = zero = None
+    scale = zero = again = None
     if not chosen_on_the_way:
         weights = None
         if encoder.grid == "hessian":
             weights = core(jnp.broadcast_to(diagonal[..., None], m.shape))
         steps = None if encoder.grid == "range" else _STEPS
-        (scale, zero), each = fixed_grid(core(m), local, minor, weights, steps, _LEAST)
+        (scale, zero), each, again = fixed_grid(core(m), local, minor, weights, steps, _LEAST)
         given = jax.tree.map(lambda a: to_matrix(a, axes, batched).reshape(m.shape), each)
 
     solve = functools.partial(_matrix, encoder=encoder, spec=local, lay=lay, order=order)
@@ -232,7 +226,9 @@ def _core(
         )
     assert scale is not None
     scale = scale.astype(spec.scale_dtype)
-    rounded = core(m - d) if total is None else core(m - d) * total
+    rounded = core(m - d)
+    for factor in (again, total):
+        rounded = rounded if factor is None else rounded * factor
     q = encode_given(rounded, scale, zero, total, spec, minor=minor)
     q = dataclasses.replace(q, dtype=w.dtype.name)
     details = {**details, "dead": dead.sum(axis=1, dtype=jnp.float32)}
@@ -286,14 +282,11 @@ def _matrix(
         grid = laid(given[0], 1.0), None if given[1] is None else laid(given[1])
     d, grids, loss = round_columns(rows, m, spec.format, lay.plan, grid, choose)
 
-    def energy(a: Array) -> Array:
-        return jnp.sum(a * jnp.matmul(moved, a, precision=jax.lax.Precision.HIGHEST))
-
-    signal = energy(rows)
+    signal = energy(moved, rows)
     details = {
         "damping": used,
         "loss": loss,
-        "output_error": energy(d) / jnp.where(signal > 0, signal, 1.0),
+        "output_error": energy(moved, d) / jnp.where(signal > 0, signal, 1.0),
     }
     back = jnp.zeros((k,), jnp.int32).at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
     found = None

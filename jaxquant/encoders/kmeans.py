@@ -41,6 +41,10 @@ class KMeans:
         """What it has to know of the inputs: second moments, if it is weighted."""
         return inputs() if self.weighted else None
 
+    def takes(self, spec: QSpec) -> bool:
+        """Whether the format is a codebook; a rule's `lookup` may be another."""
+        return spec.format.is_codebook
+
     def __call__(
         self,
         w: Array,

@@ -7,7 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxquant.observers import InputStats
 from jaxquant.spec import PerGroup, QSpec
@@ -55,6 +55,15 @@ def aligned(
     rows, columns = ([lead + start + i for i in order] for start in (0, count))
     split = hessian.reshape(*hessian.shape[:lead], *sizes, *sizes)
     return grouped, jnp.transpose(split, [*range(lead), *rows, *columns]).reshape(hessian.shape)
+
+
+def energy(hessian: Array, d: Array) -> Array:
+    """`tr(D^T H D)`, of several matrices the sum: what an error costs at the output.
+
+    >>> energy(jnp.diag(jnp.array([1.0, 4.0])), jnp.ones((2, 3))).tolist()
+    15.0
+    """
+    return jnp.sum(d * jnp.matmul(hessian, d, precision=lax.Precision.HIGHEST))
 
 
 def check_moments(

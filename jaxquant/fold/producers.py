@@ -12,23 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxquant.fold.absorb import Absorbed, Absorber
-from jaxquant.fold.commuting import (
-    LAYOUT,
-    RULES,
-    UNASKED,
-    Demand,
-    Option,
-    Refused,
-    Ties,
-    cut,
-    is_zero,
-    lean,
-    options,
-    part,
-)
+from jaxquant.fold.commuting import RULES, options
+from jaxquant.fold.demand import UNASKED, Demand, Option, Refused, Ties, is_zero, lean
 from jaxquant.fold.graph import Graph, Node
+from jaxquant.fold.moving import LAYOUT, cut, part
 
 _COMPARISONS = ("ge", "gt", "le", "lt", "eq", "ne")
+Asked = list[tuple[Node, Demand]]
 _MOST_TRIALS = 500  # of ways to choose a factor of each product
 
 
@@ -66,7 +56,7 @@ def absorbers(graph: Graph, paths: Sequence[str]) -> Absorbed | str:
     try:
         targets = [use for path in dict.fromkeys(paths) for use in _uses(graph, path)]
         channels = _sizes(*targets[0])
-        asked: list[tuple[Node, Demand]] = []
+        asked: Asked = []
         for node, side in targets:
             if _sizes(node, side) != channels:
                 raise Refused(f"{' and '.join(paths)} are not contracted over the same channels")
@@ -149,7 +139,7 @@ class _Walk:
         return _Walk(demands, ways, self.ties, self.targets, self.trials)
 
 
-def _search(walk: _Walk, asked: list[tuple[Node, Demand]]) -> _Walk:
+def _search(walk: _Walk, asked: Asked) -> _Walk:
     """Asks until leaves are reached; products are tried factor by factor."""
     while asked:
         node, new = asked.pop()
@@ -166,14 +156,14 @@ def _search(walk: _Walk, asked: list[tuple[Node, Demand]]) -> _Walk:
             ways = [way for way in ways if tuple(way[0]) == walk.ways[node]]
         elif len(ways) > 1:
             return _tried(walk, node, ways, asked)
-        [(way, walk.ties)] = ways
-        walk.ways[node] = tuple(way)
+        [(way, ties)] = ways
+        walk.ways[node], walk.ties = tuple(way), ties
         asked += [(node.parents[at], d) for at, d in way.items()]
     _require_closed(walk)
     return walk
 
 
-def _tried(walk: _Walk, node: Node, ways: list[Option], asked: list[tuple[Node, Demand]]) -> _Walk:
+def _tried(walk: _Walk, node: Node, ways: list[tuple[Option, Ties]], asked: Asked) -> _Walk:
     reasons = []
     for way, ties in ways:
         trial = walk.copy()

@@ -132,7 +132,7 @@ def apply_recipe(
             if how not in done:
                 if given is None:
                     _require_no_inputs(plan)
-                    q, info = encode_leaf(leaf, plan, rule.encoder or rtn(), key)
+                    q, info = encode_leaf(leaf, plan, _encoder(plan), key)
                 else:
                     q, info = given.q, given.info
                 if use:
@@ -152,6 +152,19 @@ def apply_recipe(
         notes=tuple(notes),
     )
     return jax.tree.unflatten(tree, out), report
+
+
+def _encoder(plan: Plan) -> Encoder:
+    """The rule's, or round to nearest for a table in a format of its own that it does not take."""
+    rule = plan.rule
+    given = None if rule is None else rule.encoder
+    if rule is None or given is None:
+        return rtn()
+    own = rule.lookup is not None and plan.spec is not None
+    if own and plan.spec.format == rule.lookup.format and rule.lookup != rule.weights:
+        takes = getattr(given, "takes", None)
+        return given if takes is None or takes(plan.spec) else rtn()
+    return given
 
 
 def _require_no_inputs(plan: Plan) -> None:

@@ -342,7 +342,7 @@ def test_nearest_by_brute_force(f):
 @each([*PLAIN, WIDE_CODEBOOK])
 def test_every_code_survives_decode_and_encode(f):
     if f.is_codebook:
-        codes = np.arange(len(f.codebook), dtype=np.uint8)
+        codes = np.unique(f.codebook, return_index=True)[1].astype(np.uint8)  # fp4 has two zeros
     elif f.is_integer:
         codes = np.arange(f.qmin, f.qmax + 1, dtype=f.storage)
     elif f.bits <= 16:

@@ -117,7 +117,9 @@ def test_dequantize_gives_the_weight_back(name: str, served: Any) -> None:
     # half a step of what is stored is half a step over the divisor of what it stands for
     size = w.shape[q.calibration.axis[0]]
     divisor = np.asarray(q.calibration.divisor)
-    divisor = divisor.reshape([size if (a,) == q.calibration.axis else 1 for a in range(-w.ndim, 0)])
+    divisor = divisor.reshape(
+        [size if (a,) == q.calibration.axis else 1 for a in range(-w.ndim, 0)]
+    )
     back = np.asarray(jax.jit(jq.dequantize)(q))
     step = float(jnp.max(q.scale))
     assert (np.abs(back - w) <= 0.5001 * step / divisor).all()

@@ -1,0 +1,158 @@
+"""Demands through operations that move values: layout, parts, padding, reductions, loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.fold.demand import UNASKED, Demand, Option, Refused, Rule, Ties, is_zero
+from jaxquant.fold.graph import Node
+from jaxquant.interpret.runs import factors
+
+
+def _transpose(node: Node, d: Demand, ties: Ties) -> list[Option]:
+    return [{0: d.moved(d.index.transpose(np.argsort(node.params["permutation"])))}]
+
+
+def _broadcast(node: Node, d: Demand, ties: Ties) -> list[Option]:
+    shape, to = node.parents[0].shape, node.params["broadcast_dimensions"]
+    carried = {a for a, n in zip(to, shape, strict=True) if n == node.shape[a]}
+    for axis in set(range(len(node.shape))) - carried:
+        d = d.moved(ties.across(d, axis))
+    return [{0: d.moved(d.index.reshape([d.index.shape[a] for a in to]))}]
+
+
+def _reshape(node: Node, d: Demand, ties: Ties) -> list[Option]:
+    old, new = node.parents[0].shape, node.shape
+    if (node.op == "reshape" and node.params.get("dimensions") is not None) or 0 in old:
+        raise Refused("it comes from a reshape that moves its values")
+    full, split = [1] * len(new), [1] * len(old)
+    for olds, news in factors(old, new):
+        if any(d.index.shape[a] > 1 for a in news):
+            for a in news:
+                full[a] = new[a]
+            for a in olds:
+                split[a] = old[a]
+    return [{0: d.moved(np.broadcast_to(d.index, full).reshape(split))}]
+
+
+def _rev(node: Node, d: Demand, ties: Ties) -> list[Option]:
+    return [{0: d.moved(np.flip(d.index, node.params["dimensions"]))}]
+
+
+def _same(node: Node, d: Demand, ties: Ties) -> list[Option]:
+    if not jnp.issubdtype(node.parents[0].dtype, jnp.floating):
+        raise Refused(f"it comes from `{node.op}` of integers")
+    return [{0: d}]
+
+
+def _step(node: Node, d: Demand, ties: Ties) -> list[Option]:
+    """A step of a loop: factors of its own for each of them."""
+    length = node.parents[0].shape[0]
+    size = len(ties.classes) * math.prod(n for _, n in d.loops)
+    first = np.arange(length).reshape(-1, *(1,) * d.index.ndim) * size
+    index = np.where(d.index[None] < 0, UNASKED, d.index[None] + first)
+    moved = dataclasses.replace(d, loops=((node.detail, length), *d.loops))
+    return [{0: moved.moved(index)}]
+
+
+def cut(node: Node) -> list[tuple[int, int, int]] | None:
+    """Start, end and stride along each axis, of a node that is a part of its operand."""
+    shape = node.parents[0].shape if node.parents else ()
+    if node.op == "slice":
+        p = node.params
+        strides = p["strides"] or (1,) * len(shape)
+        return list(zip(p["start_indices"], p["limit_indices"], strides, strict=True))
+    if node.op == "split":
+        axis, sizes = node.params["axis"], node.params["sizes"]
+        start = sum(sizes[: node.detail])
+        whole = [(0, n, 1) for n in shape]
+        whole[axis] = (start, start + sizes[node.detail], 1)
+        return whole
+    return None
+
+
+def part(index: np.ndarray, bounds: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """What of an operand's index a part of it has."""
+    at = (slice(*b) if n > 1 else slice(None) for b, n in zip(bounds, index.shape, strict=True))
+    return index[tuple(at)]
+
+
+def _cut(node: Node, d: Demand, ties: Ties) -> list[Option]:
+    bounds, shape = cut(node), node.parents[0].shape
+    assert bounds is not None
+    sizes = [n if m > 1 else 1 for n, m in zip(shape, d.index.shape, strict=True)]
+    index = np.full(sizes, UNASKED)
+    at = (slice(*b) if n > 1 else slice(None) for b, n in zip(bounds, d.index.shape, strict=True))
+    index[tuple(at)] = d.index
+    return [{0: d.moved(index)}]
+
+
+def _dynamic_slice(node: Node, d: Demand, ties: Ties) -> list[Option]:
+    old = node.parents[0].shape
+    if any(m > 1 and n != o for o, n, m in zip(old, node.shape, d.index.shape, strict=True)):
+        raise Refused("it is a part of its channels, chosen at run time")
+    return [{0: d}]
+
+
+def _concatenate(node: Node, d: Demand, ties: Ties) -> list[Option]:
+    axis, found, start = node.params["dimension"], {}, 0
+    for n, parent in enumerate(node.parents):
+        whole = d.index.shape[axis] == 1
+        at = slice(None) if whole else slice(start, start + parent.shape[axis])
+        found[n] = d.moved(d.index[(slice(None),) * axis + (at,)])
+        start += parent.shape[axis]
+    return [{n: x for n, x in found.items() if not is_zero(node.parents[n])}]
+
+
+def _pad(node: Node, d: Demand, ties: Ties) -> list[Option]:
+    padded = [config != (0, 0, 0) for config in node.params["padding_config"]]
+    if not is_zero(node.parents[1]):
+        raise Refused("it is padded with a constant")
+    if any(p and n > 1 for p, n in zip(padded, d.index.shape, strict=True)):
+        raise Refused("its channels are padded")
+    return [{0: d}]
+
+
+def _reduce(node: Node, d: Demand, ties: Ties) -> list[Option]:
+    return [{0: d.moved(np.expand_dims(d.index, tuple(node.params["axes"])))}]
+
+
+def _window(node: Node, d: Demand, ties: Ties) -> list[Option]:
+    p = node.params
+    settings = [p["window_dimensions"], p["window_strides"]]
+    settings += [p[k] for k in ("base_dilation", "window_dilation") if p.get(k) is not None]
+    for axis in range(d.index.ndim):
+        if any(s[axis] != 1 for s in settings) or tuple(p["padding"][axis]) != (0, 0):
+            d = d.moved(ties.across(d, axis))
+    return [{0: d}]
+
+
+MOVES = {"transpose", "broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "step"}
+
+LAYOUT: dict[str, Rule] = {
+    "transpose": _transpose,
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    "squeeze": _reshape,
+    "rev": _rev,
+    "step": _step,
+    "slice": _cut,
+    "split": _cut,
+    "dynamic_slice": _dynamic_slice,
+    **dict.fromkeys(("convert_element_type", "reduce_precision", "copy", "copy_p"), _same),
+    **dict.fromkeys(("stop_gradient", "name", "sharding_constraint"), _same),
+    **dict.fromkeys(("reshard", "mesh_cast", "pvary", "pcast"), _same),
+}
+
+MOVING: dict[str, Rule] = {
+    **LAYOUT,
+    "concatenate": _concatenate,
+    "pad": _pad,
+    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min"), _reduce),
+    **dict.fromkeys(("reduce_window_sum", "reduce_window_max", "reduce_window_min"), _window),
+}
