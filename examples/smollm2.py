@@ -2,7 +2,7 @@
 
     pip install -e ".[examples]"
     python examples/smollm2.py                          # all methods, 64 windows of each text
-    python examples/smollm2.py --quick                  # two methods, 2 windows
+    python examples/smollm2.py --quick                  # two methods, 4 windows, layers scanned
     python examples/smollm2.py --methods 'rtn-w4*,nf4*' --windows 16 --scan
     python examples/smollm2.py --generate "Why is the sky blue?" --methods rtn-w4-g64
 
@@ -19,11 +19,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
+import functools
 import json
 import pathlib
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import _data
 import smollm2_generate
@@ -31,36 +33,73 @@ import smollm2_text
 import smollm2_weights
 from minilm_measure import terminal, versions
 from rich.console import Console
+from rich.markup import escape
 from smollm2_measure import Method, Row, measure, quantize, table
 
 import jaxquant as jq
 
 QUICK = ("float32", "rtn-w8a8", "rtn-w4-g64")
-CALIBRATION = 128  # windows
+CALIBRATION = 32  # windows
 
 
 def methods() -> dict[str, Method]:
     """All methods by name, in the table's order."""
 
-    def weights(spec: jq.QSpec) -> jq.Recipe:
+    def weights(spec: jq.QSpec, activations: jq.QSpec | None = None) -> jq.Recipe:
+        """The layers so; the embedding, which is also the head, int8 beside float activations."""
         tied = jq.Rule("**/embed/**", weights=jq.int8(), lookup=jq.int8())
-        return jq.Recipe([tied, jq.Rule("**", weights=spec)])
+        return jq.Recipe([tied, jq.Rule("**", weights=spec, activations=activations)])
 
-    int2, int3, int4 = jq.int2, jq.int3, jq.int4
+    def calibrated(
+        spec: jq.QSpec,
+        encoder: Any = None,
+        rewrite: Any = None,
+        activations: jq.QSpec | None = None,
+    ) -> jq.Recipe:
+        return weights(spec, activations).using(encoder, rewrite)
+
+    int2, int3, int4, int8 = jq.int2, jq.int3, jq.int4, jq.int8
+    nf4 = functools.partial(jq.QSpec, "nf4", jq.PerGroup(64))
+    asym4, asym3, asym2 = (
+        spec(group=group, symmetric=False) for spec, group in ((int4, 64), (int3, 128), (int2, 64))
+    )
     found = [
         Method("float32", "float", None),
-        Method("rtn-w8", "W8", jq.w8a16()),
-        Method("rtn-w8a8", "W8A8", jq.w8a8(attention=False)),
-        Method("rtn-w8a8-attention", "W8A8", jq.w8a8()),
-        Method("rtn-w4", "W4 per channel", weights(int4())),
+        Method("rtn-w8", "W8", weights(int8())),
+        Method("rtn-w8a8", "W8A8", weights(int8(), int8())),
+        Method("rtn-w8a8-all", "W8A8", jq.w8a8()),  # the head and attention, too
+        Method("llm-int8", "W8A8", jq.llm_int8()),
+        Method(
+            "smooth-w8a8-folded",
+            "W8A8",
+            calibrated(int8(), None, jq.smoothquant(online=False), int8()),
+        ),
+        Method("smooth-w8a8", "W8A8", calibrated(int8(), None, jq.smoothquant(), int8())),
+        Method("rtn-w4", "W4 channel", weights(int4())),
+        Method("gptq-w4", "W4 channel", calibrated(int4(), jq.gptq())),
+        Method("awq-w4", "W4 channel", calibrated(int4(), jq.clip(), jq.awq())),
         Method("rtn-w4-g128", "W4 g128", weights(int4(group=128))),
+        Method("gptq-w4-g128", "W4 g128", calibrated(int4(group=128), jq.gptq())),
+        Method("awq-w4-g128", "W4 g128", calibrated(int4(group=128), jq.clip(), jq.awq())),
         Method("rtn-w4-g64", "W4 g64", weights(int4(group=64))),
-        Method("rtn-w4-g64-asym", "W4 g64", weights(int4(group=64, symmetric=False))),
-        Method("nf4-g64", "W4 g64", weights(jq.QSpec("nf4", jq.PerGroup(64)))),
+        Method("clip-w4-g64", "W4 g64", calibrated(int4(group=64), jq.clip())),
+        Method("awq-w4-g64", "W4 g64", calibrated(int4(group=64), jq.clip(), jq.awq())),
+        Method("gptq-w4-g64", "W4 g64", calibrated(int4(group=64), jq.gptq())),
+        Method("awq-gptq-w4-g64", "W4 g64", calibrated(int4(group=64), jq.gptq(), jq.awq())),
+        Method("rtn-w4-g64-asym", "W4 g64", weights(asym4)),
+        Method("hqq-w4-g64-asym", "W4 g64", calibrated(asym4, jq.hqq())),
+        Method("nf4-g64", "W4 g64", weights(nf4())),
+        Method("nf4-g64-double", "W4 g64", weights(nf4(double=True))),
+        Method("gptq-nf4-g64", "W4 g64", calibrated(nf4(), jq.gptq())),
+        Method("kmeans-w4", "W4 tensor", calibrated(jq.palette(4), jq.kmeans())),
         Method("rtn-w3-g128", "W3 g128", weights(int3(group=128))),
-        Method("rtn-w3-g128-asym", "W3 g128", weights(int3(group=128, symmetric=False))),
-        Method("rtn-w2-g64", "W2 g64", weights(int2(group=64))),
-        Method("rtn-w2-g64-asym", "W2 g64", weights(int2(group=64, symmetric=False))),
+        Method("gptq-w3-g128", "W3 g128", calibrated(int3(group=128), jq.gptq())),
+        Method("awq-gptq-w3-g128", "W3 g128", calibrated(int3(group=128), jq.gptq(), jq.awq())),
+        Method("rtn-w3-g128-asym", "W3 g128", weights(asym3)),
+        Method("hqq-w3-g128-asym", "W3 g128", calibrated(asym3, jq.hqq())),
+        Method("rtn-w2-g64-asym", "W2 g64", weights(asym2)),
+        Method("hqq-w2-g64-asym", "W2 g64", calibrated(asym2, jq.hqq())),
+        Method("gptq-w2-g64-asym", "W2 g64", calibrated(asym2, jq.gptq())),
     ]
     return {method.name: method for method in found}
 
@@ -133,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure the methods and print the table, or generate text."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", default="*", metavar="GLOBS", help=", ".join(methods()))
-    parser.add_argument("--quick", action="store_true", help="2 windows, two methods")
+    parser.add_argument("--quick", action="store_true", help="4 windows, two methods, --scan")
     parser.add_argument("--windows", type=int, help="of each text (default 64)")
     parser.add_argument(
         "--calibration", type=int, default=CALIBRATION, help="windows to calibrate on"
@@ -147,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the figures here")
     parser.add_argument("--row", choices=methods(), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    options.windows = options.windows or (2 if options.quick else 64)
+    options.windows = options.windows or (4 if options.quick else 64)
+    options.scan |= options.quick
     if options.row:
         found = row(
             options.row, options.windows, options.calibration, options.scan, options.integer
@@ -171,16 +211,19 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[Row] = []
     for i, name in enumerate(names):
         with console.status(f"{name} ({i + 1} of {len(names)})"):
-            rows.append(row_in_a_process(name, options))
+            try:
+                rows.append(row_in_a_process(name, options))
+            except RuntimeError as error:
+                console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
+                return 1
         said = ", ".join(f"{text} {p:.3f}" for text, p in rows[-1].perplexity.items())
         console.print(f"{name}: {said} ({rows[-1].evaluation:.0f} s)", style="dim", highlight=False)
     length = smollm2_text.LENGTH
     title = f"SmolLM2-135M-Instruct, {options.windows} windows of {length} tokens of each text"
     layers = "scanned" if options.scan else "in a loop"
     caption = (
-        f"Perplexity; layers {layers}. Bits per weight are of the layers, MB of everything, the "
-        "embedding at int8,\nwhich is also the output head. Seconds are with compilation, GB the "
-        "peak while quantizing."
+        f"Perplexity; layers {layers}. Bits a weight are of the layers, MB of everything, the tied "
+        "embedding and head at int8. Time to quantize is with compilation, GB the peak meanwhile."
     )
     console.print(table(rows, title, caption))
     used = versions("jaxquant", "jax", "jaxlib", "flax")

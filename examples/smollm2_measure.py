@@ -34,15 +34,19 @@ class Method:
       name: what it is called in the table and by `--methods`.
       scheme: how weights and activations are stored, as the table groups them.
       recipe: what `ptq` is given; `None` is float.
-      calibrates: whether it looks at calibration text, which `ptq` is then given as batches.
       options: further keywords of `ptq`.
     """
 
     name: str
     scheme: str
     recipe: jq.Recipe | None
-    calibrates: bool = False
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it looks at calibration text, which `ptq` is then given as batches."""
+        rules = self.recipe or ()
+        return any(rule.gathers or rule.observer for rule in rules)
 
     @property
     def weight_only(self) -> bool:
@@ -127,7 +131,7 @@ def measure(
     peak = peak_megabytes()
     bits, megabytes = stored(qvariables)
     start = time.perf_counter()
-    as_float = method.weight_only and not integer
+    as_float = method.recipe is None or (method.weight_only and not integer)
     if as_float:
         qvariables = jq.dequantize_params(qvariables)
     loss = losses(fn if as_float else jq.quantized(fn))

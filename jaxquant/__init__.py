@@ -6,7 +6,7 @@ from float ones by a recipe. See the README for five-line examples.
 
 from jaxquant import linen, nnx, observers, optim, ste
 from jaxquant.capture import Statistics, activation_report, capture
-from jaxquant.encoders import clip, gptq, huffman_bits, kmeans, rtn
+from jaxquant.encoders import clip, gptq, hqq, huffman_bits, kmeans, rtn, vectorwise
 from jaxquant.fold import fold_batchnorm
 from jaxquant.interpret import Site, Sites, quantized, trace
 from jaxquant.numerics import BlockFormat, Format, codebook_format
@@ -21,10 +21,11 @@ from jaxquant.qat import (
     fake_quantized,
     init_quant_state,
 )
-from jaxquant.qtensor import QTensor, dequantize, quantize
+from jaxquant.qtensor import Outliers, QTensor, dequantize, quantize
 from jaxquant.recipe import (
     Recipe,
     Rule,
+    fp4,
     fp8,
     int2,
     int3,
@@ -34,6 +35,7 @@ from jaxquant.recipe import (
     int7,
     int8,
     int8_training,
+    llm_int8,
     mxfp4,
     nf4,
     palette,
@@ -59,6 +61,7 @@ __all__ = [
     "Format",
     "Gradients",
     "LeafReport",
+    "Outliers",
     "PerBlock",
     "PerChannel",
     "PerGroup",
@@ -87,8 +90,10 @@ __all__ = [
     "fake_quantized",
     "fold_batchnorm",
     "formats",
+    "fp4",
     "fp8",
     "gptq",
+    "hqq",
     "huffman_bits",
     "init_quant_state",
     "int2",
@@ -101,6 +106,7 @@ __all__ = [
     "int8_training",
     "kmeans",
     "linen",
+    "llm_int8",
     "mxfp4",
     "nf4",
     "nnx",
@@ -117,6 +123,7 @@ __all__ = [
     "ste",
     "trace",
     "uint8",
+    "vectorwise",
     "w4a8",
     "w4a16",
     "w8a8",

@@ -285,7 +285,7 @@ class QSpec:
             blocks = [size[a] for a in order]
         elif isinstance(gran, PerChannel):
             channels = self._check(gran.axes, ndim)
-            run = {a: 1 for a in channels}
+            run = dict.fromkeys(channels, 1)
             run |= {a: min(gran.size, max(size[a], 1)) for a in channels[-1:]}
             blocks = [run.get(a, size[a]) for a in order]
         elif isinstance(gran, PerGroup):

@@ -6,8 +6,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -227,8 +226,8 @@ def _core(
     assert scale is not None
     scale = scale.astype(spec.scale_dtype)
     rounded = core(m - d)
-    for factor in (again, total):
-        rounded = rounded if factor is None else rounded * factor
+    for unit in (again, total):
+        rounded = rounded if unit is None else rounded * unit
     q = encode_given(rounded, scale, zero, total, spec, minor=minor)
     q = dataclasses.replace(q, dtype=w.dtype.name)
     details = {**details, "dead": dead.sum(axis=1, dtype=jnp.float32)}

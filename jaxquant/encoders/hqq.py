@@ -13,10 +13,16 @@ from jax import Array, lax
 
 from jaxquant.encoders.base import Info, measure
 from jaxquant.numerics import pack
-from jaxquant.qtensor import QTensor, blocked, storage_layout, to_storage
+from jaxquant.qtensor import (
+    QTensor,
+    blocked,
+    nest,
+    storage_layout,
+    store_scale,
+    to_storage,
+    unblocked,
+)
 from jaxquant.spec import QSpec
-
-_STEEPEST = 2e4  # of inverse scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +65,7 @@ class HQQ:
         """Encodes `w`; see `Encoder`. Neither `key` nor `stats` is looked at.
 
         `Info.details` has, for each of the leading batch axes, `iterations`, and `before` and
-        `after`, the mean magnitude of the error by the first grid and by the one found.
+        `after`, the mean of `|w - w'|^p` by the first grid and by the one that is stored.
 
         Raises:
           ValueError: the spec is symmetric or of another format than integers.
@@ -77,9 +83,7 @@ class HQQ:
         return _encode(jnp.asarray(w), self, spec, minor, batch_axes)
 
 
-def hqq(
-    iterations: int = 20, p: float = 0.7, beta: float = 10.0, growth: float = 1.01
-) -> HQQ:
+def hqq(iterations: int = 20, p: float = 0.7, beta: float = 10.0, growth: float = 1.01) -> HQQ:
     """Half-quadratic quantization: looks at no data, and takes no longer than a few roundings.
 
     With the inverse scale `s = (2^b - 1) / (max - min)` fixed, the zero point `z` is found that
@@ -89,8 +93,11 @@ def hqq(
         `E = shrink(W - W')`, `shrink(d) = sign(d) max(|d| - |d|^(p - 1) / beta, 0)`,
         `z = mean(Q - (W - E) s)` over each group,
 
-    until the mean error no longer falls. Zero points are floats where the spec says so
-    (`zero_dtype`); otherwise the one found is rounded, and codes are rounded anew.
+    until the mean error no longer falls; each group keeps the best zero point it had. Zero points
+    are floats where the spec says so (`zero_dtype`), and only then differ much from those of the
+    range: otherwise the range includes 0, the best of the zero point found, rounded down or up, and
+    that of the range is taken, and codes are rounded anew. Unlike in the original, `s` has no upper
+    limit (2e4 there), so that small weights are quantized as large ones are.
 
     Args:
       iterations: steps at most.
@@ -133,12 +140,12 @@ def _encode(
 
 class _Step(NamedTuple):
     zero: Array  # to be tried next
-    best: Array  # of the least error so far
+    best: Array  # that gave each group the least so far
     error: Array  # of the last step
-    least: Array
+    least: Array  # of each group
     first: Array
     beta: Array
-    count: Array
+    taken: Array
     going: Array
 
 
@@ -155,15 +162,20 @@ def _encode_core(
     high = jnp.max(jnp.where(real > 0, x, -jnp.inf), axis=inner, keepdims=True, initial=-jnp.inf)
     some = jnp.isfinite(low) & jnp.isfinite(high)  # groups of an empty array have neither
     low, high = jnp.where(some, low, 0.0), jnp.where(some, high, 0.0)
+    if spec.zero_dtype is None:
+        low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     steps = float(fmt.qmax - fmt.qmin)
-    span = high - low
-    # all alike: one step away from 0, which is exact
-    alone = jnp.where(high == 0, 1.0, jnp.abs(high))
-    scale = jnp.where(span > 0, jnp.maximum(span / steps, 1.0 / _STEEPEST), alone)
-    scale = scale.astype(spec.scale_dtype).astype(jnp.float32)
+    # halves first, where the span would overflow; all alike: one step away from 0, which is exact
+    span = high / steps - low / steps
+    stored = store_scale(jnp.where(high > low, span, jnp.abs(high)), spec)
+    scale = stored.astype(jnp.float32)
     inverse = 1.0 / scale
-    zero = fmt.qmin - low * inverse
+    zero = jnp.where(high > low, fmt.qmin - low * inverse, jnp.where(high < 0, fmt.qmax, fmt.qmin))
     size = jnp.maximum(jnp.sum(count), 1.0)
+
+    def powered(off: Array) -> Array:
+        # 0 ** p has no derivative, and 0 ** (p - 1) no value
+        return jnp.where(off == 0, 0.0, jnp.where(off == 0, 1.0, jnp.abs(off)) ** how.p) * real
 
     def codes(z: Array) -> Array:
         return jnp.clip(jnp.round(x * inverse + z), fmt.qmin, fmt.qmax)
@@ -172,37 +184,65 @@ def _encode_core(
         q = codes(at.zero)
         off = x - (q - at.zero) * scale
         error = jnp.sum(jnp.abs(off) * real) / size
+        norm = jnp.sum(powered(off), axis=inner, keepdims=True)
         magnitude = jnp.where(off == 0, 1.0, jnp.abs(off))
         kept = jnp.abs(off) - jnp.where(off == 0, 0.0, magnitude ** (how.p - 1.0) / at.beta)
         shrunk = jnp.sign(off) * jnp.maximum(kept, 0.0)
         found = jnp.sum((q - (x - shrunk) * inverse) * real, axis=inner, keepdims=True)
-        better = error < at.least
+        better = norm < at.least
         return _Step(
             found / jnp.maximum(count, 1.0),
             jnp.where(better, at.zero, at.best),
             error,
-            jnp.minimum(error, at.least),
-            jnp.where(at.count == 0, error, at.first),
+            jnp.minimum(norm, at.least),
+            jnp.where(at.taken == 0, jnp.sum(norm) / size, at.first),
             at.beta * how.growth,
-            at.count + 1,
+            at.taken + 1,
             error < at.error,
         )
 
     def going(at: _Step) -> Array:
-        return at.going & (at.count <= how.iterations)
+        return at.going & (at.taken <= how.iterations)
 
     far = jnp.float32(jnp.inf)
-    start = _Step(
-        zero, zero, far, far, far, jnp.float32(how.beta), jnp.int32(0), jnp.asarray(True)
-    )
+    least = jnp.full(zero.shape, jnp.inf, jnp.float32)
+    beta, yes = jnp.float32(how.beta), jnp.asarray(True)
+    start = _Step(zero, zero, far, least, far, beta, jnp.int32(0), yes)
     end = lax.while_loop(going, step, start)
     zero = end.best
     if spec.zero_dtype is None:
-        zero = jnp.clip(jnp.round(zero), fmt.qmin, fmt.qmax)
+        each = [start.zero, jnp.floor(zero), jnp.ceil(zero)]
+        whole = jnp.stack([jnp.clip(jnp.round(z), fmt.qmin, fmt.qmax) for z in each])
+
+        def cost(z: Array) -> Array:
+            return jnp.sum(powered(x - (codes(z) - z) * scale), axis=inner, keepdims=True)
+
+        least = jnp.argmin(lax.map(cost, whole), axis=0)
+        zero = jnp.take_along_axis(whole, least[None], axis=0)[0]
     else:
         zero = zero.astype(spec.zero_dtype).astype(jnp.float32)
-    return _stored(blank, codes(zero), scale, zero), {
-        "iterations": jnp.maximum(end.count - 1, 0),
+    q = codes(zero)
+    details = {
+        "iterations": jnp.maximum(end.taken - 1, 0),
         "before": end.first,
-        "after": jnp.sum(jnp.abs(x - (codes(zero) - zero) * scale) * real) / size,
+        "after": jnp.sum(powered(x - (q - zero) * scale)) / size,
     }
+    return _filled(blank, q, stored, zero), details
+
+
+def _filled(blank: QTensor, codes: Array, scale: Array, zero: Array) -> QTensor:
+    """The tensor of codes, scales and zero points that are laid out in blocks."""
+    spec = blank.spec
+    packed = unblocked(blank, codes).astype(spec.format.storage)
+    if spec.format.packed:
+        packed = pack(packed, spec.format.bits)
+    scale, nested = scale.reshape(blank.groups), None
+    if spec.double:
+        scale, nested = nest(scale)
+    return dataclasses.replace(
+        blank,
+        codes=packed,
+        scale=scale,
+        zero_point=zero.reshape(blank.groups).astype(spec.zero_dtype or spec.format.storage),
+        nested=nested,
+    )

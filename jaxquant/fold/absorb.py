@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxquant.observers.inputs import InputStats
 from jaxquant.qtensor import QTensor, is_qtensor
 
 
@@ -76,6 +77,21 @@ class Absorbed:
         means = logs / count.astype(np.float32).reshape((1,) * (c.ndim - 1) + (-1,))
         return jnp.exp(means)[..., self.tied]
 
+    def tie_stats(self, stats: InputStats) -> InputStats:
+        """Statistics with the mean or largest magnitude of the channels that are tied.
+
+        With them `awq` measures what tied factors do; `tie` its factors as well.
+        """
+        if self.tied is None:
+            return stats
+        count = np.maximum(np.bincount(self.tied, minlength=self.channels), 1)
+        sums = jnp.zeros_like(stats.absmean).at[..., self.tied].add(stats.absmean)
+        count = count.astype(np.float32).reshape((1,) * (sums.ndim - 1) + (-1,))
+        most = jnp.zeros_like(stats.absmax).at[..., self.tied].max(stats.absmax)
+        return dataclasses.replace(
+            stats, absmean=(sums / count)[..., self.tied], absmax=most[..., self.tied]
+        )
+
 
 def scaled_leaf(leaf: Any, absorber: Absorber, c: Array) -> Any:
     """`leaf * c ** power` at the places that the absorber names.
@@ -122,8 +138,8 @@ def _scaled_codes(q: QTensor, by: Array, absorber: Absorber) -> QTensor:
     for merged, block in zip(q.axes, q.blocks, strict=True):
         if block > 1 and any(by.shape[lead + rank + a] > 1 for a in merged):
             reason = "several of its channels share a scale"
-    if q.spec.scale_dtype == "float8_e8m0fnu":
-        reason = "its scales are powers of two"
+    if jnp.finfo(q.spec.scale_dtype).bits < 16:
+        reason = "its scales are too coarse"
     if reason:
         raise ValueError(f"{absorber.path} is quantized and cannot absorb factors: {reason}")
     # laid out as the scales: storage axes in order, of size 1 where they share a scale

@@ -207,8 +207,12 @@ def transpose(q: QTensor, perm: Sequence[int]) -> QTensor | None:
     rank = len(q.core)
     core = [p - nb - rank for p in perm[nb:]]  # new axis i was old axis core[i], negative
     new = {old: i - rank for i, old in enumerate(core)}
+    held = q.calibration
+    if held is not None and held.outliers is not None:
+        held = dataclasses.replace(held, over=tuple(new[a] for a in held.over))
     return dataclasses.replace(
         q,
+        calibration=held,
         core=tuple(q.core[a] for a in core),
         axes=tuple(tuple(new[a] for a in merged) for merged in q.axes),
     )

@@ -162,6 +162,7 @@ class Serve(Policy):
                 return _compat.bind(eqn, [left, right, *(v.data for v in site.rest)])[0]
         operands = (left, right, *(v.data for v in site.rest))
         if self.audit:
+            _without_outliers(ip, site, operands)
             _audit(ip, site, op, operands)
         return op(*operands)
 
@@ -268,6 +269,14 @@ def _undivided(data: Any) -> Any:
     """A parameter with a divisor as floats."""
     held = data.calibration if is_qtensor(data) else None
     return data if held is None or held.divisor is None else dequantize(data)
+
+
+def _without_outliers(ip: Interpreter, site: Contraction, operands: Any) -> None:
+    """Reports a contraction whose outlier columns are quantized with the rest."""
+    name = site.eqn.primitive.name
+    asked = any(is_qtensor(d) and d.use.outliers is not None for d in operands)
+    if asked and name != "dot_general":
+        ip.report("without outliers", site.keys[0], name, "outlier columns are quantized too")
 
 
 def _audit(ip: Interpreter, site: Contraction, op: Callable[..., Any], operands: Any) -> None:

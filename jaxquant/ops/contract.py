@@ -58,8 +58,9 @@ def contract(
 
     With int8 values each group's sum is an int32, exact, zero points included:
     `sum q_x q_w - z_w sum q_x - z_x sum q_w + n z_x z_w`. What a float `z_w` has beyond an integer
-    is taken off in float32. Then come the scales, and the sum over groups. Float values are summed in float32. `on_cpu` says that the
-    platform is a CPU already, `narrow` that `w` is stored in less than a byte.
+    is taken off in float32. Then come the scales, and the sum over groups. Float values are summed
+    in float32. `on_cpu` says that the platform is a CPU already, `narrow` that `w` is stored in
+    less than a byte.
     """
     rows = lowering.static_size(x.values.shape, x.free)
     if not is_integer(x):
@@ -220,12 +221,13 @@ def _batched(x: Operand, w: Operand, precision: Any, sharding: Sharding | None) 
         return jnp.sum(op.values, axis=op.inner, keepdims=True, dtype=kind)
 
     zero, rest = _split_zero(w) if kind == jnp.int32 else (w.zero, None)
-    sums = None if zero is None else of_x(summed(x))
+    sums: Array | None = None
     if zero is not None:
+        sums = of_x(summed(x))
         total = total - of_w(zero) * sums
     if x.zero is not None:
         total = total - of_x(x.zero) * of_w(summed(w))
-        if zero is not None:
+        if zero is not None and sums is not None:
             count = jnp.sum(jnp.ones([x.values.shape[a] for a in x.inner], kind))
             sums = sums - count * of_x(x.zero)
             total = total + count * of_x(x.zero) * of_w(zero)

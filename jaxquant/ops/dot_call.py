@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jaxquant.ops.contract import Sharding
 from jaxquant.ops.operands import Operand, Placement, result_dtype
-from jaxquant.qtensor import QTensor
+from jaxquant.qtensor import Outliers, QTensor
 from jaxquant.spec import QSpec
 
 Axes = tuple[int, ...]
@@ -31,6 +31,7 @@ class Call:
     out_sharding: Any
     activations: QSpec | None
     calibrated: bool = True  # whether the spec goes with the grid that the QTensor carries
+    outliers: Outliers | None = None  # which columns of `x` stay in float
 
     def reference(self, x: Array, w: Array) -> Array:
         """The contraction in float."""

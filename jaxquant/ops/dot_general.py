@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxquant.ops import lowering, nibbles
+from jaxquant.ops import lowering, nibbles, tiles
 from jaxquant.ops.activations import (
     fake,
     fake_on_grid,
@@ -35,6 +35,7 @@ from jaxquant.ops.operands import (
     result_dtype,
     weight,
 )
+from jaxquant.ops.outliers import fake_with_outliers, in_storage, product, split
 from jaxquant.ops.static import dot_static
 from jaxquant.qtensor import (
     Calibration,
@@ -68,6 +69,9 @@ def dot_general(
     for each group. Values of 4- and 6-bit floats are integers times a power of two, and go the
     same way. Two float8 operands of one format are summed in float32.
 
+    Where the QTensor's use names `Outliers`, columns of `x` that hold some are contracted in float
+    with the rows of the weight that they meet, dequantized.
+
     Where the QTensor carries a calibrated grid, activations are quantized by that instead of by a
     scale of their own.
 
@@ -76,8 +80,8 @@ def dot_general(
     `2^-15 max_k |x_k| sum_k |w_k|`.
 
     The QTensor is dequantized first if the contraction takes a part of axes that are stored as
-    one, if scales vary along a contracted axis and a kept one as well, for codebooks (decoded, the
-    scale still goes last), and where an operand is empty. Activations are rounded to `activations`
+    one, if scales vary along a contracted axis and a kept one as well, for codebooks (decoded,
+    on a CPU a tile at a time; the scale still goes last), and where an operand is empty. Activations are rounded to `activations`
     all the same.
 
     Args:
@@ -121,7 +125,10 @@ def dot_general(
     else:
         return lax.dot_general(lhs, rhs, dimension_numbers, *rest[:2], out_sharding=out_sharding)
     spec = q.use.activations if activations is FROM_USE else activations
-    call = dataclasses.replace(call, activations=spec, calibrated=activations is FROM_USE)
+    found = q.use.outliers if activations is FROM_USE and spec is not None else None
+    call = dataclasses.replace(
+        call, activations=spec, outliers=found, calibrated=activations is FROM_USE
+    )
     if q.calibration is not None and q.calibration.divisor is not None:
         call, x, q = _divided(call, jnp.asarray(x), q, q.calibration)
     return straight_through(functools.partial(evaluated, call), call.reference)(jnp.asarray(x), q)
@@ -134,10 +141,15 @@ def evaluated(call: Call, x: Array, q: QTensor, key: Array | None = None) -> Arr
     together = at is not None and spec is not None and _same_kind(q, spec, at, call, x.ndim)
     # a scale that moves to the other operand would take it off its grid
     together = together and not (grid is not None and at is not None and at.varies)
+    if call.outliers is not None and grid is None and at is not None:
+        # rows of the weight are dequantized where they lie
+        together = together and not at.varies and call.out_sharding is None
 
     def rounded(x: Array) -> Array:
         if spec is None or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
+        if call.outliers is not None and grid is None:
+            return fake_with_outliers(x, spec, call.x_contract, call.x_batch, call.outliers)
         return fake(x, spec, call.x_contract, key) if grid is None else fake_on_grid(x, grid, spec)
 
     if not together:
@@ -250,6 +262,11 @@ def _quantized(
     """Codes of both operands multiplied."""
     everything = isinstance(spec.granularity, PerTensor)
     shared = tuple(range(x.values.ndim)) if everything else (*x.groups, *x.inner)
+    if grid is None and call.outliers is not None:
+        left, floats, found = split(x, spec, call.outliers, _fixed(call, q, at))
+        right = _int8(q, at)
+        whole = contract(left, right, call.precision, None, narrow=q.spec.format.packed)
+        return whole + product(floats, q, at, found)
     if grid is None:
         codes, scale, zero = quantize_activation(x.values, spec, shared, key)
     else:
@@ -263,11 +280,21 @@ def _quantized(
     return contract(left, right, call.precision, sharding, narrow=narrow)
 
 
+def _fixed(call: Call, q: QTensor, at: Placement) -> Array | None:
+    """The outlier columns that calibration fixed, if it did so for this contraction."""
+    held = q.calibration
+    if held is None or held.outliers is None or held.outliers.ndim != 1:
+        return None
+    if {a + q.ndim for a in held.over} != set(call.w_contract):
+        return None
+    return in_storage(held.outliers, held.over, q, at)
+
+
 def _weight_only(call: Call, x: Operand, q: QTensor, at: Placement) -> Array:
     """Float activations, unscaled codes; the dequantized matrix is never made."""
     sharding = sharding_of(call, x, at)
 
-    def computed(dtype: Any) -> Array:
+    def computed(dtype: Any, q: QTensor = q, at: Placement = at) -> Array:
         # codes less zero points are exact in any float dtype
         right = dataclasses.replace(weight(q, at, storage_values(q).astype(dtype)), zero=None)
         left = dataclasses.replace(x, values=x.values.astype(dtype))
@@ -277,6 +304,20 @@ def _weight_only(call: Call, x: Operand, q: QTensor, at: Placement) -> Array:
         return lowering.by_compute_dtype(x.values.dtype, computed)
 
     rows = lowering.static_size(x.values.shape, (*x.batch, *x.free))
+    cut = None if sharding is not None or x.groups else tiles.tiling(q, at, rows)
+    if cut is not None:
+
+        def part(dtype: Any) -> Array:
+            def contracted(q: QTensor) -> Array:
+                at = place(q, call.w_contract, call.w_batch)
+                assert at is not None
+                return computed(dtype, q, at)
+
+            return tiles.by_tiles(q, *cut, len(x.batch) + len(x.free), contracted)
+
+        return lowering.by_platform(
+            cpu=lambda: lowering.by_compute_dtype(x.values.dtype, part), default=converted
+        )
     group = lowering.static_size(x.values.shape, x.inner) if x.groups else None
     packed, narrow = nibbles.fits(q, at), q.spec.format.packed
     terms = math.prod(at.padded[s] for s in at.contract)

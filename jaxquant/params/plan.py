@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.encoders import Encoder
 from jaxquant.interpret.sites import Site, Sites
 from jaxquant.numerics import FORMATS, BlockFormat
+from jaxquant.observers import Inputs
 from jaxquant.params.axes import localize
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe, Rule
 from jaxquant.report import shown
+from jaxquant.rewrites.scaling import Rewrite
 from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
 
@@ -34,6 +37,8 @@ class Plan:
       batch_axes: how many leading axes are encoded one by one.
       sites: the sites that use the leaf.
       notes: remarks for the report.
+      table: whether `spec` is the rule's `lookup`, for tables in a format of their own: its encoder
+        and its rewrite are for `weights`, and do not apply.
     """
 
     path: str
@@ -44,6 +49,22 @@ class Plan:
     batch_axes: int = 0
     sites: tuple[Site, ...] = ()
     notes: tuple[str, ...] = ()
+    table: bool = False
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """What chooses the codes; `None` rounds to nearest."""
+        return None if self.rule is None or self.table else self.rule.encoder
+
+    @property
+    def rewrite(self) -> Rewrite | None:
+        """What moves scale before."""
+        return None if self.rule is None or self.table else self.rule.rewrite
+
+    @property
+    def gathers(self) -> Inputs | None:
+        """The observer of what has to be known of inputs, if anything."""
+        return None if self.rule is None or self.table else self.rule.gathers
 
 
 def make_plans(
@@ -171,7 +192,8 @@ def _plan(
     if sites is not None and not uses:
         met = sites.met.get(path)
         return kept("no contraction" + (f" (met {met})" if met else ""))
-    spec = rule.lookup if lookups and rule.lookup is not None else rule.weights
+    table = bool(lookups) and rule.lookup is not None
+    spec = rule.lookup if table else rule.weights
     if spec is None:
         return kept("the rule sets no weights")
 
@@ -200,7 +222,7 @@ def _plan(
         else ""
     )
     words += " (looked up)" if lookups and not contractions else ""
-    return Plan(path, rule, words, local, minor, batch, uses, notes)
+    return Plan(path, rule, words, local, minor, batch, uses, notes, table)
 
 
 def _is_open(spec: QSpec) -> bool:

@@ -132,11 +132,12 @@ def apply_recipe(
             if how not in done:
                 if given is None:
                     _require_no_inputs(plan)
-                    q, info = encode_leaf(leaf, plan, _encoder(plan), key)
+                    q, info = encode_leaf(leaf, plan, plan.encoder or rtn(), key)
                 else:
                     q, info = given.q, given.info
                 if use:
-                    q = with_use(q, Use(rule.activations, recipe.attention))
+                    how_used = Use(rule.activations, recipe.attention, outliers=rule.outliers)
+                    q = with_use(q, how_used)
                 done[how] = (path, q, info)
             else:
                 shared = done[how][0]
@@ -154,22 +155,9 @@ def apply_recipe(
     return jax.tree.unflatten(tree, out), report
 
 
-def _encoder(plan: Plan) -> Encoder:
-    """The rule's, or round to nearest for a table in a format of its own that it does not take."""
-    rule = plan.rule
-    given = None if rule is None else rule.encoder
-    if rule is None or given is None:
-        return rtn()
-    own = rule.lookup is not None and plan.spec is not None
-    if own and plan.spec.format == rule.lookup.format and rule.lookup != rule.weights:
-        takes = getattr(given, "takes", None)
-        return given if takes is None or takes(plan.spec) else rtn()
-    return given
-
-
 def _require_no_inputs(plan: Plan) -> None:
-    if plan.rule is not None and plan.rule.gathers is not None:
-        what = plan.rule.encoder if plan.rule.rewrite is None else plan.rule.rewrite
+    if plan.gathers is not None:
+        what = plan.encoder if plan.rewrite is None else plan.rewrite
         raise ValueError(
             f"{shown(plan.path)}: {what!r} needs statistics of what the parameter is contracted "
             "with, and there are none; use jaxquant.ptq(fn, params, recipe, batches=...)"

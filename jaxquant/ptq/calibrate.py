@@ -131,7 +131,7 @@ def _moves(
     stats: Statistics | None,
 ) -> dict[str, Move]:
     """Where factors of rewrites can go, for all parameters that have one."""
-    wanted = {p for p in plans if getattr(plans[p].rule, "rewrite", None) is not None}
+    wanted = {p for p in plans if plans[p].rewrite is not None}
     if not wanted:
         return {}
     groups = [] if walk is None else fed_alike(walk)
@@ -163,7 +163,7 @@ def _needs(plans: Mapping[str, Plan]) -> dict[str, Inputs]:
     """The leaves that statistics are needed of."""
     needs = {}
     for path, plan in plans.items():
-        observer = None if plan.spec is None or plan.rule is None else plan.rule.gathers
+        observer = None if plan.spec is None else plan.gathers
         if observer is not None and any(site.primitive != "gather" for site in plan.sites):
             needs[path] = observer
     return needs
@@ -171,8 +171,7 @@ def _needs(plans: Mapping[str, Plan]) -> dict[str, Inputs]:
 
 def _by_itself(path: str, leaf: Any, plan: Plan, key: Array | None) -> Encoded:
     """A leaf whose encoder looks at nothing else; a table that is only looked up, too."""
-    assert plan.rule is not None
-    encoder = plan.rule.encoder
+    encoder = plan.encoder
     if encoder is None or getattr(encoder, "observer", None) is not None:
         encoder = rtn()
     return Encoded(*encode_leaf(leaf, plan, encoder, key))

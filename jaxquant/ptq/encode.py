@@ -16,7 +16,6 @@ from jaxquant.observers import InputStats, input_stats
 from jaxquant.params import Encoded, Found, Plan, encode_leaf
 from jaxquant.ptq.moves import Move
 from jaxquant.qtensor import Calibration, QTensor, along
-from jaxquant.recipe import Rule
 from jaxquant.report import shown
 
 _SHOWN = ("ratio", "alpha")  # of a rewrite's details
@@ -42,12 +41,6 @@ class Member:
     immovable: str = ""
     move: Move | None = None
 
-    @property
-    def rule(self) -> Rule:
-        """The rule that decided."""
-        assert self.plan.rule is not None
-        return self.plan.rule
-
 
 def encode_members(members: Sequence[Member], state: Any, key: Array | None) -> list[Encoded]:
     """Encodes what one activation feeds.
@@ -70,22 +63,23 @@ def encode_members(members: Sequence[Member], state: Any, key: Array | None) -> 
         raise ValueError(f"{shown(members[0].plan.path)}: {error}") from None
     factors: dict[int, Array] = {}
     notes: dict[int, tuple[str | Found, ...]] = {}
-    for rewrite in dict.fromkeys(m.rule.rewrite for m in members if m.rule.rewrite is not None):
-        own = [n for n, m in enumerate(members) if m.rule.rewrite == rewrite]
+    for rewrite in dict.fromkeys(m.plan.rewrite for m in members if m.plan.rewrite is not None):
+        own = [n for n, m in enumerate(members) if m.plan.rewrite == rewrite]
         able = [n for n in own if not _refused(members[n])]
         for n in set(own) - set(able):
             notes[n] = (f"not rewritten: {_refused(members[n])}",)
         if not able:
             continue
         weights, specs = zip(*(_viewed(members[n]) for n in able), strict=True)
+        move, seen = members[able[0]].move, stats[able[0]]
+        absorbed = move.absorbed if move is not None and move.folds else None
+        seen = seen if absorbed is None else absorbed.tie_stats(seen)
         try:
-            c, details = rewrite(weights, specs, stats[able[0]])
+            c, details = rewrite(weights, specs, seen)
         except ValueError as error:
             paths = ", ".join(shown(members[n].plan.path) for n in able)
             raise ValueError(f"{paths}: {error}") from error
-        move = members[able[0]].move
-        if move is not None and move.folds and move.absorbed is not None:
-            c = move.absorbed.tie(c)
+        c = c if absorbed is None else absorbed.tie(c)
         for n in able:
             factors[n], notes[n] = c, _told(rewrite, details)
     return [
@@ -123,7 +117,7 @@ def _encoded(
     key: Array | None,
 ) -> Encoded:
     w, divisor = member.w, None
-    encoder = member.rule.encoder or rtn()
+    encoder = member.plan.encoder or rtn()
     if c is not None:
         lead = member.plan.batch_axes
         divisor = c.reshape(*c.shape[:lead], *(w.shape[a] for a in member.axes))

@@ -6,9 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxquant.fold.absorb import Absorbed, scaled_leaf
-from jaxquant.fold.graph import graph_of
-from jaxquant.fold.producers import absorbers
+from jaxquant.fold import Absorbed, absorbers, graph_of, scaled_leaf
 from jaxquant.interpret.calls import Call
 from jaxquant.params import Encoded, Plan
 from jaxquant.qtensor import Calibration, QTensor
@@ -55,11 +53,11 @@ def moves_of(
     graph = None
     found: dict[str, Move] = {}
     for group in groups:
-        rewrites = dict.fromkeys(getattr(plans[path].rule, "rewrite", None) for path in group)
+        rewrites = dict.fromkeys(plans[path].rewrite for path in group)
         for rewrite in rewrites:
             paths = tuple(
                 dict.fromkeys(
-                    p for p in group if getattr(plans[p].rule, "rewrite", None) == rewrite
+                    p for p in group if plans[p].rewrite == rewrite
                 )
             )
             if rewrite is None or paths[0] in found:

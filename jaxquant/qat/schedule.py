@@ -7,7 +7,7 @@ import itertools
 import operator
 from collections.abc import Mapping
 
-from jaxquant.numerics import get
+from jaxquant.numerics import FORMATS, Format
 from jaxquant.recipe import Recipe, Rule
 from jaxquant.spec import QSpec
 
@@ -179,5 +179,6 @@ def wide(spec: QSpec | None, bits: int) -> QSpec | None:
     """A spec whose integer format has at least so many bits."""
     if spec is None or not spec.format.is_integer or spec.format.bits >= bits:
         return spec
-    name = f"{'' if spec.format.signed else 'u'}int{bits}"
-    return dataclasses.replace(spec, format=get(name))
+    fmt = FORMATS[f"{'' if spec.format.signed else 'u'}int{bits}"]
+    assert isinstance(fmt, Format)
+    return dataclasses.replace(spec, format=fmt)

@@ -3,6 +3,7 @@
 from jaxquant.qtensor import export as _export  # noqa: F401 - registers QTensor with jax.export
 from jaxquant.qtensor.calibration import Calibration, Folded, Grid
 from jaxquant.qtensor.nested import Nested, nest, with_plain_scales
+from jaxquant.qtensor.outliers import Outliers
 from jaxquant.qtensor.quantize import (
     along,
     dequantize,
@@ -39,6 +40,7 @@ __all__ = [
     "Folded",
     "Grid",
     "Nested",
+    "Outliers",
     "QTensor",
     "Trained",
     "Use",

@@ -60,8 +60,8 @@ class Folded:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("input", "output", "offset", "folded", "attention", "divisor"),
-    meta_fields=("axis",),
+    data_fields=("input", "output", "offset", "folded", "attention", "divisor", "outliers"),
+    meta_fields=("axis", "over"),
 )
 @dataclasses.dataclass(frozen=True)
 class Calibration:
@@ -78,6 +78,9 @@ class Calibration:
       divisor: float32 `[*batch, *channels]`, what the other operand is divided by, channel by
         channel, before it meets the codes: these stand for the weight times it. `None` is 1.
       axis: the core axes (negative) that `divisor` runs along, in its own order.
+      outliers: int32 `[*batch, capacity]`, columns of the other operand that stay in float, counted
+        along the core axes `over` as one; -1 for none. `None` looks for them.
+      over: the core axes (negative) that `outliers` count along, in order.
     """
 
     input: Grid | None = None
@@ -87,6 +90,8 @@ class Calibration:
     attention: dict[str, tuple[Grid, Grid]] | None = None
     divisor: Array | None = None
     axis: tuple[int, ...] = ()
+    outliers: Array | None = None
+    over: tuple[int, ...] = ()
 
     def moved(self, batch: Callable[[Array], Array] = lambda a: a) -> Calibration:
         """What is left when the values have moved to other places; `batch` acts on batch axes."""

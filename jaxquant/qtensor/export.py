@@ -12,12 +12,15 @@ import jax.export
 from jaxquant.numerics import Format
 from jaxquant.qtensor.calibration import Calibration, Folded, Grid
 from jaxquant.qtensor.nested import Nested
+from jaxquant.qtensor.outliers import Outliers
 from jaxquant.qtensor.tensor import QTensor, Use
 from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
 # `jax.export` keeps the structure of arguments in the artifact. Static data are written as JSON:
 # reading an artifact must run no code, as unpickling would.
-_STATIC = {c.__name__: c for c in (Format, PerTensor, PerChannel, PerGroup, PerBlock, QSpec, Use)}
+_STATIC = {
+    c.__name__: c for c in (Format, PerTensor, PerChannel, PerGroup, PerBlock, QSpec, Use, Outliers)
+}
 
 
 def static_to_json(x: Any) -> Any:

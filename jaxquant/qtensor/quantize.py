@@ -147,6 +147,24 @@ def encode_given(
     return _filled(blank, x, _meeting(blank, scale), zero, global_scale, None)
 
 
+def encode_products(w: Array, spec: QSpec, *, minor: tuple[int, ...] = ()) -> QTensor:
+    """Codes by products, `q = round(w (qmax / max |w|))`: symmetric integers, `range="qmax"`.
+
+    >>> q = encode_products(jnp.array([-1.0, 127.0]), QSpec("int8", PerChannel(()), range="qmax"))
+    >>> q.codes.tolist(), q.scale.tolist()
+    ([-1, 127], [1.0])
+    """
+    blank = storage_layout(w.shape, spec, minor, w.dtype.name)
+    x, inner = _shared(blank, w)
+    scale, _, _ = scales_over(x, inner, spec)
+    amax = jnp.max(jnp.abs(x), axis=inner, keepdims=True, initial=0.0)
+    x = x * (spec.format.qmax / jnp.where(amax == 0, 1.0, amax))
+    q = _filled(blank, x, jnp.ones_like(scale), None, None, None)
+    order = _own_order(blank)
+    scale = scale if order is None else jnp.transpose(scale, order)
+    return dataclasses.replace(q, scale=scale.reshape(blank.groups))
+
+
 def storage_layout(
     shape: tuple[int, ...], spec: QSpec, minor: tuple[int, ...], dtype: str
 ) -> QTensor:

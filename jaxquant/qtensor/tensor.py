@@ -16,6 +16,7 @@ from jax import Array
 from jaxquant.numerics import packed_bytes
 from jaxquant.qtensor.calibration import Calibration
 from jaxquant.qtensor.nested import BLOCK, Nested
+from jaxquant.qtensor.outliers import Outliers
 from jaxquant.spec import QSpec
 
 
@@ -33,6 +34,7 @@ class Use:
         same grid have the same name.
       output: name of the grid that integer results are requantized to; empty where they are not.
       results: spec of that grid's codes.
+      outliers: which columns of the other operand stay in float; `None` quantizes all.
     """
 
     activations: QSpec | None = None
@@ -41,6 +43,7 @@ class Use:
     grid: str = ""
     output: str = ""
     results: QSpec | None = None
+    outliers: Outliers | None = None
 
 
 DATA = ("codes", "scale", "zero_point", "codebook", "global_scale", "calibration", "nested")

@@ -2,8 +2,10 @@
 
 from jaxquant.recipe.patterns import pattern_matches
 from jaxquant.recipe.presets import (
+    fp4,
     fp8,
     int8_training,
+    llm_int8,
     mxfp4,
     nf4,
     w4a8,
@@ -22,6 +24,7 @@ __all__ = [
     "Rule",
     "as_recipe",
     "attention_spec",
+    "fp4",
     "fp8",
     "int2",
     "int3",
@@ -31,6 +34,7 @@ __all__ = [
     "int7",
     "int8",
     "int8_training",
+    "llm_int8",
     "mxfp4",
     "nf4",
     "palette",

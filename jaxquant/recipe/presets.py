@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxquant.encoders import vectorwise
 from jaxquant.observers import Observer, absmax, mse
+from jaxquant.qtensor import Outliers
 from jaxquant.recipe.recipe import Recipe
 from jaxquant.recipe.rules import Requantize, Rule
 from jaxquant.recipe.specs import int4, int8
@@ -130,8 +132,12 @@ def w4a8(group: int = 128, *, attention: bool = False) -> Recipe:
     return Recipe([rule], "w4a8")
 
 
-def nf4(group: int = 64) -> Recipe:
+def nf4(group: int = 64, *, double: bool = False) -> Recipe:
     """Weights in the 4-bit normal-float codebook of QLoRA, in groups; tables int8.
+
+    Args:
+      group: how many values along the contracted axes share a scale.
+      double: quantize scales themselves, 4.127 bits a weight at groups of 64.
 
     Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), section 3.
 
@@ -139,7 +145,41 @@ def nf4(group: int = 64) -> Recipe:
     >>> jq.nf4().rules[0].weights.format.name
     'nf4'
     """
-    return Recipe([Rule("**", weights=QSpec("nf4", PerGroup(group)), lookup=int8())], "nf4")
+    spec = QSpec("nf4", PerGroup(group), double=double)
+    return Recipe([Rule("**", weights=spec, lookup=int8())], "nf4")
+
+
+def fp4(group: int = 64, *, double: bool = False) -> Recipe:
+    """Weights in bitsandbytes' 4-bit floats, in groups; tables int8. Arguments as for `nf4`.
+
+    >>> import jaxquant as jq
+    >>> jq.fp4(double=True).rules[0].weights
+    QSpec(fp4, PerGroup(size=64, axis=None), double=True)
+    """
+    spec = QSpec("fp4", PerGroup(group), double=double)
+    return Recipe([Rule("**", weights=spec, lookup=int8())], "fp4")
+
+
+def llm_int8(
+    threshold: float = 6.0, capacity: int | float = 64, *, calibrated: bool = False
+) -> Recipe:
+    """Weights int8 per channel, activations int8 per row but for outlier columns, kept in float.
+
+    Args:
+      threshold: the magnitude from which a value is an outlier.
+      capacity: how many columns at most, see `Outliers`.
+      calibrated: fix the columns beforehand, from calibration samples.
+
+    Source: Dettmers et al., "LLM.int8()" (2022).
+
+    >>> import jaxquant as jq
+    >>> jq.llm_int8(capacity=32).rules[0].outliers
+    Outliers(threshold=6.0, capacity=32, calibrated=False)
+    """
+    found, spec = Outliers(threshold, capacity, calibrated), int8(range="qmax")
+    encoder = vectorwise(found)
+    rule = Rule("**", weights=spec, activations=spec, encoder=encoder, outliers=found)
+    return Recipe([rule], "llm_int8")
 
 
 def fp8() -> Recipe:

@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from jaxquant.encoders import Encoder
 from jaxquant.recipe.patterns import pattern_matches
 from jaxquant.recipe.rules import Pattern, Rule
+from jaxquant.rewrites.scaling import Rewrite
 from jaxquant.spec import QSpec
 
 _ADDED = re.compile(r"\d+ rules?")  # how the name of a recipe ends that rules were prepended to
@@ -57,6 +59,24 @@ class Recipe:
         if count and not _ADDED.fullmatch(count):  # a name of the user's own
             name = self.name
         return Recipe(rules + self.rules, f"{name} + {_plural(added)}" if name and added else name)
+
+    def using(self, encoder: Encoder | None = None, rewrite: Rewrite | None = None) -> Recipe:
+        """This recipe with an encoder, or a rewrite, in all rules that quantize weights.
+
+        Those that have one of their own are changed, too; `None` changes nothing.
+
+        >>> import jaxquant as jq
+        >>> recipe = jq.w4a16(group=64).using(jq.gptq(), jq.awq())
+        >>> recipe.name, recipe.rules[0].encoder
+        ('w4a16, awq, gptq', gptq())
+        """
+        given = {"encoder": encoder, "rewrite": rewrite}
+        new: Any = {name: value for name, value in given.items() if value is not None}
+        rules = [
+            rule if rule.weights is None else dataclasses.replace(rule, **new) for rule in self
+        ]
+        words = [str(v).partition("(")[0] for v in (rewrite, encoder) if v is not None]
+        return Recipe(rules, ", ".join([self.name, *words]) if self.name else "")
 
     @property
     def attention(self) -> tuple[tuple[Pattern, QSpec | None], ...]:

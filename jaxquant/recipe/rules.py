@@ -8,6 +8,7 @@ from typing import Literal
 
 from jaxquant.encoders import Encoder
 from jaxquant.observers import Inputs, Observer, inputs
+from jaxquant.qtensor import Outliers
 from jaxquant.recipe.patterns import compile_glob, pattern_matches
 from jaxquant.rewrites.scaling import Rewrite
 from jaxquant.spec import Gradients, PerChannel, PerTensor, QSpec
@@ -50,6 +51,9 @@ class Rule:
       activation_estimator: the same for activations. One that learns a step makes them static.
       gradients: in training, how gradients are quantized so that the contractions of the backward
         pass run on integers, too; `None` leaves those in float.
+      outliers: which columns of activations stay in float where they are contracted with such a
+        parameter (LLM.int8()); needs symmetric integer activations with a scale for each row.
+        Convolutions and training are without.
 
     Raises:
       ValueError: nothing to do, or `skip` beside something to do; activations without weights;
@@ -78,6 +82,7 @@ class Rule:
     weight_estimator: Estimator | None = None
     activation_estimator: Estimator | None = None
     gradients: Gradients | None = None
+    outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
@@ -106,7 +111,7 @@ class Rule:
         if self.skip:
             given += [
                 n
-                for n in ("encoder", "rewrite", "observer", "requantize", *_TRAINING)
+                for n in ("encoder", "rewrite", "observer", "requantize", "outliers", *_TRAINING)
                 if getattr(self, n)
             ]
         if self.skip and given:
@@ -137,6 +142,7 @@ class Rule:
                 _check_dynamic(f"{self._name}: {name}", specs[name])
         self._check_static()
         self._check_training()
+        self._check_outliers()
 
     @property
     def gathers(self) -> Inputs | None:
@@ -144,6 +150,28 @@ class Rule:
         wanted = [getattr(value, "observer", None) for value in (self.encoder, self.rewrite)]
         found = [observer for observer in wanted if observer is not None]
         return inputs(any(observer.hessian for observer in found)) if found else None
+
+    def _check_outliers(self) -> None:
+        if self.outliers is None:
+            return
+        if not isinstance(self.outliers, Outliers):
+            raise ValueError(
+                f"{self._name}: outliers takes jq.Outliers(...), got {self.outliers!r}"
+            )
+        spec = self.activations
+        rows = spec is not None and spec.granularity == PerChannel() and spec.symmetric
+        if spec is None or not rows or not spec.format.is_integer or not spec.format.signed:
+            raise ValueError(
+                f"{self._name}: outliers need symmetric integer activations with a scale for each "
+                f"row, such as jq.int8(range='qmax'), got {spec!r}"
+            )
+        if self.observer is not None:
+            raise ValueError(f"{self._name}: outliers beside an observer; leave one of them out")
+        if self.outliers.calibrated and not getattr(self.encoder, "outliers", None):
+            raise ValueError(
+                f"{self._name}: calibrated outliers are fixed by the encoder; use "
+                "encoder=vectorwise(outliers)"
+            )
 
     def _check_static(self) -> None:
         given = [s for s in (self.activations, self.attention) if s is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 F32 = np.float32
@@ -59,7 +61,7 @@ def dynamic_map() -> np.ndarray:
             F32(np.float64(F32(0.1)) + step * k) if k < (n + 1) // 2 else F32(1.0 - step * (n - k))
             for k in range(n + 1)
         ]
-        for low, high in zip(ends[:-1], ends[1:], strict=True):
+        for low, high in itertools.pairwise(ends):
             value = F32(10.0 ** (i - 6)) * ((low + high) / F32(2))
             values += [float(value), -float(value)]
     return np.array(sorted(values), F32)

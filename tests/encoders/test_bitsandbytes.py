@@ -1,15 +1,12 @@
 """Codes and scales against bitsandbytes' own, and against a NumPy reference of its formulas."""
 
-import dataclasses
 import pathlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.numerics import unpack
 from jaxquant.numerics.nested_map import decode_nested, encode_nested, nested_map
 from jaxquant.qtensor import nest, storage_codes, storage_scale
 from tests.encoders import bnb_reference as ref

@@ -11,11 +11,12 @@ from flax import nnx
 from jax import lax
 
 import jaxquant as jq
-from jaxquant.fold.absorb import absorb, scaled_leaf
+from jaxquant.fold.absorb import Absorber, absorb, scaled_leaf
 from jaxquant.fold.graph import graph_of
 from jaxquant.fold.producers import absorbers
 from jaxquant.fold.rescale import rescale
 from jaxquant.interpret.calls import trace_call
+from jaxquant.observers.inputs import InputStats
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
 
@@ -378,6 +379,16 @@ def test_llama_with_grouped_heads():
 
         found = check(grouped, params, (IDS,), "layers/o", {"layers/v": "linear"})
         assert found.tied.tolist() == classes
+    # statistics that are tied give factors that are
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 50, 12)) * rng.uniform(0.1, 9, 12), jnp.float32)
+    moments = jnp.einsum("lnk,lnj->lkj", x, x) / 50
+    stats = InputStats(jnp.full(2, 50.0), abs(x).max(1), abs(x).mean(1), moments, (-2,))
+    c, details = jq.awq()(
+        [params["layers"]["o"]], [jq.QSpec("int3", jq.PerChannel(1))], found.tie_stats(stats)
+    )
+    np.testing.assert_allclose(found.tie(c), c, rtol=1e-6)
+    assert (details["error"] < details["rounded"]).all()
     # tied to the lookup, whose rows would change
     assert "embed is used by `gather`" in find(*args, "embed")
 
@@ -509,7 +520,7 @@ def test_stacked_quantized_producers(key):
     w = jax.random.normal(key, (3, 6, 2, 4))
     q = jq.quantize(w, jq.QSpec("int4", jq.PerGroup(4, axis=0)), minor=(0,), batch_axes=1)
     index = np.arange(24).reshape(3, 1, 2, 4)
-    absorber = jq.fold.absorb.Absorber("v", w.shape, index, -1, "linear")
+    absorber = Absorber("v", w.shape, index, -1, "linear")
     c = jnp.exp(jax.random.normal(key, (3, 8)))
     new = scaled_leaf(q, absorber, c).validate()
     want = np.asarray(jq.dequantize(q)) / np.asarray(c).reshape(3, 1, 2, 4)

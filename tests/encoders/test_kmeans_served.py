@@ -1,0 +1,144 @@
+"""Palettes through `ptq` and `quantized`: scans, lookups, and every way to move a codebook."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxquant as jq
+from jaxquant import PerBlock, PerChannel, QSpec, dequantize, kmeans, palette
+from jaxquant.encoders import huffman_bits
+from jaxquant.interpret import cuts, moves
+from tests.interpret.test_moves import MOVES, SHAPE
+
+FORMAT = palette(2).format
+SPECS = {
+    "one codebook": palette(2),
+    "per channel": QSpec(FORMAT, PerChannel(-1)),
+    "channels": QSpec(FORMAT, PerChannel(1, size=4)),
+    "uneven channels": QSpec(FORMAT, PerChannel(1, size=3)),
+    "blocks": QSpec(FORMAT, PerBlock(2, 4, axes=(0, 1))),
+    "256 levels": palette(6),
+}
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def encoded(spec, w=None, **how):
+    return kmeans("linear", iterations=3)(normal(0, *SHAPE) if w is None else w, spec, **how)[0]
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_moved_codebook_is_the_moved_array(spec, move):
+    q = encoded(SPECS[spec])
+    on_q, on_array = MOVES[move]
+    moved = on_q(q)
+    if moved is None:
+        return
+    moved.validate()
+    np.testing.assert_array_equal(dequantize(moved), on_array(dequantize(q)))
+
+
+def test_most_moves_stay_quantized():
+    kept = [
+        pair
+        for pair in itertools.product(SPECS, MOVES)
+        if MOVES[pair[1]][0](encoded(SPECS[pair[0]])) is not None
+    ]
+    assert len(kept) >= 0.7 * len(SPECS) * len(MOVES)
+
+
+@pytest.mark.parametrize("spec", ["one codebook", "channels", "blocks"])
+def test_batch_axes_move_too(spec):
+    w = normal(0, *SHAPE)
+    q = encoded(SPECS[spec], jnp.stack([w, 2 * w, -w]), batch_axes=1)
+    layer = jax.tree.map(lambda a: a[1], q)
+    np.testing.assert_array_equal(dequantize(layer), dequantize(q)[1])
+    for perm in ((0, 2, 1, 3), (1, 0, 2, 3), (3, 2, 1, 0)):
+        moved = moves.transpose(q, perm)
+        assert moved is not None
+        np.testing.assert_array_equal(dequantize(moved), dequantize(q).transpose(perm))
+    whole = moves.promote(q)
+    assert whole is not None
+    whole.validate()
+    back = moves.demote(whole)
+    assert back is not None
+    np.testing.assert_array_equal(dequantize(back), dequantize(q))
+    one = moves.demote(encoded(SPECS["one codebook"]))
+    np.testing.assert_array_equal(dequantize(one), dequantize(encoded(SPECS["one codebook"])))
+    joined = cuts.concatenate([q, q], 0)
+    assert joined is not None
+    np.testing.assert_array_equal(dequantize(joined), jnp.concatenate([dequantize(q)] * 2))
+
+
+@pytest.mark.parametrize("channels", [None, 4, 6])
+def test_the_forward_pass_is_that_of_the_values(channels):
+    params = {
+        "table": normal(1, 30, 16),
+        "layers": {"in": normal(2, 3, 16, 32) / 4, "out": normal(3, 3, 16, 16) / 4},
+        "heads": normal(4, 3, 16, 4) / 4,
+    }
+
+    def fn(p, x, ids):
+        x = x + jnp.take(p["table"], ids, axis=0)
+
+        def layer(x, w):
+            q, k = jnp.split(x @ w["in"], 2, axis=-1)
+            return x + jnp.tanh(q * k[:, ::-1]) @ w["out"][:, ::-1].T, None
+
+        x = lax.scan(layer, x, p["layers"])[0]
+        heads = jnp.einsum("nd,hdk->nhk", x, p["heads"])
+        return heads.reshape(x.shape[0], -1), x @ p["table"].T, x[:, :8] @ p["table"][:10, :8].T
+
+    x, ids = normal(5, 5, 16), jnp.array([0, 29, 7, 7, 3])
+    rule = jq.Rule("**", weights=palette(3, channels=channels), encoder=kmeans())
+    qparams, report = jq.ptq(fn, params, rule, x, ids)
+    assert all(leaf.quantized for leaf in report.leaves)
+    assert qparams["layers"]["in"].codebook.shape[0] == 3
+    want = fn(jq.dequantize_params(qparams), x, ids)
+    got = jax.jit(jq.quantized(fn))(qparams, x, ids)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+def test_tables_may_have_another_format():
+    def fn(p, ids):
+        return jnp.take(p["table"], ids, axis=0) @ p["w"]
+
+    params = {"table": normal(1, 30, 16), "w": normal(2, 16, 16)}
+    rule = jq.Rule("**", weights=palette(3), lookup=jq.int8(), encoder=kmeans())
+    qparams, _ = jq.ptq(fn, params, rule, jnp.arange(4))
+    assert qparams["table"].spec.format.name == "int8"
+    assert qparams["w"].codebook.shape == (8,)
+
+
+def test_lookups_in_a_palette_take_rows_alone():
+    def fn(p, ids):
+        return jnp.take(p, ids, axis=0)
+
+    table, _ = kmeans()(normal(1, 300, 16), palette(4))
+    ids = jnp.array([[1, 299], [300, 0]])  # one of them out of bounds
+    np.testing.assert_array_equal(jq.quantized(fn)(table, ids), fn(dequantize(table), ids))
+    text = jax.jit(jq.quantized(fn)).lower(table, ids).as_text()
+    assert "300x16xf32" not in text
+
+
+def test_huffman_bits_are_those_of_an_optimal_prefix_code():
+    counts = np.array([45, 13, 12, 16, 9, 5])  # lengths 1, 3, 3, 3, 4, 4
+    assert huffman_bits(counts) == pytest.approx(2.24)
+    assert huffman_bits([[1, 1], [2, 0]]) == pytest.approx(0.5)
+    random = np.random.default_rng(0).integers(0, 100, 16)
+    p = random / random.sum()
+    entropy = -(p[p > 0] * np.log2(p[p > 0])).sum()
+    assert entropy <= huffman_bits(random) < entropy + 1
+    _, info = kmeans()(normal(1, 64, 64), palette(4))
+    assert 3.0 < huffman_bits(info.details["counts"]) < 4.0
+    for bad in ([], [0, 0], [-1, 2], [np.inf, 1]):
+        with pytest.raises(ValueError, match="huffman_bits"):
+            huffman_bits(bad)

@@ -1,0 +1,52 @@
+"""Codebooks looked up in tiles: the same product, and never all values as floats."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxquant import dequantize, kmeans, palette
+from jaxquant.ops import dot_general, lowering
+from tests.ops.cases import normal
+
+OVER = (((1,), (0,)), ((), ()))
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Tiles are slices, which are taken where nothing can be sharded."""
+    monkeypatch.setattr(lowering, "one_device", lambda: True)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+@pytest.mark.parametrize("channels", [None, 256])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_tiles_equal_the_whole_and_hold_no_float_of_its_size(bits, channels, rows):
+    shape = (512, 1024)
+    spec = palette(bits, channels=channels).at((0,), 2)
+    q, _ = kmeans("linear", iterations=2)(normal(0, *shape), spec, minor=(0,))
+    x = normal(1, rows, 512)
+
+    def fn(x, q):
+        return dot_general(x, q, OVER)
+
+    compiled = jax.jit(fn).lower(x, q).compile()
+    found = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+    sizes = {int(np.prod([int(n) for n in shape.split(",")])) for shape in found}
+    assert max(sizes) <= shape[0] * shape[1] // 2
+    expected = lax.dot_general(x, dequantize(q), OVER, precision="highest")
+    np.testing.assert_allclose(compiled(x, q), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_bfloat16_and_a_codebook_on_the_left():
+    q, _ = kmeans("linear", iterations=2)(normal(0, 512, 1024), palette(4), minor=(0,))
+    x = normal(1, 3, 512)
+    flipped = (((0,), (1,)), ((), ()))
+    got = dot_general(q, x, flipped)
+    np.testing.assert_allclose(got, (x @ dequantize(q)).T, rtol=2e-4, atol=2e-4)
+    half = dot_general(x.astype(jnp.bfloat16), q, OVER, preferred_element_type=jnp.float32)
+    exact = x.astype(jnp.bfloat16).astype(jnp.float32) @ dequantize(q)
+    assert float(jnp.abs(half - exact).max()) < 0.01 * float(jnp.abs(exact).max())
