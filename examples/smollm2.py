@@ -63,6 +63,10 @@ def methods() -> dict[str, Method]:
     asym4, asym3, asym2 = (
         spec(group=group, symmetric=False) for spec, group in ((int4, 64), (int3, 128), (int2, 64))
     )
+
+    def float_zeros(spec: jq.QSpec) -> jq.QSpec:
+        return dataclasses.replace(spec, zero_dtype="float16")
+
     found = [
         Method("float32", "float", None),
         Method("rtn-w8", "W8", weights(int8())),
@@ -87,7 +91,7 @@ def methods() -> dict[str, Method]:
         Method("gptq-w4-g64", "W4 g64", calibrated(int4(group=64), jq.gptq())),
         Method("awq-gptq-w4-g64", "W4 g64", calibrated(int4(group=64), jq.gptq(), jq.awq())),
         Method("rtn-w4-g64-asym", "W4 g64", weights(asym4)),
-        Method("hqq-w4-g64-asym", "W4 g64", calibrated(asym4, jq.hqq())),
+        Method("hqq-w4-g64-asym", "W4 g64", calibrated(float_zeros(asym4), jq.hqq())),
         Method("nf4-g64", "W4 g64", weights(nf4())),
         Method("nf4-g64-double", "W4 g64", weights(nf4(double=True))),
         Method("gptq-nf4-g64", "W4 g64", calibrated(nf4(), jq.gptq())),
@@ -96,9 +100,9 @@ def methods() -> dict[str, Method]:
         Method("gptq-w3-g128", "W3 g128", calibrated(int3(group=128), jq.gptq())),
         Method("awq-gptq-w3-g128", "W3 g128", calibrated(int3(group=128), jq.gptq(), jq.awq())),
         Method("rtn-w3-g128-asym", "W3 g128", weights(asym3)),
-        Method("hqq-w3-g128-asym", "W3 g128", calibrated(asym3, jq.hqq())),
+        Method("hqq-w3-g128-asym", "W3 g128", calibrated(float_zeros(asym3), jq.hqq())),
         Method("rtn-w2-g64-asym", "W2 g64", weights(asym2)),
-        Method("hqq-w2-g64-asym", "W2 g64", calibrated(asym2, jq.hqq())),
+        Method("hqq-w2-g64-asym", "W2 g64", calibrated(float_zeros(asym2), jq.hqq())),
         Method("gptq-w2-g64-asym", "W2 g64", calibrated(asym2, jq.gptq())),
     ]
     return {method.name: method for method in found}

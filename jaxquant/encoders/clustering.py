@@ -48,14 +48,12 @@ class Clustering:
 
     @classmethod
     def of(cls, start: str | tuple[str, ...], iterations: int, exact: bool) -> Clustering:
-        """Checked; raises `ValueError` for an unknown start, or iterations that are not positive."""
+        """Checked; raises `ValueError` for an unknown start or no positive iterations."""
         names = (start,) if isinstance(start, str) else tuple(start)
         if not names or any(name not in _STARTS for name in names):
             raise ValueError(f"kmeans: start: expected one or several of {_STARTS}, got {start!r}")
         if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-            raise ValueError(
-                f"kmeans: iterations: expected a positive integer, got {iterations!r}"
-            )
+            raise ValueError(f"kmeans: iterations: expected a positive integer, got {iterations!r}")
         return cls(names, iterations, bool(exact))
 
     def check_key(self, key: Array | None) -> None:
@@ -139,8 +137,7 @@ def clustered(
     Returns:
       Codebooks float32 `[rows, levels]`, ascending; codes uint8 `[rows, n]`; steps int32 `[rows]`.
     """
-    rows, size = x.shape
-    if rows > 1:
+    if x.shape[0] > 1:
         return _mapped(x, weights, keys, how, levels)
     # compiled in parts: the one that takes long is the same for arrays of many sizes
     given = jax.tree.map(lambda a: a[0], (x, weights, keys))
@@ -194,9 +191,7 @@ def _scaled(weights: Array | None, top: Array) -> Array | None:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _found(
-    points: Points, key: Array | None, how: Clustering, levels: int
-) -> tuple[Array, Array]:
+def _found(points: Points, key: Array | None, how: Clustering, levels: int) -> tuple[Array, Array]:
     if how.exact:
         fine = points if points.grid is None else coarser(points, _OPTIMAL_BINS)
         return settled(points, optimal(fine, levels), how.iterations)
@@ -217,7 +212,7 @@ def _found(
 def _assigned(
     x: Array, weights: Array | None, centroids: Array, unit: Array, shift: Array, top: Array
 ) -> tuple[Array, Array]:
-    """One step more over the values themselves: the codebook, and codes."""
-    y = x.astype(jnp.float32) / unit
-    centroids = refined(y, centroids + shift, _scaled(weights, top))
+    """Two steps more over the values themselves, the second to the last digit; then codes."""
+    y, h = x.astype(jnp.float32) / unit, _scaled(weights, top)
+    centroids = lax.fori_loop(0, 2, lambda _, c: refined(y, c, h), centroids + shift)
     return centroids * unit, nearest(y, centroids)

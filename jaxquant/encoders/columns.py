@@ -78,7 +78,7 @@ def round_columns(
             d, loss = carry
             column = lax.dynamic_slice_in_dim(m, j, 1, 1)  # [n, 1]
             pivot = lax.dynamic_slice_in_dim(column, j, 1, 0)  # [1, 1]
-            seen = _row(past, j) + lax.dot_general(column, d, (((0,), (0,)), ((), ())))
+            seen = _row(past, j) + _product(column, d)
             now = _row(w, j)
             target = now + seen / pivot
             q = rounded(target, _grid_rows(grid, j, 1, m.shape[0]), fmt)
@@ -99,9 +99,10 @@ def round_columns(
             d, grids, loss = carry
             at = i * size
             mine = lax.dynamic_slice_in_dim(m, at, size, 1)  # [total, size]
-            seen = lax.dot_general(mine, d, (((0,), (0,)), ((), ())))  # rows from `at` are zero
-            if past is not None:
-                seen = seen + lax.dynamic_slice_in_dim(past, at, size, 0)
+            if past is None:
+                seen = before(mine, d, i, size)
+            else:  # few rows: all at once, those from `at` are zero
+                seen = _product(mine, d) + lax.dynamic_slice_in_dim(past, at, size, 0)
             corner = lax.dynamic_slice_in_dim(mine, at, size, 0)
             weights = lax.dynamic_slice_in_dim(w, at, size, 0)
             if plan.group == depth:
@@ -135,6 +136,46 @@ def round_columns(
     out = grids if plan.group is not None else grid
     assert out is not None
     return d, out, jnp.sum(loss)
+
+
+def before(columns: Array, d: Array, i: Array, size: int) -> Array:
+    """`sum_r m_r^T d_r` over the rows of the blocks before block `i`: half of all, on average.
+
+    Args:
+      columns: `[total, size]`.
+      d: `[total, N]`.
+      i: the block, `[]`.
+      size: rows to a block.
+    """
+
+    def add(j: Array, total: Array) -> Array:
+        m, rows = (lax.dynamic_slice_in_dim(a, j * size, size, 0) for a in (columns, d))
+        return total + _product(m, rows)
+
+    return lax.fori_loop(0, i, add, jnp.zeros((columns.shape[1], d.shape[1]), jnp.float32))
+
+
+def energy_in_blocks(hessian: Array, w: Array, size: int) -> Array:
+    """`tr(W^T H W)` with half the products: `H` is symmetric, `[K, K]`, `K` a multiple of `size`.
+
+    >>> energy_in_blocks(jnp.array([[2.0, 1.0], [1.0, 3.0]]), jnp.ones((2, 1)), 1).tolist()
+    7.0
+    """
+
+    def add(i: Array, total: Array) -> Array:
+        columns = lax.dynamic_slice_in_dim(hessian, i * size, size, 1)
+        corner = lax.dynamic_slice_in_dim(columns, i * size, size, 0)
+        rows = lax.dynamic_slice_in_dim(w, i * size, size, 0)
+        seen = 2 * before(columns, w, i, size) + _product(corner, rows)
+        return total + jnp.sum(rows * seen)
+
+    return lax.fori_loop(0, hessian.shape[0] // size, add, jnp.float32(0))
+
+
+def _product(m: Array, d: Array) -> Array:
+    """`m^T d`."""
+    contracted = (((0,), (0,)), ((), ()))
+    return lax.dot_general(m, d, contracted, precision=lax.Precision.HIGHEST)
 
 
 def _row(a: Array, j: Array) -> Array:

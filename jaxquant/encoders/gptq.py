@@ -14,14 +14,14 @@ import numpy as np
 from jax import Array
 
 from jaxquant.encoders.base import Info, measure
-from jaxquant.encoders.columns import Grid, round_columns
+from jaxquant.encoders.columns import Grid, energy_in_blocks, round_columns
 from jaxquant.encoders.damping import factor
 from jaxquant.encoders.fixed import fixed_grid, scales_of_groups
 from jaxquant.encoders.grids import grid_over, searched, total_scale
 from jaxquant.encoders.layers import mapped
 from jaxquant.encoders.layout import Layout, Order, layout, ordered
 from jaxquant.encoders.matrix import from_matrix, to_matrix
-from jaxquant.encoders.moments import Moments, aligned, check_moments, energy, grouped_axes
+from jaxquant.encoders.moments import Moments, aligned, check_moments, grouped_axes
 from jaxquant.observers import Inputs, InputStats
 from jaxquant.qtensor import QTensor, encode_given
 from jaxquant.spec import PerGroup, QSpec
@@ -38,8 +38,8 @@ class GPTQ:
 
     damping: float = 0.01
     block: int = 128
-    act_order: bool | Literal["static", "dynamic"] = False
-    grid: Literal["range", "mse", "hessian"] = "range"
+    act_order: bool | Literal["static", "dynamic"] = "dynamic"
+    grid: Literal["range", "mse", "hessian"] = "hessian"
     shrinkage: float = 0.0
     dead: Literal["zero", "nearest"] = "zero"
 
@@ -90,8 +90,8 @@ class GPTQ:
 def gptq(
     damping: float = 0.01,
     block: int = 128,
-    act_order: bool | Literal["static", "dynamic"] = False,
-    grid: Literal["range", "mse", "hessian"] = "range",
+    act_order: bool | Literal["static", "dynamic"] = "dynamic",
+    grid: Literal["range", "mse", "hessian"] = "hessian",
     shrinkage: float = 0.0,
     dead: Literal["zero", "nearest"] = "zero",
 ) -> GPTQ:
@@ -113,7 +113,7 @@ def gptq(
         is stored in its own order, so no permutation is needed to use it.
       grid: how a range becomes a scale: `"range"`, the spec's rule; `"mse"`, that of the range
         shrunk by the factor from {1, 31/32, ..., 9/32} that leaves least squared error;
-        `"hessian"`, the same with errors weighted by `H_kk`.
+        `"hessian"`, the same with errors weighted by `H_kk` (its mean for inputs always 0).
       shrinkage: `s`: how far off-diagonal moments are drawn to 0, for few rows or other data later.
       dead: weights of inputs that were always 0: `"zero"`, or rounded to `"nearest"`. Where no
         row came at all (an expert that was never chosen) all are rounded to nearest.
@@ -211,7 +211,7 @@ def _core(
     if not chosen_on_the_way:
         weights = None
         if encoder.grid == "hessian":
-            weights = core(jnp.broadcast_to(diagonal[..., None], m.shape))
+            weights = core(jnp.broadcast_to(_counting(diagonal)[..., None], m.shape))
         steps = None if encoder.grid == "range" else _STEPS
         (scale, zero), each, again = fixed_grid(core(m), local, minor, weights, steps, _LEAST)
         given = jax.tree.map(lambda a: to_matrix(a, axes, batched).reshape(m.shape), each)
@@ -249,16 +249,15 @@ def _matrix(
     diagonal = jnp.diagonal(hessian)
     place, among = ordered(lay, diagonal, order)
 
-    def laid(a: Array, fill: float = 0.0) -> Array:
-        if order is None and np.array_equal(lay.place, np.arange(k)):
-            return a
-        return jnp.take(a, place, axis=0, mode="fill", fill_value=fill)
+    as_it_is = order is None and np.array_equal(lay.place, np.arange(k))
 
-    moved = laid(laid(hessian).T)
+    def laid(a: Array, fill: float = 0.0) -> Array:
+        return a if as_it_is else jnp.take(a, place, axis=0, mode="fill", fill_value=fill)
+
+    moved = hessian if as_it_is else laid(laid(hessian).T)
     own = jnp.diagonal(moved)
-    live = own > 0
-    mean = jnp.sum(own) / jnp.maximum(jnp.sum(live), 1)
-    filler = jnp.where(live, 0.0, jnp.where(mean > 0, mean, 1.0))
+    filler = _counting(own) - own
+    counted = laid(_counting(diagonal))
     n = moved.shape[0]
     eye = jax.lax.broadcasted_iota(jnp.int32, (n, n), 0) == jax.lax.broadcasted_iota(
         jnp.int32, (n, n), 1
@@ -271,7 +270,7 @@ def _matrix(
             return grid_over(x, (0,), spec)
         weights = jnp.ones((x.shape[0], 1))
         if encoder.grid == "hessian":
-            weights = jax.lax.dynamic_slice_in_dim(own, first, x.shape[0])[:, None]
+            weights = jax.lax.dynamic_slice_in_dim(counted, first, x.shape[0])[:, None]
         cost = lambda d: jnp.sum(weights * d * d, axis=0, keepdims=True)  # noqa: E731
         return searched(x, (0,), spec, cost, _STEPS, _LEAST)[0]
 
@@ -281,14 +280,26 @@ def _matrix(
         grid = laid(given[0], 1.0), None if given[1] is None else laid(given[1])
     d, grids, loss = round_columns(rows, m, spec.format, lay.plan, grid, choose)
 
-    signal = energy(moved, rows)
+    size = lay.plan.levels[0]
+    error = energy_in_blocks(moved, d, size)
+    signal = energy_in_blocks(moved, rows, size)
     details = {
         "damping": used,
         "loss": loss,
-        "output_error": energy(moved, d) / jnp.where(signal > 0, signal, 1.0),
+        "output_error": error / jnp.where(signal > 0, signal, 1.0),
     }
-    back = jnp.zeros((k,), jnp.int32).at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
+    if not as_it_is:
+        back = jnp.zeros((k,), jnp.int32)
+        d = d[back.at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")]
     found = None
     if among is not None:
         found = jax.tree.map(lambda a: a[jnp.argsort(among)][: lay.groups], grids)
-    return d[back], found, details
+    return d, found, details
+
+
+def _counting(diagonal: Array) -> Array:
+    """`H_kk` `[..., K]`, and the mean of the others where it is 0, or 1 where all are."""
+    live = diagonal > 0
+    count = jnp.maximum(jnp.sum(live, axis=-1, keepdims=True), 1)
+    mean = jnp.sum(jnp.where(live, diagonal, 0.0), axis=-1, keepdims=True) / count
+    return jnp.where(live, diagonal, jnp.where(mean > 0, mean, 1.0))

@@ -104,7 +104,7 @@ def kmeans(
 
     For a codebook format, such as `palette(4)`, or `palette(4, channels=16)` for a codebook for
     each 16 output channels. Values are put in 65,536 bins, or sorted if they are few; Lloyd's
-    iteration runs on those, and one last step on the values themselves.
+    iteration runs on those, and the last two steps on the values themselves.
 
     Args:
       start: where Lloyd's iteration begins: `"coarse"`, the optimum for 1,024 bins; `"linear"`,

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 
 from jaxquant.interpret import _compat
@@ -71,7 +72,7 @@ def key_of(value: Any) -> Hashable:
         hash(value)
     except TypeError:
         return "other", id(value)
-    return value
+    return type(value).__name__, value  # 1 and True are equal, and not the same
 
 
 _FORWARD = {"custom_jvp_call": ("call_jaxpr",), "custom_vjp_call": ("call_jaxpr",)}
@@ -87,7 +88,8 @@ def kind_of(eqn: Any) -> Hashable:
 
 def literal_key(var: Any) -> Hashable:
     """A literal by value and type."""
-    return "literal", str(var.aval), repr(var.val)
+    value = np.asarray(var.val)
+    return "literal", str(var.aval), value.dtype.str, value.shape, value.tobytes()
 
 
 def _jaxpr_key(value: Any) -> Hashable:

@@ -29,6 +29,12 @@ def ptq(
     key: Array | None = None,
     batches: Iterable[Any] | None = None,
     stats: Statistics | str | os.PathLike[str] | None = None,
+    sequential: bool = True,
+    budget: int | None = None,
+    offload: bool = False,
+    progress: bool | None = None,
+    save: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> tuple[Quantized, Report]:
     """Quantizes the parameters of an NNX model by a recipe, into a new model.
@@ -47,9 +53,16 @@ def ptq(
       *args: what to trace the method with.
       method: name of the method to trace; parameters that it does not use stay float.
       key: PRNG key for encoders that round stochastically.
-      batches: calibration samples for rules with an observer, each the tuple of the method's
-        arguments (or the one argument); of the first `args` are the default.
+      batches: calibration samples for rules with an observer, or with an encoder or a rewrite that
+        looks at inputs; each the tuple of the method's arguments (or the one argument); of the
+        first `args` are the default.
       stats: what `capture` found, or its file, in place of `batches`.
+      sequential: quantize layers in order; as all that follows, see `jaxquant.ptq`.
+      budget: bytes of statistics of inputs held at once.
+      offload: keep activations in the host's memory between layers.
+      progress: a progress bar, on standard error.
+      save: a folder to keep every layer in once it is quantized by its inputs.
+      resume: such a folder, to go on from.
       **kwargs: keyword arguments of the method.
 
     Returns:
@@ -82,7 +95,19 @@ def ptq(
     samples = None if batches is None else ((moving, arguments(b), kwargs) for b in batches)
     given = (moving, args, kwargs) if args or samples is None else ()
     qparams, report = ptq_function(
-        call, params, recipe, *given, key=key, batches=samples, stats=stats
+        call,
+        params,
+        recipe,
+        *given,
+        key=key,
+        batches=samples,
+        stats=stats,
+        sequential=sequential,
+        budget=budget,
+        offload=offload,
+        progress=progress,
+        save=save,
+        resume=resume,
     )
     return Quantized(nnx.merge(graphdef, qparams, *moving, *rest, copy=True)), report
 

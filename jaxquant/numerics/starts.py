@@ -30,7 +30,7 @@ def begin(name: str, points: Points, levels: int, key: Array | None = None) -> A
     "k-means++: the advantages of careful seeding" (2007).
     """
     if name == "linear":
-        return jnp.linspace(*points.ends, levels)
+        return jnp.linspace(points.ends[0], points.ends[1], levels)
     if name == "quantile":
         return _quantiles(points, (jnp.arange(levels) + 0.5) / levels)
     if name == "density":

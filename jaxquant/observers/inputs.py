@@ -28,6 +28,9 @@ from jaxquant.observers.base import (
 )
 from jaxquant.spec import QSpec
 
+# Of columns, in `_square`: more save little and each is smaller.
+_STRIPS = 4
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -113,10 +116,7 @@ class Inputs:
             "abssum": state["abssum"] + abssum,
         }
         if self.hessian:
-            lead = tuple(range(x.ndim - 2))
-            over = ((x.ndim - 2,), (x.ndim - 2,))
-            square = lax.dot_general(x, x, (over, (lead, lead)), precision=lax.Precision.HIGHEST)
-            square = everywhere(square)
+            square = everywhere(_square(x))
             finite &= jnp.isfinite(jnp.trace(square, axis1=-2, axis2=-1)).all()  # may overflow
             new["hessian"] = state["hessian"] + square
         kept = {name: jnp.where(finite, value, state[name]) for name, value in new.items()}
@@ -139,6 +139,34 @@ class Inputs:
         require_seen(state)
         amax = np.max(np.asarray(state["absmax"]), initial=0.0)
         return as_range(-amax, amax)
+
+
+def _square(x: Array) -> Array:
+    """`x^T x`, `[..., rows, K] -> [..., K, K]`.
+
+    Of many columns in strips from the diagonal on, which saves a third of the products.
+    """
+    lead, k = tuple(range(x.ndim - 2)), x.shape[-1]
+    over = (((x.ndim - 2,), (x.ndim - 2,)), (lead, lead))
+
+    def product(a: Array, b: Array) -> Array:
+        return lax.dot_general(a, b, over, precision=lax.Precision.HIGHEST)
+
+    sharded = any(part is not None for part in jax.typeof(x).sharding.spec)
+    if k < _STRIPS * 128 or sharded:  # slices would move what is sharded
+        return product(x, x)
+    starts = [k * i // _STRIPS for i in range(_STRIPS)]
+    ends = [*starts[1:], k]
+    strips = [
+        jnp.pad(
+            product(x[..., start:end], x[..., start:]),
+            [(0, 0)] * (x.ndim - 1) + [(start, 0)],
+        )
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    upper = jnp.concatenate(strips, axis=-2)
+    row, column = (lax.broadcasted_iota(jnp.int32, upper.shape, upper.ndim - a) for a in (2, 1))
+    return jnp.where(row <= column, upper, jnp.swapaxes(upper, -1, -2))
 
 
 def inputs(hessian: bool = True) -> Inputs:

@@ -60,7 +60,9 @@ def tile(q: QTensor, s: int, start: Array, size: int) -> QTensor:
         codes=lax.dynamic_slice_in_dim(q.codes, start, size, axis=s),
         scale=scales(q.scale),
         zero_point=None if q.zero_point is None else scales(q.zero_point),
-        codebook=scales(q.codebook) if q.codebook is not None and q.grouped_codebook else q.codebook,
+        codebook=scales(q.codebook)
+        if q.codebook is not None and q.grouped_codebook
+        else q.codebook,
         core=tuple(core),
         blocks=tuple(blocks),
     )

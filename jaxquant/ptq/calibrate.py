@@ -219,6 +219,8 @@ def _checksum(tree: Any) -> int:
     total = 0
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
             total = zlib.crc32(np.asarray(leaf).tobytes(), total)
         else:
             total = zlib.crc32(repr(leaf).encode(), total)

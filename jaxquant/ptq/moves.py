@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxquant.fold import Absorbed, absorbers, graph_of, scaled_leaf
 from jaxquant.interpret.calls import Call
 from jaxquant.params import Encoded, Plan
@@ -55,11 +57,7 @@ def moves_of(
     for group in groups:
         rewrites = dict.fromkeys(plans[path].rewrite for path in group)
         for rewrite in rewrites:
-            paths = tuple(
-                dict.fromkeys(
-                    p for p in group if plans[p].rewrite == rewrite
-                )
-            )
+            paths = tuple(dict.fromkeys(p for p in group if plans[p].rewrite == rewrite))
             if rewrite is None or paths[0] in found:
                 continue
             graph = graph_of(call) if graph is None else graph
@@ -87,6 +85,11 @@ def folded(
         first = out.get(move.paths[0])
         divisor = None if first is None else _divisor(first.q)
         if divisor is None:
+            continue
+        if np.all(np.asarray(divisor) == 1.0):
+            for path in move.paths:
+                q, notes = _undivided(out[path].q), (*out[path].notes, "no factors serve it better")
+                out[path] = out[path]._replace(q=q, notes=notes)
             continue
         notes = (f"factors stay on the activation: {move.reason}",)
         if move.folds and move.absorbed is not None:

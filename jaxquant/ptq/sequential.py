@@ -28,7 +28,7 @@ from jaxquant.ptq.encode import Member, encode_members, stacked
 from jaxquant.ptq.gather import immovable, require_budget, tree_bytes
 from jaxquant.ptq.moves import Move
 from jaxquant.ptq.saved import Folder
-from jaxquant.qtensor import dequantize
+from jaxquant.qtensor import dequantize, is_qtensor
 from jaxquant.report import shown
 
 
@@ -257,7 +257,8 @@ class _Runner:
             return _dequantized(self.encoded[path, piece].q)
         if path in self.encoded:
             return _dequantized(piece_of(self.encoded[path].q, piece))
-        return piece_of(self.leaves[path], piece)
+        leaf = piece_of(self.leaves[path], piece)
+        return _dequantized(leaf) if is_qtensor(leaf) else leaf
 
 
 _dequantized = jax.jit(dequantize)

@@ -15,8 +15,8 @@ from jaxquant.numerics import decode, unpack
 from jaxquant.qtensor.nested import unnested
 from jaxquant.qtensor.tensor import QTensor
 
-# Up to so many values a tree of selects over the bits of a code is as fast as a gather on a CPU, and
-# elsewhere one elementwise operation that meshes with explicit axes need not be told how to split.
+# Up to so many values a tree of selects over the bits of a code is as fast as a gather on a CPU,
+# and elsewhere one elementwise operation that meshes with explicit axes need not be told of.
 _SELECT = 16
 
 

@@ -105,6 +105,7 @@ def test_experts_and_layers_are_encoded_one_by_one(act_order):
         QSpec("float6_e2m3fn", PerGroup(24, 0)),
         QSpec("mxfp4").at((0,), 2),
         QSpec("nvfp4").at((0,), 2),
+        QSpec("nf4", PerGroup(24, 0), double=True),
         QSpec(jq.codebook_format([-1, -0.3, -0.1, 0.1, 0.2, 0.9], "mine"), PerGroup(24, 0)),
     ],
     ids=str,
@@ -115,10 +116,12 @@ def test_every_spec_beats_round_to_nearest(spec):
     d = np.asarray(jq.dequantize(plain)) - w
     h = np.asarray(stats.hessian)
     bound = np.sum(d * (h @ d)) / np.sum(w * (h @ w))
-    for act_order in (False, "dynamic"):
-        q, info = gptq(act_order=act_order)(w, spec, stats=stats)
+    for options in ({}, {"act_order": "dynamic", "grid": "hessian"}):
+        q, info = gptq(**options)(w, spec, stats=stats)
         assert jax.tree.structure(q.validate()) == jax.tree.structure(plain)
         assert bound == 0 or 0 < error(info) < 0.8 * bound
+        d = np.asarray(jq.dequantize(q)) - w  # what is stored is what was computed with
+        assert error(info) == pytest.approx(np.sum(d * (h @ d)) / np.sum(w * (h @ w)), rel=1e-3)
         assert info.sqnr_db > 0
 
 
@@ -183,7 +186,8 @@ def test_dead_inputs(dead, order):
         assert (values[gone] == 0).all()
     else:
         plain = np.asarray(jq.dequantize(rtn()(w, spec)[0]))
-        assert np.abs(values[gone] - w[gone]).max() <= 2 * np.abs(plain - w).max()
+        # on grids of other weights beside them, so not the same error, but no more than twice it
+        assert np.square(values - w)[gone].mean() <= 4 * np.square(plain - w).mean()
 
 
 def test_an_expert_without_rows_is_rounded_to_nearest():
@@ -191,7 +195,7 @@ def test_an_expert_without_rows_is_rounded_to_nearest():
     x = np.stack([rows(40), np.zeros_like(rows(40))])
     spec = QSpec("int4", PerGroup(16, 1))
     with pytest.warns(UserWarning, match="0 calibration rows for 40 columns, for 1 of 2 matrices"):
-        q, info = gptq()(w, spec, stats=moments(x, (-2,), (-3,)))
+        q, info = gptq(grid="range")(w, spec, stats=moments(x, (-2,), (-3,)))
     plain, _ = rtn()(w[1], QSpec("int4", PerGroup(16, 0)))
     np.testing.assert_allclose(jq.dequantize(q)[1], jq.dequantize(plain), rtol=1e-6)
     assert info.details["dead"].tolist() == [0, 40] and np.isfinite(error(info)).all()

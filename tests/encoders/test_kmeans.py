@@ -148,7 +148,7 @@ def test_a_value_far_out_costs_the_others_nothing():
 
 
 def test_weights_say_what_counts(key):
-    w, x = normal(7, 48, 32), normal(8, 300, 48) * (10.0 ** jnp.linspace(-2, 1, 48))
+    w, x = normal(7, 48, 32), normal(8, 300, 48) * (10.0 ** jnp.linspace(-2, 1, 48))[None]
     stats = input_stats(inputs().update(inputs().init(x), x))
     fisher = jnp.diagonal(stats.hessian)[:, None]
     plain, _ = kmeans()(w, palette(3), minor=(0,))

@@ -165,20 +165,55 @@ def test_failed_download_names_the_command(source):
 def test_table_fits_a_hundred_columns():
     pytest.importorskip("tokenizers")
     rich_console = pytest.importorskip("rich.console")
+    import minilm
     import minilm_measure as measure
 
-    rows = [
-        measure.Row("float32", "float / float", 90_261_504, 22_565_376, seconds=1.0),
-        measure.Row(
-            "W8A8 dynamic", "int4 g64 / float", 54_321_000, 22_565_376, np.full(5, 0.99671), 12.0
-        ),
-    ]
+    rows = [measure.Row("float32", "float / float", 90_261_504, 22_565_376, seconds=1.0)]
+    for name, (how, _) in minilm.PRESETS.items():
+        near = np.full(5, 0.99671)
+        rows.append(measure.Row(name, how, 54_321_000, 22_565_376, near, 12.0, 1234.0))
     out = io.StringIO()
     rich_console.Console(width=100, file=out).print(measure.table(rows, "title", "caption"))
     text = out.getvalue()
     assert "…" not in text
-    for figure in ("0.9967", "54.3", "0.602", "19.26", "12000", "12.00"):
+    for figure in ("0.9967", "54.3", "0.602", "19.26", "1234", "12000", "12.00"):
         assert figure in text
+
+
+def test_methods_that_look_at_inputs_are_given_the_short_batches():
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("rich")
+    import minilm
+    from minilm_text import Batch
+    from rich.console import Console
+
+    config = dataclasses.replace(TINY, layers=1)
+    model = minilm_model.MiniLM(config)
+    variables = minilm_model.load_variables(random_tensors(config), config)
+    ids = np.random.default_rng(2).integers(0, TINY.vocab, (16, 8)).astype(np.int32)
+    batch = Batch(np.arange(16), ids, np.ones((16, 8), bool))
+    rows = minilm.measure(
+        model, variables, [batch], ["w4a16", "gptq"], Console(quiet=True), 0, short=[batch]
+    )
+    nearest, gptq = (row.cosines.mean() for row in rows[1:])
+    assert 0.95 < nearest < gptq
+    assert all(row.quantizing > 0 for row in rows[1:])
+
+
+def test_calibration_snippets_are_short_and_not_measured(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("rich")
+    import minilm
+
+    word_tokenizer(["a", "b"]).save(str(tmp_path / "tokenizer.json"))
+    lengths = [1 + i % 50 for i in range(5000)]
+    corpus = [" ".join("b" * n) + f" {i}" for i, n in enumerate(lengths)]
+    monkeypatch.setattr(_data, "review_snippets", lambda count: corpus[:: 5000 // count])
+    batches = minilm.short_batches(tmp_path / "tokenizer.json", corpus[::5], 64)
+    assert [b.ids.shape for b in batches] == [(32, 32), (32, 32)]
+    assert all(len(b.indices) == 32 for b in batches)
+    measured = {n + 1 for i, n in enumerate(lengths) if i % 5 == 0}
+    assert not measured & {int(n) for b in batches for n in b.mask.sum(-1)}
 
 
 # The real model below: 84 MB the first time, and minutes. Asked for with `-m slow`.
@@ -213,7 +248,9 @@ def test_presets_stay_close_to_float_and_small(real):
     from rich.console import Console
 
     files, batches, model, variables, _ = real
-    others = minilm.calibration_snippets(_data.review_snippets(), minilm.CALIBRATION)
+    measured = _data.review_snippets()
+    others = minilm.calibration_snippets(measured, minilm.CALIBRATION)
+    short = minilm.short_batches(files["tokenizer.json"], measured, minilm.CALIBRATION)
     calibration = minilm.make_batches(files["tokenizer.json"], others, (64,), 32)
     least = {
         "w8a8": 0.9963,
@@ -221,9 +258,15 @@ def test_presets_stay_close_to_float_and_small(real):
         "w8a16": 0.9993,
         "nf4": 0.968,
         "w4a16": 0.946,
+        "kmeans": 0.944,
+        "awq": 0.97,
+        "gptq": 0.98,
+        "awq_gptq": 0.985,
+        "asym_awq_gptq": 0.988,
+        "smoothquant": 0.9963,
     }
     rows = minilm.measure(
-        model, variables, batches, list(least), Console(quiet=True), 0, calibration
+        model, variables, batches, list(least), Console(quiet=True), 0, calibration, short
     )
     rows = {row.name: row for row in rows}
     for name, cosine in least.items():

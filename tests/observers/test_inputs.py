@@ -103,3 +103,13 @@ def test_layers_are_stacked():
 def test_it_traces():
     stats = jax.jit(lambda x: input_stats(inputs().update(inputs().init(x), x)))(ROWS[0])
     np.testing.assert_allclose(stats.hessian, input_stats(seen(ROWS[:1])).hessian, rtol=1e-6)
+
+
+@pytest.mark.parametrize("k", [512, 515])
+def test_many_columns(k):
+    """`x^T x` in strips."""
+    x = np.random.default_rng(1).standard_normal((2, 16, k)).astype(np.float32)
+    wanted = np.einsum("erk,erl->ekl", x.astype(np.float64), x)
+    hessian = np.asarray(seen([x])["hessian"])
+    np.testing.assert_allclose(hessian, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(hessian, hessian.transpose(0, 2, 1))
