@@ -58,10 +58,8 @@ PUBLISHED = np.array([[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1
 
 # Integers of 4 bits in groups of 64, with a zero point for each group.
 ASYMMETRIC = jq.Rule("**", weights=jq.int4(group=64, symmetric=False), lookup=jq.int8())
-# The same range, the zero point a float: HQQ has nothing to choose among whole ones.
+# The same range, the zero point a float: a whole one only shifts codes, so HQQ could gain nothing.
 FLOAT_ZERO = jq.QSpec("uint4", jq.PerGroup(64), symmetric=False, zero_dtype="float16")
-# Ranges searched by what is done to the output, groups of inputs with large moments first.
-GPTQ = jq.gptq(grid="hessian", act_order="dynamic")
 
 # Name: what it stores and computes with, and the recipe.
 PRESETS: dict[str, tuple[str, jq.Recipe]] = {
@@ -85,16 +83,15 @@ PRESETS: dict[str, tuple[str, jq.Recipe]] = {
     ),
     "awq": ("int4 g64 / float", jq.w4a16(group=64).using(jq.clip(), jq.awq())),
     "gptq": ("int4 g64 / float", jq.w4a16(group=64).using(jq.gptq())),
-    "gptq_hessian": ("int4 g64 / float", jq.w4a16(group=64).using(GPTQ)),
-    "awq_gptq": ("int4 g64 / float", jq.w4a16(group=64).using(GPTQ, jq.awq())),
+    "awq_gptq": ("int4 g64 / float", jq.w4a16(group=64).using(jq.gptq(), jq.awq())),
     "asym": ("int4 g64 / float", jq.Recipe([ASYMMETRIC], "asym")),
     "hqq": (
-        "int4 g64 / float",
+        "uint4 g64 / float",
         jq.Recipe([jq.Rule("**", weights=FLOAT_ZERO, lookup=jq.int8(), encoder=jq.hqq())], "hqq"),
     ),
     "asym_awq_gptq": (
         "int4 g64 / float",
-        jq.Recipe([ASYMMETRIC], "asym").using(GPTQ, jq.awq()),
+        jq.Recipe([ASYMMETRIC], "asym").using(jq.gptq(), jq.awq()),
     ),
     "smoothquant": ("int8 / int8", jq.w8a8().using(rewrite=jq.smoothquant())),
 }

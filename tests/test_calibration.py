@@ -96,12 +96,12 @@ def test_export_writes_and_reads_it() -> None:
     pytest.importorskip("flatbuffers", reason="jax.export serializes with flatbuffers")
     q = dataclasses.replace(
         tensor(L),
-        calibration=dataclasses.replace(calibration(L), divisor=jnp.ones((L, K)), axis=-2),
+        calibration=dataclasses.replace(calibration(L), divisor=jnp.ones((L, K)), axis=(-2,)),
     )
     exported = jax.export.export(jax.jit(lambda q: q))(q)
     out = jax.export.deserialize(exported.serialize()).call(q)
     assert_same(out, q)
-    assert out.calibration.axis == -2
+    assert out.calibration.axis == (-2,)
     assert out.calibration.folded.chain == ("add", "max")
     assert out.use == q.use
 
@@ -145,7 +145,7 @@ def test_moves_keep_the_grids_that_still_hold() -> None:
 
 def test_what_is_divided_is_not_joined_and_comes_back_in_any_stack() -> None:
     divisor = jnp.asarray(np.random.default_rng(5).uniform(0.1, 1, (L, K)), jnp.float32)
-    held = dataclasses.replace(calibration(L), divisor=divisor, axis=-2)
+    held = dataclasses.replace(calibration(L), divisor=divisor, axis=(-2,))
     plain = dataclasses.replace(tensor(L), calibration=None)
     q = dataclasses.replace(plain, calibration=held)
     want = jq.dequantize(plain) / divisor[:, :, None]

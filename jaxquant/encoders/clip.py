@@ -19,17 +19,20 @@ from jaxquant.encoders.matrix import from_matrix, to_matrix
 from jaxquant.encoders.moments import Moments, aligned, check_moments, energy, grouped_axes
 from jaxquant.observers import Inputs, InputStats
 from jaxquant.qtensor import QTensor, dequantize, encode_given
+from jaxquant.report import Called
 from jaxquant.spec import PerChannel, PerGroup, PerTensor, QSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Clip(Called):
     """The encoder that `clip` makes.
 
     Attributes:
       steps: how many factors are tried, 1 among them.
       least: below the smallest of them.
     """
+
+    name = "clip"
 
     observer: ClassVar[Inputs] = Inputs()
 

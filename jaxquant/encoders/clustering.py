@@ -27,7 +27,7 @@ _STARTS = ("coarse", *STARTS)
 _SORTED = 8192  # up to so many values are sorted; more are put in bins
 _BINS = 1 << 16
 _OPTIMAL_BINS = 8192  # for the exact optimum of more values than that
-_COARSE_BINS = 1024  # for an optimum to begin at
+_COARSE_BINS = (256, 1024)  # fewest and most for an optimum to begin at, of 16 for each level
 _LEAST = 2.0**-120  # magnitudes below are not enlarged: not all processors know subnormal numbers
 _AT_ONCE = 1 << 22  # places of all rows that are worked on together
 
@@ -195,8 +195,10 @@ def _found(points: Points, key: Array | None, how: Clustering, levels: int) -> t
     if how.exact:
         fine = points if points.grid is None else coarser(points, _OPTIMAL_BINS)
         return settled(points, optimal(fine, levels), how.iterations)
+    fewest, most = _COARSE_BINS
+    bins = min(most, max(fewest, 16 * levels))
     starts = [
-        optimal(coarser(points, _COARSE_BINS), levels)
+        optimal(coarser(points, bins), levels)
         if name == "coarse"
         else begin(name, points, levels, key)
         for name in how.start

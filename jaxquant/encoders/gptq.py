@@ -21,18 +21,21 @@ from jaxquant.encoders.grids import grid_over, searched, total_scale
 from jaxquant.encoders.layers import mapped
 from jaxquant.encoders.layout import Layout, Order, layout, ordered
 from jaxquant.encoders.matrix import from_matrix, to_matrix
-from jaxquant.encoders.moments import Moments, aligned, check_moments, grouped_axes
+from jaxquant.encoders.moments import Moments, aligned, check_moments, counting, grouped_axes
 from jaxquant.observers import Inputs, InputStats
 from jaxquant.qtensor import QTensor, encode_given
+from jaxquant.report import Called
 from jaxquant.spec import PerGroup, QSpec
 
 # Of the search of grid="mse": factors from 1 down to this, in steps of 1/32.
 _LEAST, _STEPS = 0.25, 24
 
 
-@dataclasses.dataclass(frozen=True)
-class GPTQ:
+@dataclasses.dataclass(frozen=True, repr=False)
+class GPTQ(Called):
     """The encoder that `gptq` makes; its fields are that function's arguments."""
+
+    name = "gptq"
 
     observer: ClassVar[Inputs] = Inputs()
 
@@ -211,7 +214,7 @@ def _core(
     if not chosen_on_the_way:
         weights = None
         if encoder.grid == "hessian":
-            weights = core(jnp.broadcast_to(_counting(diagonal)[..., None], m.shape))
+            weights = core(jnp.broadcast_to(counting(diagonal)[..., None], m.shape))
         steps = None if encoder.grid == "range" else _STEPS
         (scale, zero), each, again = fixed_grid(core(m), local, minor, weights, steps, _LEAST)
         given = jax.tree.map(lambda a: to_matrix(a, axes, batched).reshape(m.shape), each)
@@ -256,8 +259,8 @@ def _matrix(
 
     moved = hessian if as_it_is else laid(laid(hessian).T)
     own = jnp.diagonal(moved)
-    filler = _counting(own) - own
-    counted = laid(_counting(diagonal))
+    filler = counting(own) - own
+    counted = laid(counting(diagonal))
     n = moved.shape[0]
     eye = jax.lax.broadcasted_iota(jnp.int32, (n, n), 0) == jax.lax.broadcasted_iota(
         jnp.int32, (n, n), 1
@@ -295,11 +298,3 @@ def _matrix(
     if among is not None:
         found = jax.tree.map(lambda a: a[jnp.argsort(among)][: lay.groups], grids)
     return d, found, details
-
-
-def _counting(diagonal: Array) -> Array:
-    """`H_kk` `[..., K]`, and the mean of the others where it is 0, or 1 where all are."""
-    live = diagonal > 0
-    count = jnp.maximum(jnp.sum(live, axis=-1, keepdims=True), 1)
-    mean = jnp.sum(jnp.where(live, diagonal, 0.0), axis=-1, keepdims=True) / count
-    return jnp.where(live, diagonal, jnp.where(mean > 0, mean, 1.0))

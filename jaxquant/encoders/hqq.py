@@ -22,11 +22,12 @@ from jaxquant.qtensor import (
     to_storage,
     unblocked,
 )
+from jaxquant.report import Called
 from jaxquant.spec import QSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class HQQ:
+@dataclasses.dataclass(frozen=True, repr=False)
+class HQQ(Called):
     """The encoder that `hqq` makes.
 
     Attributes:
@@ -36,6 +37,8 @@ class HQQ:
       beta: how closely the auxiliary error follows the real one.
       growth: what `beta` is multiplied by after each step.
     """
+
+    name = "hqq"
 
     iterations: int = 20
     p: float = 0.7

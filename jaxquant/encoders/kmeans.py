@@ -17,11 +17,12 @@ from jaxquant.numerics import pack
 from jaxquant.numerics.cluster import sums
 from jaxquant.observers import Inputs, InputStats, inputs
 from jaxquant.qtensor import QTensor, blocked, storage_layout, to_storage, unblocked
+from jaxquant.report import Called
 from jaxquant.spec import QSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class KMeans:
+@dataclasses.dataclass(frozen=True, repr=False)
+class KMeans(Called):
     """The encoder that `kmeans` makes.
 
     Attributes:
@@ -30,6 +31,8 @@ class KMeans:
       exact: begin at the optimum of dynamic programming instead.
       weighted: whether errors count by the inputs' second moment.
     """
+
+    name = "kmeans"
 
     start: tuple[str, ...] = ("coarse",)
     iterations: int = 300
@@ -107,8 +110,8 @@ def kmeans(
     iteration runs on those, and the last two steps on the values themselves.
 
     Args:
-      start: where Lloyd's iteration begins: `"coarse"`, the optimum for 1,024 bins; `"linear"`,
-        `"quantile"`, `"density"` (equal shares of `density^(1/3)`) or `"kmeans++"`, see
+      start: where Lloyd's iteration begins: `"coarse"`, the optimum for 256 to 1,024 bins;
+        `"linear"`, `"quantile"`, `"density"` (equal shares of `density^(1/3)`) or `"kmeans++"`, see
         `jaxquant.numerics.starts`; of several ends the best is kept.
       iterations: most steps; it ends before when nothing moves.
       exact: begin at the optimum, which dynamic programming finds up to the width of 8,192 bins,

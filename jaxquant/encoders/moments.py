@@ -66,6 +66,18 @@ def energy(hessian: Array, d: Array) -> Array:
     return jnp.sum(d * jnp.matmul(hessian, d, precision=lax.Precision.HIGHEST))
 
 
+def counting(diagonal: Array) -> Array:
+    """`H_kk` `[..., K]`, and the mean of the others where it is 0, or 1 where all are.
+
+    >>> counting(jnp.array([1.0, 0.0, 3.0])).tolist()
+    [1.0, 2.0, 3.0]
+    """
+    live = diagonal > 0
+    count = jnp.maximum(jnp.sum(live, axis=-1, keepdims=True), 1)
+    mean = jnp.sum(jnp.where(live, diagonal, 0.0), axis=-1, keepdims=True) / count
+    return jnp.where(live, diagonal, jnp.where(mean > 0, mean, 1.0))
+
+
 def check_moments(
     name: str,
     w: Array,

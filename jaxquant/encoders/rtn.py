@@ -11,16 +11,19 @@ from jax import Array
 
 from jaxquant.encoders.base import Info, measure
 from jaxquant.qtensor import QTensor, quantize
+from jaxquant.report import Called
 from jaxquant.spec import QSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class RoundToNearest:
+@dataclasses.dataclass(frozen=True, repr=False)
+class RoundToNearest(Called):
     """The encoder that `rtn` makes: `q = round(w / S) + Z`, scales from the range alone.
 
     Attributes:
       stochastic: round to one of the two neighbours at random, without bias; needs a `key`.
     """
+
+    name = "rtn"
 
     stochastic: bool = False
 

@@ -14,16 +14,19 @@ from jaxquant.encoders.base import Info, measure
 from jaxquant.observers.inputs import Inputs, InputStats, inputs
 from jaxquant.qtensor import Calibration, Outliers, QTensor
 from jaxquant.qtensor.quantize import encode_products
+from jaxquant.report import Called
 from jaxquant.spec import QSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class Vectorwise:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Vectorwise(Called):
     """The encoder that `vectorwise` makes.
 
     Attributes:
       outliers: whose columns are fixed from statistics if it is `calibrated`; `None` has none.
     """
+
+    name = "vectorwise"
 
     outliers: Outliers | None = None
 

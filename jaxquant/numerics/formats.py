@@ -167,7 +167,7 @@ _NF4 = (
 
 # Sign, two bits of exponent and one of mantissa, over the largest: bitsandbytes' FP4, which is not
 # OCP's E2M1. Zero is there twice, as +0 and -0 are: what is above 0 by itself takes the upper one.
-_FP4 = tuple(sign * v / 12 for sign in (-1, 1) for v in (12, 8, 6, 4, 3, 2, 0.0625, 0)[:: -sign])
+_FP4 = tuple(sign * v / 12 for sign in (-1, 1) for v in (12, 8, 6, 4, 3, 2, 0.0625, 0)[::-sign])
 
 
 def _table() -> Mapping[str, Format | BlockFormat]:

@@ -112,7 +112,7 @@ def ptq(
         raise ValueError(f"ptq: expected a function of params first, got a {type(fn).__name__}")
     observed = any(rule.observer is not None for rule in recipe.rules)
     looking = any(rule.gathers is not None for rule in recipe.rules)
-    _check_calibration(observed or looking, batches, stats)
+    _check_calibration(observed, looking, batches, stats)
     if isinstance(stats, (str, os.PathLike)):
         stats = Statistics.load(stats)
     if batches is not None:
@@ -159,16 +159,17 @@ def ptq(
     return qparams, report.with_events([*events, *_dtypes(qparams, names)])
 
 
-def _check_calibration(observed: bool, batches: Any, stats: Any) -> None:
+def _check_calibration(observed: bool, looking: bool, batches: Any, stats: Any) -> None:
     given = [name for name, x in (("batches", batches), ("stats", stats)) if x is not None]
     if len(given) == 2:
         raise ValueError("ptq: give batches or stats, not both")
-    if observed and not given:
+    if (observed or looking) and not given:
+        what = "an observer" if observed else "an encoder or a rewrite that looks at inputs"
         raise ValueError(
-            "ptq: the recipe has an observer, or an encoder or rewrite that looks at inputs, so it "
-            "needs calibration samples: pass batches=[...], or stats= from jaxquant.capture"
+            f"ptq: the recipe has {what}, so it needs calibration samples: pass batches=[...], or "
+            "stats= from jaxquant.capture"
         )
-    if given and not observed:
+    if given and not (observed or looking):
         raise ValueError(
             f"ptq: {given[0]} given, but no rule of the recipe has an observer that would look at "
             "them; activations are quantized at run time"

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -220,7 +221,7 @@ def _checksum(tree: Any) -> int:
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                leaf = jax.random.key_data(leaf)
+                leaf = jax.random.key_data(jnp.asarray(leaf))
             total = zlib.crc32(np.asarray(leaf).tobytes(), total)
         else:
             total = zlib.crc32(repr(leaf).encode(), total)

@@ -3,6 +3,15 @@
 from jaxquant.report.activations import ActivationReport, SiteReport
 from jaxquant.report.events import Edge, Event
 from jaxquant.report.report import LeafReport, Report
-from jaxquant.report.text import shown
+from jaxquant.report.text import Called, shown
 
-__all__ = ["ActivationReport", "Edge", "Event", "LeafReport", "Report", "SiteReport", "shown"]
+__all__ = [
+    "ActivationReport",
+    "Called",
+    "Edge",
+    "Event",
+    "LeafReport",
+    "Report",
+    "SiteReport",
+    "shown",
+]

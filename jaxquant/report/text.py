@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 
 def table(
@@ -37,3 +39,22 @@ def shown(path: str) -> str:
     ('a/b', '(root)')
     """
     return path or "(root)"
+
+
+class Called:
+    """A dataclass that prints as it is made: the name of its function, and what is not default.
+
+    >>> @dataclasses.dataclass(frozen=True, repr=False)
+    ... class Rounding(Called):
+    ...     name = "rounding"
+    ...     stochastic: bool = False
+    >>> Rounding(), Rounding(True)
+    (rounding(), rounding(stochastic=True))
+    """
+
+    name: ClassVar[str] = ""
+
+    def __repr__(self) -> str:
+        made: Any = self
+        given = [f for f in dataclasses.fields(made) if getattr(self, f.name) != f.default]
+        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"

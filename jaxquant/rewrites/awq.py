@@ -12,14 +12,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.observers.inputs import Inputs, InputStats, inputs
+from jaxquant.report import Called
 from jaxquant.rewrites.scaling import Details, for_each, output_error, require_fitting
 from jaxquant.spec import PerGroup, QSpec
 
 LEAST = 1e-4
 
 
-@dataclasses.dataclass(frozen=True)
-class ActivationAware:
+@dataclasses.dataclass(frozen=True, repr=False)
+class ActivationAware(Called):
     """The rewrite that `awq` makes.
 
     Attributes:
@@ -27,6 +28,8 @@ class ActivationAware:
       duo: whether the weights' own magnitudes are tried, too.
       online: see `Rewrite`.
     """
+
+    name = "awq"
 
     steps: int = 20
     duo: bool = False

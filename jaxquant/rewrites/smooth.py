@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.observers.inputs import Inputs, InputStats, inputs
+from jaxquant.report import Called
 from jaxquant.rewrites.scaling import (
     Details,
     around_one,
@@ -23,14 +24,16 @@ from jaxquant.spec import QSpec
 LEAST = 1e-5
 
 
-@dataclasses.dataclass(frozen=True)
-class SmoothQuant:
+@dataclasses.dataclass(frozen=True, repr=False)
+class SmoothQuant(Called):
     """The rewrite that `smoothquant` makes.
 
     Attributes:
       alpha: how much of the difficulty moves to the weights; `None` searches.
       online: see `Rewrite`.
     """
+
+    name = "smoothquant"
 
     alpha: float | None = 0.5
     online: bool = True

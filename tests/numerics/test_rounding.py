@@ -58,7 +58,7 @@ def test_nearest_even_is_that_of_numpy(dtype):
 
 @each(PLAIN)
 def test_stochastic_codes_are_neighbours_without_bias(f, key):
-    values = grid(f)
+    values = np.unique(grid(f))  # a codebook may hold a value twice
     # Gaps all over the range: the ends, those around zero (subnormals), and some between.
     at = np.linspace(0, len(values) - 2, 9).astype(int)
     zero = np.searchsorted(values, 0.0)

@@ -34,7 +34,12 @@ def test_ranges_give_the_scales_of_quantize(spec):
     range = observer.finish(one_pass(observer, x[None]), spec)
     scale, zero = range_to_scale(range, spec)
     assert scale.shape == (6,) and scale.dtype == jnp.float32
-    np.testing.assert_array_equal(np.asarray(scale), np.asarray(q.scale, np.float32).reshape(-1))
+    stored = np.asarray(q.scale, np.float32).reshape(-1)
+    if spec.format.is_codebook:
+        stored = np.where(
+            stored == 0, 1, stored
+        )  # a channel of zeros has no magnitude, and needs none
+    np.testing.assert_array_equal(np.asarray(scale), stored)
     if spec.symmetric:
         assert zero is None
     else:

@@ -77,21 +77,6 @@ def test_each_layer_sees_what_the_quantized_ones_before_it_give() -> None:
     assert same(one_pass["a"], qparams["a"]) and not same(one_pass["c"], qparams["c"])
 
 
-def test_in_order_is_closer_than_all_at_once() -> None:
-    def fn(p: Any, x: Any) -> Any:
-        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
-
-    params = {"w": normal(0, 6, 32, 32) / 4.0}
-    batches = [normal(1 + n, 256, 32) for n in range(2)]
-    x = jnp.concatenate(batches)
-
-    def error(**kwargs: Any) -> float:
-        q, _ = jq.ptq(fn, params, rules(), batches=batches, **kwargs)
-        return float(jnp.square(fn(jq.dequantize_params(q), x) - fn(params, x)).sum())
-
-    assert error() < error(sequential=False)
-
-
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
