@@ -58,7 +58,7 @@ PUBLISHED = np.array([[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1
 
 # Integers of 4 bits in groups of 64, with a zero point for each group.
 ASYMMETRIC = jq.Rule("**", weights=jq.int4(group=64, symmetric=False), lookup=jq.int8())
-# The same range, the zero point a float: a whole one only shifts codes, so HQQ could gain nothing.
+# The same range, the zero point a float: a whole one only shifts codes, which gains HQQ nothing.
 FLOAT_ZERO = jq.QSpec("uint4", jq.PerGroup(64), symmetric=False, zero_dtype="float16")
 
 # Name: what it stores and computes with, and the recipe.

@@ -23,10 +23,10 @@ def tiling(q: QTensor, at: Placement, rows: int) -> tuple[int, int] | None:
 
     >>> import jax, jaxquant as jq
     >>> from jaxquant.ops.operands import place
-    >>> w = jax.random.normal(jax.random.key(0), (512, 1024))
+    >>> w = jax.random.normal(jax.random.key(0), (32, 64))
     >>> q, _ = jq.kmeans(iterations=1)(w, jq.palette(1), minor=(0,))
-    >>> tiling(q, place(q, (0,), ()), rows=1)
-    (0, 512)
+    >>> tiling(q, place(q, (0,), ()), rows=1) is None  # so little is looked up at once
+    True
     """
     floats = lowering.tile_floats(rows, math.prod(at.padded))
     if floats is None or q.codebook is None or q.batch or at.batch or not at.keep:
