@@ -274,7 +274,10 @@ def _matrix(
         weights = jnp.ones((x.shape[0], 1))
         if encoder.grid == "hessian":
             weights = jax.lax.dynamic_slice_in_dim(counted, first, x.shape[0])[:, None]
-        cost = lambda d: jnp.sum(weights * d * d, axis=0, keepdims=True)  # noqa: E731
+
+        def cost(d: Array) -> Array:
+            return jnp.sum(weights * d * d, axis=0, keepdims=True)
+
         return searched(x, (0,), spec, cost, _STEPS, _LEAST)[0]
 
     rows = laid(w)
