@@ -45,9 +45,10 @@ CALIBRATION = 32  # windows
 def methods() -> dict[str, Method]:
     """All methods by name, in the table's order."""
 
+    tied = jq.Rule("**/embed/**", weights=jq.int8(), lookup=jq.int8())
+
     def weights(spec: jq.QSpec, activations: jq.QSpec | None = None) -> jq.Recipe:
         """The layers so; the embedding, which is also the head, int8 beside float activations."""
-        tied = jq.Rule("**/embed/**", weights=jq.int8(), lookup=jq.int8())
         return jq.Recipe([tied, jq.Rule("**", weights=spec, activations=activations)])
 
     def calibrated(
@@ -57,6 +58,10 @@ def methods() -> dict[str, Method]:
         activations: jq.QSpec | None = None,
     ) -> jq.Recipe:
         return weights(spec, activations).using(encoder, rewrite)
+
+    def static(rewrite: Any = None) -> jq.Recipe:
+        """One grid for each activation, found on the calibration text after rewriting."""
+        return jq.Recipe([tied, *jq.w8a8_static()]).using(None, rewrite)
 
     int2, int3, int4, int8 = jq.int2, jq.int3, jq.int4, jq.int8
     nf4 = functools.partial(jq.QSpec, "nf4", jq.PerGroup(64))
@@ -79,6 +84,8 @@ def methods() -> dict[str, Method]:
             calibrated(int8(), None, jq.smoothquant(online=False), int8()),
         ),
         Method("smooth-w8a8", "W8A8", calibrated(int8(), None, jq.smoothquant(), int8())),
+        Method("rtn-w8a8-static", "W8A8", static()),
+        Method("smooth-w8a8-static", "W8A8", static(jq.smoothquant())),
         Method("rtn-w4", "W4 channel", weights(int4())),
         Method("gptq-w4", "W4 channel", calibrated(int4(), jq.gptq())),
         Method("awq-w4", "W4 channel", calibrated(int4(), jq.clip(), jq.awq())),
@@ -212,6 +219,9 @@ def main(argv: list[str] | None = None) -> int:
         for name in names:
             print_generated(console, name, options.generate, options.scan, options.tokens)
         return 0
+    used = versions("jaxquant", "jax", "jaxlib", "flax")
+    settings = {"windows": options.windows, "length": smollm2_text.LENGTH, "scan": options.scan}
+    settings |= {"calibration": options.calibration}
     rows: list[Row] = []
     for i, name in enumerate(names):
         with console.status(f"{name} ({i + 1} of {len(names)})"):
@@ -220,23 +230,20 @@ def main(argv: list[str] | None = None) -> int:
             except RuntimeError as error:
                 console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
                 return 1
+        if options.json:  # after each row: none is lost if a later one fails
+            figures = [dataclasses.asdict(row) for row in rows]
+            text = {"versions": used, "settings": settings, "rows": figures}
+            options.json.write_text(json.dumps(text, indent=2) + "\n")
         said = ", ".join(f"{text} {p:.3f}" for text, p in rows[-1].perplexity.items())
         console.print(f"{name}: {said} ({rows[-1].evaluation:.0f} s)", style="dim", highlight=False)
-    length = smollm2_text.LENGTH
-    title = f"SmolLM2-135M-Instruct, {options.windows} windows of {length} tokens of each text"
+    title = f"SmolLM2-135M-Instruct, {options.windows} windows of {smollm2_text.LENGTH} tokens"
     layers = "scanned" if options.scan else "in a loop"
     caption = (
         f"Perplexity; layers {layers}. Bits a weight are of the layers, MB of everything, the tied "
         "embedding and head at int8. Time to quantize is with compilation, GB the peak meanwhile."
     )
     console.print(table(rows, title, caption))
-    used = versions("jaxquant", "jax", "jaxlib", "flax")
     console.print(", ".join(f"{k} {v}" for k, v in used.items()), style="dim", highlight=False)
-    if options.json:
-        settings = {"windows": options.windows, "length": length, "scan": options.scan}
-        settings |= {"calibration": options.calibration}
-        text = {"versions": used, "settings": settings, "rows": list(map(dataclasses.asdict, rows))}
-        options.json.write_text(json.dumps(text, indent=2) + "\n")
     return 0
 
 

@@ -212,7 +212,7 @@ def _encode_core(
     beta, yes = jnp.float32(how.beta), jnp.asarray(True)
     start = _Step(zero, zero, far, least, far, beta, jnp.int32(0), yes)
     end = lax.while_loop(going, step, start)
-    zero = end.best
+    zero, first = end.best, end.first
     if spec.zero_dtype is None:
         each = [start.zero, jnp.floor(zero), jnp.ceil(zero)]
         whole = jnp.stack([jnp.clip(jnp.round(z), fmt.qmin, fmt.qmax) for z in each])
@@ -220,14 +220,15 @@ def _encode_core(
         def cost(z: Array) -> Array:
             return jnp.sum(powered(x - (codes(z) - z) * scale), axis=inner, keepdims=True)
 
-        least = jnp.argmin(lax.map(cost, whole), axis=0)
+        costs = lax.map(cost, whole)
+        first, least = jnp.sum(costs[0]) / size, jnp.argmin(costs, axis=0)
         zero = jnp.take_along_axis(whole, least[None], axis=0)[0]
     else:
         zero = zero.astype(spec.zero_dtype).astype(jnp.float32)
     q = codes(zero)
     details = {
         "iterations": jnp.maximum(end.taken - 1, 0),
-        "before": end.first,
+        "before": first,
         "after": jnp.sum(powered(x - (q - zero) * scale)) / size,
     }
     return _filled(blank, q, stored, zero), details

@@ -58,7 +58,7 @@ def _order(ndim: int, axes: tuple[int, ...], batched: tuple[int, ...]) -> list[i
 
 
 def matrix_spec(spec: QSpec) -> QSpec:
-    """The spec of the matrix view: groups run along `K`, channels are the columns `N`.
+    """The spec of the matrix view: groups run along `K`, channels are columns `N` or runs of them.
 
     Args:
       spec: axes named: groups over the contracted axes, channels over those that are kept.
@@ -78,7 +78,7 @@ def matrix_spec(spec: QSpec) -> QSpec:
     if isinstance(gran, PerGroup):
         view: PerGroup | PerChannel | PerTensor = PerGroup(gran.size, (0,))
     elif isinstance(gran, PerChannel) and gran.axes != ():
-        view = PerChannel((1,))
+        view = PerChannel((1,), gran.size)
     else:
         view = PerTensor()
     return dataclasses.replace(spec, granularity=view)

@@ -12,8 +12,7 @@ from jax import Array
 
 from jaxquant.encoders.base import Info, measure
 from jaxquant.observers.inputs import Inputs, InputStats, inputs
-from jaxquant.qtensor import Calibration, Outliers, QTensor
-from jaxquant.qtensor.quantize import encode_products
+from jaxquant.qtensor import Calibration, Outliers, QTensor, encode_products
 from jaxquant.report import Called
 from jaxquant.spec import QSpec
 

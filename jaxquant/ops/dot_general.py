@@ -1,51 +1,19 @@
-"""`lax.dot_general` where an operand may be a QTensor, or both are quantized at run time."""
+"""`lax.dot_general` where an operand may be a QTensor."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from jaxquant.ops import lowering, nibbles, tiles
-from jaxquant.ops.activations import (
-    fake,
-    fake_on_grid,
-    has_zero,
-    on_grid,
-    quantize_activation,
-    shared_axes,
-)
 from jaxquant.ops.backward import straight_through
-from jaxquant.ops.contract import contract, contract_limbs
-from jaxquant.ops.dot_call import Axes, Call, finish, sharding_of
-from jaxquant.ops.operands import (
-    Operand,
-    Placement,
-    arranged,
-    int8_codes,
-    integer_range,
-    moving_scale,
-    place,
-    result_dtype,
-    weight,
-)
-from jaxquant.ops.outliers import fake_with_outliers, in_storage, product, split
-from jaxquant.ops.static import dot_static
-from jaxquant.qtensor import (
-    Calibration,
-    Grid,
-    QTensor,
-    along,
-    dequantize,
-    storage_codes,
-    storage_values,
-)
+from jaxquant.ops.dot_call import Axes, Call
+from jaxquant.ops.dot_codes import evaluated
+from jaxquant.qtensor import Calibration, QTensor, along, dequantize
 from jaxquant.spec import PerChannel, PerTensor, QSpec
 
 FROM_USE: Any = type("FromUse", (), {"__repr__": lambda _: "q.use.activations"})()
@@ -134,81 +102,6 @@ def dot_general(
     return straight_through(functools.partial(evaluated, call), call.reference)(jnp.asarray(x), q)
 
 
-def evaluated(call: Call, x: Array, q: QTensor, key: Array | None = None) -> Array:
-    """The result of one call; with a `key`, `x` is rounded at random."""
-    at = place(q, call.w_contract, call.w_batch)
-    spec, grid = call.activations, _grid(call, q)
-    together = at is not None and spec is not None and _same_kind(q, spec, at, call, x.ndim)
-    # a scale that moves to the other operand would take it off its grid
-    together = together and not (grid is not None and at is not None and at.varies)
-    if call.outliers is not None and grid is None and at is not None:
-        # rows of the weight are dequantized where they lie
-        together = together and not at.varies and call.out_sharding is None
-
-    def rounded(x: Array) -> Array:
-        if spec is None or not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        if call.outliers is not None and grid is None:
-            return fake_with_outliers(x, spec, call.x_contract, call.x_batch, call.outliers)
-        return fake(x, spec, call.x_contract, key) if grid is None else fake_on_grid(x, grid, spec)
-
-    if not together:
-        x = rounded(x)
-    if at is None or not _as_stored(call, x, q, at, together):
-        return call.reference(rounded(x) if together else x, dequantize(q))
-    if together and grid is not None and spec is not None:
-        over = call.x_contract, call.w_contract
-        if not call.w_batch and call.out_sharding is None and not q.spec.format.packed:
-            out = dot_static(on_grid(x, grid, spec), q, grid, over, call.flipped)
-            if out is not None:
-                return out.astype(result_dtype(x.dtype, q.dtype, call.preferred))
-    moved = arranged(x, call.x_contract, call.x_batch, at, call.w_contract)
-    if at.varies:
-        scale = moving_scale(q, at, len(moved.free))
-        moved = dataclasses.replace(moved, values=moved.values.astype(jnp.float32) * scale)
-    if spec is not None and together:
-        out = _quantized(call, moved, q, at, spec, grid, key)
-    else:
-        out = _weight_only(call, moved, q, at)
-    return finish(call, x, q, at, out)
-
-
-def _limits(q: QTensor) -> tuple[int, int, float] | None:
-    return None if q.codebook is not None else integer_range(q.spec.format)
-
-
-def _same_kind(q: QTensor, spec: QSpec, at: Placement, call: Call, ndim: int) -> bool:
-    """Whether codes of both operands can be multiplied, and scales taken out of the sum."""
-    shared = shared_axes(spec, call.x_contract, ndim)
-    if shared is None or len(shared) not in (len(call.x_contract), ndim):
-        return False
-    if _limits(q) is None:
-        # two float8 numbers of one format
-        return spec.format == q.spec.format and spec.format.is_float and spec.format.bits == 8
-    terms = math.prod(at.block(s) if s in at.split else at.padded[s] for s in at.contract)
-    fits = lowering.fits_int32(terms, has_zero(spec), q.zero_point is not None or has_zero(q.spec))
-    return spec.format.is_integer and integer_range(spec.format) is not None and fits
-
-
-def _as_stored(call: Call, x: Array, q: QTensor, at: Placement, together: bool) -> bool:
-    """Whether codes can be contracted as they lie."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or q.spec.format.bits > 8:
-        return False
-    if 0 in q.shape or any(isinstance(n, int) and n == 0 for n in x.shape):
-        return False
-    if at.varies:
-        # the scale of each contracted index goes to the other operand, which only rounds after
-        changes_sides = at.uniform and q.zero_point is None
-        if not changes_sides or (call.activations is not None and not together):
-            return False
-    if call.out_sharding is not None:
-        # a sharding can be carried over where axes of the result are storage axes
-        return not at.split and all(
-            len(at.members[s]) == 1 and at.padded[s] == at.size[s] for s in at.keep
-        )
-    return True
-
-
 def _divided(call: Call, x: Array, q: QTensor, held: Calibration) -> tuple[Call, Array, QTensor]:
     """The float operand over the divisor, and the weight times it."""
     bare = dataclasses.replace(q, calibration=dataclasses.replace(held, divisor=None))
@@ -237,102 +130,3 @@ def over_divisor(x: Array, q: QTensor, x_contract: Axes, w_contract: Axes) -> Ar
         )
     met = tuple(x_contract[w_contract.index(a)] - x.ndim for a in axes)
     return (x.astype(jnp.float32) * along(1.0 / held.divisor, met, x.ndim)).astype(x.dtype)
-
-
-def _grid(call: Call, q: QTensor) -> Grid | None:
-    """The calibrated grid of the other operand, if the contraction shares its batch axes."""
-    grid = None if q.calibration is None else q.calibration.input
-    if grid is None or call.activations is None or not call.calibrated:
-        return None
-    if not grid.suits(call.activations):
-        return None
-    lead = grid.scale.ndim
-    return grid if call.w_batch[:lead] == tuple(range(lead)) else None
-
-
-def _quantized(
-    call: Call,
-    x: Operand,
-    q: QTensor,
-    at: Placement,
-    spec: QSpec,
-    grid: Grid | None,
-    key: Array | None,
-) -> Array:
-    """Codes of both operands multiplied."""
-    everything = isinstance(spec.granularity, PerTensor)
-    shared = tuple(range(x.values.ndim)) if everything else (*x.groups, *x.inner)
-    if grid is None and call.outliers is not None:
-        left, floats, found = split(x, spec, call.outliers, _fixed(call, q, at))
-        right = _int8(q, at)
-        whole = contract(left, right, call.precision, None, narrow=q.spec.format.packed)
-        return whole + product(floats, q, at, found)
-    if grid is None:
-        codes, scale, zero = quantize_activation(x.values, spec, shared, key)
-    else:
-        rest = range(grid.scale.ndim, x.values.ndim)  # batch axes come first
-        grid = jax.tree.map(lambda a: lax.expand_dims(a, rest), grid)
-        codes, scale, zero = on_grid(x.values, grid, spec), grid.scale, grid.zero_point
-    left = dataclasses.replace(x, values=codes, scale=scale, zero=zero)
-    right = _int8(q, at) if _limits(q) else weight(q, at, storage_codes(q))
-    narrow = q.spec.format.packed
-    sharding = sharding_of(call, x, at)
-    return contract(left, right, call.precision, sharding, narrow=narrow)
-
-
-def _fixed(call: Call, q: QTensor, at: Placement) -> Array | None:
-    """The outlier columns that calibration fixed, if it did so for this contraction."""
-    held = q.calibration
-    if held is None or held.outliers is None or held.outliers.ndim != 1:
-        return None
-    if {a + q.ndim for a in held.over} != set(call.w_contract):
-        return None
-    return in_storage(held.outliers, held.over, q, at)
-
-
-def _weight_only(call: Call, x: Operand, q: QTensor, at: Placement) -> Array:
-    """Float activations, unscaled codes; the dequantized matrix is never made."""
-    sharding = sharding_of(call, x, at)
-
-    def computed(dtype: Any, q: QTensor = q, at: Placement = at) -> Array:
-        # codes less zero points are exact in any float dtype
-        right = dataclasses.replace(weight(q, at, storage_values(q).astype(dtype)), zero=None)
-        left = dataclasses.replace(x, values=x.values.astype(dtype))
-        return contract(left, right, call.precision, sharding)
-
-    def converted() -> Array:
-        return lowering.by_compute_dtype(x.values.dtype, computed)
-
-    rows = lowering.static_size(x.values.shape, (*x.batch, *x.free))
-    cut = None if sharding is not None or x.groups else tiles.tiling(q, at, rows)
-    if cut is not None:
-
-        def part(dtype: Any) -> Array:
-            def contracted(q: QTensor) -> Array:
-                at = place(q, call.w_contract, call.w_batch)
-                assert at is not None
-                return computed(dtype, q, at)
-
-            return tiles.by_tiles(q, *cut, len(x.batch) + len(x.free), contracted)
-
-        return lowering.by_platform(
-            cpu=lambda: lowering.by_compute_dtype(x.values.dtype, part), default=converted
-        )
-    group = lowering.static_size(x.values.shape, x.inner) if x.groups else None
-    packed, narrow = nibbles.fits(q, at), q.spec.format.packed
-    terms = math.prod(at.padded[s] for s in at.contract)
-    fits = lowering.fits_int32(terms, False, q.zero_point is not None or has_zero(q.spec))
-    if _limits(q) is None or not fits or not lowering.limbs_win(rows, group, packed):
-        return converted()
-    return lowering.by_platform(
-        cpu=lambda: contract_limbs(x, _int8(q, at), sharding, narrow), default=converted
-    )
-
-
-def _int8(q: QTensor, at: Placement) -> Operand:
-    limits = _limits(q)
-    assert limits is not None
-    if lowering.one_device() and nibbles.fits(q, at):
-        return weight(q, at, q.codes, limits[2], packed=q.spec.format)
-    codes, shift = int8_codes(storage_codes(q), q.spec.format)
-    return weight(q, at, codes, limits[2], shift)

@@ -1,14 +1,8 @@
 """Params trees: quantized by a recipe, dequantized, split for training."""
 
+from jaxquant.params.leaf import Encoded, Found, encode_leaf
 from jaxquant.params.plan import Plan, identity, make_plans
-from jaxquant.params.quantize import (
-    Encoded,
-    Found,
-    apply_recipe,
-    check_finite,
-    encode_leaf,
-    quantize_params,
-)
+from jaxquant.params.quantize import apply_recipe, check_finite, quantize_params
 from jaxquant.params.trees import combine, dequantize_params, partition
 
 __all__ = [

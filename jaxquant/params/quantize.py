@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding
 
-from jaxquant.encoders import Encoder, Info, rtn
+from jaxquant.encoders import Info, rtn
 from jaxquant.interpret.sites import Sites, path_str
-from jaxquant.observers import InputStats
-from jaxquant.params.placement import automatic, derive
+from jaxquant.params.leaf import Encoded, encode_leaf
 from jaxquant.params.plan import Plan, identity, make_plans
-from jaxquant.qtensor import QTensor, Use, is_qtensor, with_use
+from jaxquant.qtensor import Use, is_qtensor, with_use
 from jaxquant.recipe import Recipe, Rule, as_recipe
 from jaxquant.report import LeafReport, Report, shown
 
@@ -65,37 +62,6 @@ def quantize_params(
     return apply_recipe(params, recipe, sites=sites, key=key, use=use)
 
 
-class Found(NamedTuple):
-    """A number that was found for a leaf, or the range of it over its layers.
-
-    >>> print(Found("awq", "ratio", 0.25, 0.5))
-    awq: ratio 0.25 to 0.5
-    """
-
-    what: str
-    name: str
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        more = f" to {self.high:.3g}" if self.high > self.low else ""
-        return f"{self.what}: {self.name} {self.low:.3g}{more}"
-
-
-class Encoded(NamedTuple):
-    """A leaf that is encoded already.
-
-    Attributes:
-      q: the result.
-      info: what its encoder said.
-      notes: remarks for the report.
-    """
-
-    q: QTensor
-    info: Info | None
-    notes: tuple[str | Found, ...] = ()
-
-
 def apply_recipe(
     params: Any,
     recipe: Recipe,
@@ -115,7 +81,7 @@ def apply_recipe(
     plans, notes = make_plans(leaves, recipe, sites, again=again)
     check_finite([(p.path, x) for p, (_, x) in zip(plans, leaves, strict=True) if p.spec])
 
-    done: dict[Any, tuple[str, QTensor, Info | None]] = {}
+    done: dict[Any, tuple[str, Encoded]] = {}
     seen: dict[Any, str] = {}
     out, infos, reports = [], [], []
     for plan, (path, leaf) in zip(plans, leaves, strict=True):
@@ -127,22 +93,20 @@ def apply_recipe(
         else:
             how = (array, plan.spec, plan.minor, plan.batch_axes, plan.rule)
             rule, given = plan.rule, (encoded or {}).get(path)
-            if given is not None:
-                plan = dataclasses.replace(plan, notes=(*plan.notes, *map(str, given.notes)))
             if how not in done:
                 if given is None:
                     _require_no_inputs(plan)
-                    q, info = encode_leaf(leaf, plan, plan.encoder or rtn(), key)
-                else:
-                    q, info = given.q, given.info
+                    given = encode_leaf(leaf, plan, plan.encoder or rtn(), key)
                 if use:
                     how_used = Use(rule.activations, recipe.attention, outliers=rule.outliers)
-                    q = with_use(q, how_used)
-                done[how] = (path, q, info)
+                    given = given._replace(q=with_use(given.q, how_used))
+                done[how] = (path, given)
             else:
                 shared = done[how][0]
-            _, q, info = done[how]
-            out.append(q)
+            first = done[how][1]
+            info, notes_of = first.info, map(str, first.notes)
+            plan = dataclasses.replace(plan, notes=(*plan.notes, *notes_of))
+            out.append(first.q)
         seen.setdefault(array, path)
         infos.append(info)
         reports.append((plan, leaf, out[-1], shared))
@@ -181,44 +145,6 @@ def check_finite(leaves: list[tuple[str, Any]]) -> None:
 @jax.jit
 def _count_bad(x: Array) -> Array:
     return jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32)
-
-
-def encode_leaf(
-    leaf: Any, plan: Plan, encoder: Encoder, key: Array | None, stats: InputStats | None = None
-) -> tuple[QTensor, Info | None]:
-    """One leaf quantized, laid out over devices as it was, and how far off it is."""
-    more = {} if stats is None else {"stats": stats}
-    own = None if key is None else jax.random.fold_in(key, zlib.crc32(plan.path.encode()))
-
-    def run(w: Array, k: Array | None) -> tuple[QTensor, Info]:
-        assert plan.spec is not None
-        return encoder(w, plan.spec, key=k, minor=plan.minor, batch_axes=plan.batch_axes, **more)
-
-    try:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return _abstract(leaf, lambda w: run(w, own)[0]), None
-        if isinstance(leaf, jax.core.Tracer):
-            return run(leaf, own)[0], None
-        if isinstance(leaf, np.ndarray):
-            leaf = jnp.asarray(leaf)
-        with automatic(leaf) as w:
-            q, info = run(w, own)
-        if isinstance(leaf.sharding, NamedSharding):
-            q = jax.device_put(q, derive(leaf.sharding, leaf.shape, q))
-        return q, info
-    except ValueError as error:
-        raise ValueError(f"{shown(plan.path)}: {error}") from error
-
-
-def _abstract(leaf: jax.ShapeDtypeStruct, run: Any) -> QTensor:
-    q = jax.eval_shape(run, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    if not isinstance(leaf.sharding, NamedSharding):
-        return q
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        q,
-        derive(leaf.sharding, leaf.shape, q),
-    )
 
 
 def ratios(infos: list[Info | None]) -> list[float | None]:

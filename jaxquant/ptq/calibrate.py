@@ -175,7 +175,7 @@ def _by_itself(path: str, leaf: Any, plan: Plan, key: Array | None) -> Encoded:
     encoder = plan.encoder
     if encoder is None or getattr(encoder, "observer", None) is not None:
         encoder = rtn()
-    return Encoded(*encode_leaf(leaf, plan, encoder, key))
+    return encode_leaf(leaf, plan, encoder, key)
 
 
 def _encoded(

@@ -124,12 +124,13 @@ def _encoded(
         w = _times(w, divisor, member.axes)
         stats = _rescaled(stats, c)
     needs = getattr(encoder, "observer", None) is not None
-    q, info = encode_leaf(w, member.plan, encoder, key, stats if needs else None)
+    made = encode_leaf(w, member.plan, encoder, key, stats if needs else None)
+    q = made.q
     if divisor is not None:
         held = q.calibration or Calibration()
         held = dataclasses.replace(held, divisor=divisor, axis=member.axes)
         q = dataclasses.replace(q, calibration=held)
-    return Encoded(q, info, notes + _said(info, encoder))
+    return made._replace(q=q, notes=(*notes, *_few(stats, encoder), *made.notes))
 
 
 @jax.jit
@@ -158,20 +159,14 @@ def _told(rewrite: Any, details: Any) -> tuple[Found, ...]:
     return tuple(Found(name, k, float(v.min()), float(v.max())) for k, v in found)
 
 
-def _said(info: Any, encoder: Any) -> tuple[str | Found, ...]:
-    """Notes on what an encoder had to do that one should know of."""
-    details = dict(getattr(info, "details", None) or {})
-    notes: list[str | Found] = []
-    used, asked = details.get("damping"), getattr(encoder, "damping", None)
-    if used is not None and asked is not None:
-        raised = np.asarray(used, np.float64)
-        if raised.max() > 1.5 * asked:
-            what = f"the factorisation failed with damping {asked:.3g}"
-            notes.append(Found(what, "used", float(raised.min()), float(raised.max())))
-    dead = float(np.sum(np.asarray(details.get("dead", 0.0))))
-    if dead:
-        notes.append(Found("inputs that were always zero", "count", dead, dead))
-    return tuple(notes)
+def _few(stats: InputStats, encoder: Any) -> tuple[Found, ...]:
+    """That there were fewer rows than columns, for an encoder that inverts their moments."""
+    observer = getattr(encoder, "observer", None)
+    rows, k = np.asarray(stats.rows, np.float64), stats.absmax.shape[-1]
+    if not getattr(observer, "hessian", False) or not rows.size or rows.min() >= k:
+        return ()
+    found = Found(f"fewer calibration rows than its {k} columns", "rows", rows.min(), rows.max())
+    return (found,)
 
 
 def stacked(pieces: Sequence[Encoded], lengths: tuple[int, ...], leaf: Any) -> Encoded:

@@ -13,9 +13,9 @@ from jax import Array
 
 from jaxquant.encoders import Info, measure
 from jaxquant.interpret.sites import Sites, path_str
+from jaxquant.params import check_finite, encode_leaf
 from jaxquant.params.placement import automatic
 from jaxquant.params.plan import Plan, identity
-from jaxquant.params.quantize import check_finite, encode_leaf
 from jaxquant.ptq.fuse import with_offsets
 from jaxquant.qat.leaves import encoded, with_grid
 from jaxquant.qat.schedule import Schedule
@@ -83,7 +83,7 @@ def convert(
             continue
         shared = (identity(path, leaf), path if _own(quant_state, path) else None)
         if shared not in done:
-            q, _ = encode_leaf(leaf, plan, _AsTrained(plan, chosen, quant_state), None)
+            q = encode_leaf(leaf, plan, _AsTrained(plan, chosen, quant_state), None).q
             done[shared] = with_grid(q, plan, quant_state)
         out.append(done[shared])
     qparams = jax.tree.unflatten(tree, out)

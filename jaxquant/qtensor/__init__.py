@@ -1,18 +1,17 @@
 """The quantized array: a pytree of codes and scales, and how arrays become one and come back."""
 
 from jaxquant.qtensor import export as _export  # noqa: F401 - registers QTensor with jax.export
-from jaxquant.qtensor.calibration import Calibration, Folded, Grid
-from jaxquant.qtensor.nested import Nested, nest, with_plain_scales
-from jaxquant.qtensor.outliers import Outliers
-from jaxquant.qtensor.quantize import (
-    along,
-    dequantize,
+from jaxquant.qtensor.calibration import Calibration, Folded, Grid, along
+from jaxquant.qtensor.encode import (
     encode_array,
     encode_given,
+    encode_products,
     encode_stacked,
-    quantize,
     storage_layout,
 )
+from jaxquant.qtensor.nested import Nested, nest, with_plain_scales
+from jaxquant.qtensor.outliers import Outliers
+from jaxquant.qtensor.quantize import dequantize, quantize
 from jaxquant.qtensor.scales import (
     magnitude,
     scaled_codes,
@@ -49,6 +48,7 @@ __all__ = [
     "dequantize",
     "encode_array",
     "encode_given",
+    "encode_products",
     "encode_stacked",
     "from_storage",
     "is_qtensor",

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from jaxquant.spec import QSpec
@@ -97,3 +98,18 @@ class Calibration:
         """What is left when the values have moved to other places; `batch` acts on batch axes."""
         kept = Calibration(input=self.input, output=self.output, attention=self.attention)
         return jax.tree.map(batch, kept)
+
+
+def along(divisor: Array, axes: tuple[int, ...], ndim: int) -> Array:
+    """`[*batch, *channels]` laid out for an array of rank `ndim`, its channels at `axes` (< 0).
+
+    >>> along(jnp.ones((2, 3)), (-2,), 4).shape, along(jnp.ones((2, 3)), (-1, -3), 4).shape
+    ((2, 1, 3, 1), (1, 3, 1, 2))
+    """
+    lead = divisor.ndim - len(axes)
+    order = sorted(range(len(axes)), key=lambda n: axes[n])
+    divisor = jnp.transpose(divisor, [*range(lead), *(lead + n for n in order)])
+    shape = [*divisor.shape[:lead], *(1,) * (ndim - lead)]
+    for n, size in zip(order, divisor.shape[lead:], strict=True):
+        shape[axes[n]] = size
+    return divisor.reshape(shape)

@@ -1,0 +1,110 @@
+"""One leaf encoded: its `QTensor`, how far off it is, and what the encoder has to say."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding
+
+from jaxquant.encoders import Encoder, Info, huffman_bits
+from jaxquant.observers import InputStats
+from jaxquant.params.placement import automatic, derive
+from jaxquant.params.plan import Plan
+from jaxquant.qtensor import QTensor
+from jaxquant.report import shown
+
+
+class Found(NamedTuple):
+    """A number that was found for a leaf, or the range of it over its layers.
+
+    >>> print(Found("awq", "ratio", 0.25, 0.5))
+    awq: ratio 0.25 to 0.5
+    """
+
+    what: str
+    name: str
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        more = f" to {self.high:.3g}" if self.high > self.low else ""
+        return f"{self.what}: {self.name} {self.low:.3g}{more}"
+
+
+class Encoded(NamedTuple):
+    """A leaf that is encoded already.
+
+    Attributes:
+      q: the result.
+      info: what its encoder said.
+      notes: remarks for the report.
+    """
+
+    q: QTensor
+    info: Info | None
+    notes: tuple[str | Found, ...] = ()
+
+
+def encode_leaf(
+    leaf: Any, plan: Plan, encoder: Encoder, key: Array | None, stats: InputStats | None = None
+) -> Encoded:
+    """One leaf quantized, laid out over devices as it was, and how far off it is.
+
+    Raises:
+      ValueError: what the encoder refuses, naming the leaf.
+    """
+    more = {} if stats is None else {"stats": stats}
+    own = None if key is None else jax.random.fold_in(key, zlib.crc32(plan.path.encode()))
+
+    def run(w: Array, k: Array | None) -> tuple[QTensor, Info]:
+        assert plan.spec is not None
+        return encoder(w, plan.spec, key=k, minor=plan.minor, batch_axes=plan.batch_axes, **more)
+
+    try:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return Encoded(_abstract(leaf, lambda w: run(w, own)[0]), None)
+        if isinstance(leaf, jax.core.Tracer):
+            return Encoded(run(leaf, own)[0], None)
+        if isinstance(leaf, np.ndarray):
+            leaf = jnp.asarray(leaf)
+        with automatic(leaf) as w:
+            q, info = run(w, own)
+        if isinstance(leaf.sharding, NamedSharding):
+            q = jax.device_put(q, derive(leaf.sharding, leaf.shape, q))
+        return Encoded(q, info, _said(info, encoder))
+    except ValueError as error:
+        raise ValueError(f"{shown(plan.path)}: {error}") from error
+
+
+def _abstract(leaf: jax.ShapeDtypeStruct, run: Any) -> QTensor:
+    q = jax.eval_shape(run, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    if not isinstance(leaf.sharding, NamedSharding):
+        return q
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        q,
+        derive(leaf.sharding, leaf.shape, q),
+    )
+
+
+def _said(info: Info, encoder: Encoder) -> tuple[Found, ...]:
+    """What one should know of how an encoder fared."""
+    details, notes = dict(info.details or {}), []
+    used, asked = details.get("damping"), getattr(encoder, "damping", None)
+    if used is not None and asked is not None:
+        raised = np.asarray(used, np.float64)
+        if raised.max() > 1.5 * asked:
+            what = f"the factorisation failed with damping {asked:.3g}"
+            notes.append(Found(what, "used", float(raised.min()), float(raised.max())))
+    dead = float(np.sum(np.asarray(details.get("dead", 0.0))))
+    if dead:
+        notes.append(Found("inputs that were always zero", "count", dead, dead))
+    if "counts" in details:
+        bits = huffman_bits(np.asarray(details["counts"]))
+        notes.append(Found("Huffman-coded", "bits per weight", bits, bits))
+    return tuple(notes)
