@@ -136,6 +136,11 @@ def _observer(recipe: Observing, place: Place, used: set[Rule]) -> Observer | No
         if rule.observer is not None:
             used.add(rule)
             return rule.observer
+    if all(rule.observer is None for rule in recipe):
+        for path in place.params:  # what its encoders and rewrites look at, in ranges' place
+            found = recipe.match(path)
+            if found is not None and found.gathers is not None:
+                return found.gathers
     return None
 
 
@@ -152,7 +157,8 @@ def _deciding(recipe: Recipe, place: Place) -> Iterator[Rule]:
 
 def require_observers(recipe: Observing, where: str) -> None:
     """Raises unless some rule of a recipe has an observer."""
-    if isinstance(recipe, Recipe) and all(rule.observer is None for rule in recipe):
+    looks = isinstance(recipe, Recipe) and any(rule.observer or rule.gathers for rule in recipe)
+    if isinstance(recipe, Recipe) and not looks:
         raise ValueError(
             f"{where}: no rule of {recipe!r} has an observer; expected one as in "
             "jq.Rule('**', weights=jq.int8(), activations=..., observer=jq.observers.mse())"

@@ -57,7 +57,8 @@ def capture(
       params: its parameters, float; where some are `QTensor`s, `fn` computes as `quantized(fn)`.
       batches: any iterable, walked once. A batch is a tuple of the arguments that follow params, or
         the only one. All have the structure, shapes and dtypes of the first.
-      recipe: rules with `observer=`; or one observer, for all contractions.
+      recipe: rules with `observer=`, or if there are none, rules whose encoders or rewrites look at
+        inputs; or one observer, for all contractions.
       resume: statistics of an interrupted capture, or their file: as many batches as they have seen
         are passed over, and the result is that of one uninterrupted capture. The file of `save`
         need not exist yet, so that one command starts a capture and goes on with it.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.encoders.base import Info, measure
+from jaxquant.encoders.checks import check_count, check_number
 from jaxquant.encoders.fixed import stored_scales
 from jaxquant.encoders.grids import searched, total_scale
 from jaxquant.encoders.layers import mapped
@@ -40,10 +41,8 @@ class Clip(Called):
     least: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"clip: steps is a positive integer, got {self.steps!r}")
-        if not 0 < self.least <= 1:
-            raise ValueError(f"clip: least is above 0 and at most 1, got {self.least!r}")
+        check_count("clip: steps", self.steps)
+        check_number("clip: least", self.least, 0.0, 1.0, above=True)
 
     def __call__(
         self,
@@ -112,14 +111,14 @@ def _check(spec: QSpec, ndim: int, moments: Moments) -> None:
         return
     if grouped is not None and sorted(grouped) == sorted(moments.axes):
         return
-    if isinstance(gran, PerChannel):
+    if isinstance(gran, PerChannel) and gran.size == 1:
         named = (gran.axes,) if isinstance(gran.axes, int) else gran.axes or ()
         kept = {a for a in range(-ndim, 0) if a not in moments.axes}
         if {a % ndim - ndim for a in named} == kept:
             return
     raise ValueError(
-        f"clip: expected PerTensor(), PerChannel over all axes kept, or PerGroup over those "
-        f"contracted, {moments.axes}; got {gran!r}"
+        "clip: expected PerTensor(), PerChannel over all axes kept (of size 1), or PerGroup over "
+        f"those contracted, {moments.axes}; got {gran!r}"
     )
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxquant.encoders.checks import check_finite
 from jaxquant.encoders.optimal import optimal
 from jaxquant.numerics.cluster import (
     Points,
@@ -88,13 +89,16 @@ def kmeans_codebook(
       float32 `[levels]`, ascending.
 
     Raises:
-      ValueError: fewer values than levels, or what `kmeans` refuses.
+      ValueError: fewer values than levels, values that are not finite, or what `kmeans` refuses.
 
     >>> kmeans_codebook(jnp.array([0.0, 1.0, 2.0]), 1, weights=jnp.array([1.0, 0.0, 0.0])).tolist()
     [0.0]
     """
     how = Clustering.of(start, iterations, exact)
     x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"kmeans: expected a float array, got {x.dtype.name}{list(x.shape)}")
+    check_finite("kmeans", "array", x)
     if isinstance(levels, bool) or not isinstance(levels, int) or not 1 <= levels <= 256:
         raise ValueError(f"kmeans: levels: expected 1 to 256, got {levels!r}")
     if levels > x.size:
@@ -110,7 +114,11 @@ def kmeans_codebook(
 
 
 def spread_weights(weights: Array, shape: tuple[int, ...]) -> Array:
-    """Weights broadcast to the shape of the array they are for; `ValueError` if they do not."""
+    """Weights broadcast to the shape of the array they are for.
+
+    Raises:
+      ValueError: they do not, are not finite, or negative (not under a trace).
+    """
     try:
         if np.broadcast_shapes(weights.shape, shape) != shape:
             raise ValueError
@@ -118,8 +126,15 @@ def spread_weights(weights: Array, shape: tuple[int, ...]) -> Array:
         raise ValueError(
             f"kmeans: weights of shape {list(weights.shape)} for an array of shape {list(shape)}"
         ) from None
+    if not isinstance(weights, jax.core.Tracer) and not bool(_countable(weights)):
+        raise ValueError("kmeans: weights: expected finite values, none of them negative")
     rank = len(shape) - weights.ndim
     return jnp.broadcast_to(lax.expand_dims(weights, range(rank)), shape)
+
+
+@jax.jit
+def _countable(weights: Array) -> Array:
+    return jnp.all(jnp.isfinite(weights) & (weights >= 0))
 
 
 def clustered(

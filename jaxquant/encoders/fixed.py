@@ -11,12 +11,11 @@ from jaxquant.qtensor import (
     QTensor,
     blocked,
     from_storage,
-    nest,
+    read_back,
     storage_layout,
     to_storage,
     unblocked,
 )
-from jaxquant.qtensor.nested import unnested
 from jaxquant.spec import QSpec
 
 
@@ -64,8 +63,7 @@ def fixed_grid(
     read, again = scale, None
     if spec.double:
         empty = jnp.max(jnp.abs(x), axis=inner, keepdims=True) == 0  # as encode_given has it
-        read = unnested(*nest(jnp.where(empty, 0.0, scale)))
-        read = jnp.where(read > 0, read, scale)
+        read = read_back(scale, empty)[1]
         again = _each(blank, x, scale / read)
     stored = scale.reshape(blank.groups), None if zero is None else zero.reshape(blank.groups)
     each = _each(blank, x, read), None if zero is None else _each(blank, x, zero)

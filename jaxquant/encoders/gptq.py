@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import warnings
 from typing import ClassVar, Literal
 
@@ -14,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from jaxquant.encoders.base import Info, measure
+from jaxquant.encoders.checks import check_count, check_number
 from jaxquant.encoders.columns import Grid, energy_in_blocks, round_columns
 from jaxquant.encoders.damping import factor
 from jaxquant.encoders.fixed import fixed_grid, scales_of_groups
@@ -44,22 +44,23 @@ class GPTQ(Called):
     act_order: bool | Literal["static", "dynamic"] = "dynamic"
     grid: Literal["range", "mse", "hessian"] = "hessian"
     shrinkage: float = 0.0
-    dead: Literal["zero", "nearest"] = "zero"
+    dead: Literal["zero", "nearest"] = "nearest"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(f"gptq: damping is finite and not negative, got {self.damping!r}")
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
-            raise ValueError(f"gptq: block is a positive integer, got {self.block!r}")
-        if not 0 <= self.shrinkage <= 1:
-            raise ValueError(f"gptq: shrinkage is between 0 and 1, got {self.shrinkage!r}")
+        check_number("gptq: damping", self.damping, 0.0)
+        check_count("gptq: block", self.block)
+        check_number("gptq: shrinkage", self.shrinkage, 0.0, 1.0)
+        if self.act_order is True:
+            object.__setattr__(self, "act_order", "static")
+        known: tuple[bool | str, ...]
         for name, known in (
-            ("act_order", (False, True, "static", "dynamic")),
+            ("act_order", (False, "static", "dynamic")),
             ("grid", ("range", "mse", "hessian")),
             ("dead", ("zero", "nearest")),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"gptq: {name} is one of {known}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if type(value) not in (bool, str) or value not in known:
+                raise ValueError(f"gptq: {name} is one of {known}, got {value!r}")
 
     def __call__(
         self,
@@ -96,7 +97,7 @@ def gptq(
     act_order: bool | Literal["static", "dynamic"] = "dynamic",
     grid: Literal["range", "mse", "hessian"] = "hessian",
     shrinkage: float = 0.0,
-    dead: Literal["zero", "nearest"] = "zero",
+    dead: Literal["zero", "nearest"] = "nearest",
 ) -> GPTQ:
     """Rounds a weight such that the layer's output, not the weight itself, changes least.
 
@@ -118,8 +119,8 @@ def gptq(
         shrunk by the factor from {1, 31/32, ..., 9/32} that leaves least squared error;
         `"hessian"`, the same with errors weighted by `H_kk` (its mean for inputs always 0).
       shrinkage: `s`: how far off-diagonal moments are drawn to 0, for few rows or other data later.
-      dead: weights of inputs that were always 0: `"zero"`, or rounded to `"nearest"`. Where no
-        row came at all (an expert that was never chosen) all are rounded to nearest.
+      dead: weights of inputs that were always 0: rounded to `"nearest"`, or made `"zero"`. Where
+        no row came at all (an expert that was never chosen) all are rounded to nearest.
 
     Raises:
       ValueError: an argument out of its range.
@@ -203,7 +204,7 @@ def _core(
     m = m if total is None else m / total
     local = dataclasses.replace(spec, global_scale=False)
     dynamic = gran.size if isinstance(gran, PerGroup) and grouped == axes else None
-    order: Order = "static" if encoder.act_order is True else encoder.act_order or None
+    order: Order = None if isinstance(encoder.act_order, bool) else encoder.act_order
     if dynamic is None and order is not None:
         order = "static"
     # scales that are quantized themselves are known once all of them are
@@ -233,6 +234,8 @@ def _core(
         rounded = rounded if unit is None else rounded * unit
     q = encode_given(rounded, scale, zero, total, spec, minor=minor)
     q = dataclasses.replace(q, dtype=w.dtype.name)
+    if total is not None:
+        details["loss"] = details["loss"] * total**2
     details = {**details, "dead": dead.sum(axis=1, dtype=jnp.float32)}
     return q, {name: a.reshape(*shape[:lead]) for name, a in details.items()}
 

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.encoders.base import Info, measure
+from jaxquant.encoders.checks import check_count, check_number, checked_weight
 from jaxquant.numerics import pack
 from jaxquant.qtensor import (
     QTensor,
     blocked,
     nest,
+    read_back,
     storage_layout,
     store_scale,
     to_storage,
@@ -46,14 +48,9 @@ class HQQ(Called):
     growth: float = 1.01
 
     def __post_init__(self) -> None:
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int):
-            raise ValueError(f"hqq: iterations: expected an integer, got {self.iterations!r}")
-        if self.iterations < 0:
-            raise ValueError(f"hqq: iterations: expected 0 or more, got {self.iterations}")
+        check_count("hqq: iterations", self.iterations, 0)
         for name, high in (("p", 1.0), ("beta", math.inf), ("growth", math.inf)):
-            value = getattr(self, name)
-            if not 0 < value <= high:
-                raise ValueError(f"hqq: {name}: expected a number above 0, got {value!r}")
+            check_number(f"hqq: {name}", getattr(self, name), 0.0, high, above=True)
 
     def __call__(
         self,
@@ -71,19 +68,17 @@ class HQQ(Called):
         `after`, the mean of `|w - w'|^p` by the first grid and by the one that is stored.
 
         Raises:
-          ValueError: the spec is symmetric or of another format than integers.
+          ValueError: the spec is symmetric or of another format than integers; `w` is not a
+            float array, or not finite (not under a trace).
         """
         del key, stats
-        fmt = spec.format
-        if not fmt.is_integer or spec.symmetric:
+        w = checked_weight("hqq", w, spec, minor, batch_axes)
+        if not spec.format.is_integer or spec.symmetric:
             raise ValueError(
                 "hqq finds a zero point: expected an asymmetric spec of an integer format such as "
                 f"jq.int4(group=64, symmetric=False), got {spec!r}"
             )
-        if not jnp.issubdtype(jnp.asarray(w).dtype, jnp.floating):
-            raise ValueError(f"hqq: expected a float array, got {jnp.asarray(w).dtype.name}")
-        spec.resolve(w.shape[batch_axes:], minor)
-        return _encode(jnp.asarray(w), self, spec, minor, batch_axes)
+        return _encode(w, self, spec, minor, batch_axes)
 
 
 def hqq(iterations: int = 20, p: float = 0.7, beta: float = 10.0, growth: float = 1.01) -> HQQ:
@@ -172,6 +167,9 @@ def _encode_core(
     span = high / steps - low / steps
     stored = store_scale(jnp.where(high > low, span, jnp.abs(high)), spec)
     scale = stored.astype(jnp.float32)
+    if spec.double:
+        empty = jnp.max(jnp.abs(x), axis=inner, keepdims=True, initial=0.0) == 0
+        stored, scale = read_back(stored, empty)
     inverse = 1.0 / scale
     zero = jnp.where(high > low, fmt.qmin - low * inverse, jnp.where(high < 0, fmt.qmax, fmt.qmin))
     size = jnp.maximum(jnp.sum(count), 1.0)

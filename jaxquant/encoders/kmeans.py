@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.encoders.base import Info, measure
+from jaxquant.encoders.checks import checked_weight
 from jaxquant.encoders.clustering import Clustering, clustered, spread_weights
+from jaxquant.encoders.moments import check_moments
 from jaxquant.numerics import pack
 from jaxquant.numerics.cluster import sums
 from jaxquant.observers import Inputs, InputStats, inputs
@@ -44,9 +46,15 @@ class KMeans(Called):
         """What it has to know of the inputs: second moments, if it is weighted."""
         return inputs() if self.weighted else None
 
-    def takes(self, spec: QSpec) -> bool:
-        """Whether the format is a codebook; a rule's `lookup` may be another."""
-        return spec.format.is_codebook
+    @property
+    def without_inputs(self) -> KMeans:
+        """The same for tables, which are looked up and meet no inputs."""
+        return dataclasses.replace(self, weighted=False)
+
+    @property
+    def learns_values(self) -> bool:
+        """Whether the values of its format are only found in encoding."""
+        return True
 
     def __call__(
         self,
@@ -77,23 +85,22 @@ class KMeans(Called):
           `iterations`.
 
         Raises:
-          ValueError: a format without a codebook; a codebook larger than the values it is for;
-            `weighted` without statistics, or statistics of another shape; `"kmeans++"` without a
-            key.
+          ValueError: `w` is not a float array, or not finite (not under a trace); a format
+            without a codebook, or `double` scales; a codebook larger than the values it is for;
+            `weighted` without statistics, or statistics of another shape, not finite or negative;
+            `"kmeans++"` without a key.
         """
-        w = jnp.asarray(w)
-        if spec.format.codebook is None:
+        w = checked_weight("kmeans", w, spec, minor, batch_axes)
+        if spec.format.codebook is None or spec.double:
             raise ValueError(
                 "kmeans takes a codebook format of as many values as are wanted, such as "
-                f"jq.palette(4); got {spec!r}"
+                f"jq.palette(4), without scales of its own; got {spec!r}"
             )
-        if not 0 <= batch_axes <= w.ndim:
-            raise ValueError(f"kmeans: batch_axes={batch_axes} of an array of rank {w.ndim}")
         blank = storage_layout(w.shape[batch_axes:], spec, minor, w.dtype.name)
         _check_size(len(spec.format.codebook), blank, w.shape)
         how = Clustering(self.start, self.iterations, self.exact)
         how.check_key(key)
-        weights = _weights(stats, w, batch_axes) if self.weighted else None
+        weights = _weights(stats, w, spec, minor, batch_axes) if self.weighted else None
         return _encode(w, weights, key, how, spec, minor, batch_axes)
 
 
@@ -146,7 +153,7 @@ def _check_size(levels: int, blank: QTensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _weights(stats: Any, w: Array, batch_axes: int) -> Array:
+def _weights(stats: Any, w: Array, spec: QSpec, minor: tuple[int, ...], batch_axes: int) -> Array:
     """What each value's squared error costs, of the shape of `w`."""
     if stats is None:
         raise ValueError(
@@ -154,21 +161,14 @@ def _weights(stats: Any, w: Array, batch_axes: int) -> Array:
         )
     if not isinstance(stats, InputStats):
         return spread_weights(jnp.asarray(stats), w.shape)
-    if stats.hessian is None:
-        raise ValueError("kmeans(weighted=True) needs a Hessian: observe with inputs(hessian=True)")
+    stats = check_moments("kmeans(weighted=True)", w, spec, minor, batch_axes, stats)
+    assert stats.hessian is not None
     core = w.shape[batch_axes:]
     axes = (*stats.batched, *stats.axes)
     sizes = [core[a] for a in axes]
     diagonal = jnp.diagonal(stats.hessian, axis1=-2, axis2=-1)
-    experts, k = sizes[: len(stats.batched)], math.prod(core[a] for a in stats.axes)
-    want = (*w.shape[:batch_axes], *experts, k)
-    if diagonal.shape != want:
-        raise ValueError(
-            f"kmeans: expected a Hessian with a diagonal of shape {list(want)} for an array of "
-            f"shape {list(w.shape)}, got {list(diagonal.shape)}"
-        )
     laid = diagonal.reshape(*w.shape[:batch_axes], *sizes)
-    order = sorted(range(len(axes)), key=lambda i: axes[i] % len(core))
+    order = sorted(range(len(axes)), key=lambda i: axes[i])
     laid = jnp.transpose(laid, [*range(batch_axes), *(batch_axes + i for i in order)])
     gone = [a + batch_axes for a in range(len(core)) if a - len(core) not in axes]
     return jnp.broadcast_to(lax.expand_dims(laid, gone), w.shape)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxquant.encoders.checks import check_finite, checked_weight
 from jaxquant.observers import InputStats
 from jaxquant.spec import PerGroup, QSpec
 
@@ -103,14 +103,8 @@ def check_moments(
             f"{name}: stats: expected second moments, got InputStats without: gather them with "
             "inputs(), not inputs(hessian=False)"
         )
-    if not isinstance(spec, QSpec):
-        raise ValueError(f"{name}: expected a QSpec such as jq.QSpec('int4'), got {spec!r}")
-    if not jnp.issubdtype(w.dtype, jnp.floating):
-        raise ValueError(f"{name}: expected a float array, got {w.dtype.name}{list(w.shape)}")
-    if not 0 <= batch_axes <= w.ndim:
-        raise ValueError(f"{name}: batch_axes={batch_axes} of an array of rank {w.ndim}")
+    w = checked_weight(name, w, spec, minor, batch_axes)
     core = w.shape[batch_axes:]
-    spec.resolve(core, minor)
     rank = len(core)
     for a in (*stats.axes, *stats.batched):
         if not -rank <= a < rank:
@@ -128,14 +122,5 @@ def check_moments(
             f"{name}: stats: expected second moments {list(expected)} for a weight "
             f"{list(w.shape)}, got {list(stats.hessian.shape)}"
         )
-    for what, array in (("weight", w), ("second moments", stats.hessian)):
-        finite = _all_finite(array)
-        if not isinstance(finite, jax.core.Tracer) and not bool(finite):
-            came = f"{array.dtype.name}{list(array.shape)}"
-            raise ValueError(f"{name}: non-finite values in the {what} {came}")
+    check_finite(name, "second moments", stats.hessian)
     return dataclasses.replace(stats, axes=axes, batched=batched)
-
-
-@jax.jit
-def _all_finite(a: Array) -> Array:
-    return jnp.isfinite(a).all()

@@ -39,6 +39,9 @@ class RoundToNearest(Called):
     ) -> tuple[QTensor, Info]:
         """Encodes `w`; see `Encoder`. `stats` are not looked at.
 
+        Values that are not finite, which `quantize_params` refuses, are not looked for here: what
+        shares a scale with one is NaN.
+
         Raises:
           ValueError: `stochastic` without a `key`.
         """

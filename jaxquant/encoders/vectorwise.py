@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxquant.encoders.base import Info, measure
+from jaxquant.encoders.checks import checked_weight
 from jaxquant.observers.inputs import Inputs, InputStats, inputs
 from jaxquant.qtensor import Calibration, Outliers, QTensor, encode_products
 from jaxquant.report import Called
@@ -49,18 +50,17 @@ class Vectorwise(Called):
 
         Raises:
           ValueError: the spec is not symmetric int8 with `range="qmax"`; the outliers are
-            calibrated and there are no statistics, or such of several experts.
+            calibrated and there are no statistics; `w` is not a float array, or not finite (not
+            under a trace).
         """
         del key
+        w = checked_weight("vectorwise", w, spec, minor, batch_axes)
         fmt = spec.format
-        if fmt.name != "int8" or not spec.symmetric or spec.range != "qmax":
+        eight = fmt.is_integer and fmt.signed and fmt.bits == 8
+        if not eight or not spec.symmetric or spec.range != "qmax":
             raise ValueError(
                 f"vectorwise: expected a symmetric int8 spec with range='qmax', got {spec!r}"
             )
-        w = jnp.asarray(w)
-        if not jnp.issubdtype(w.dtype, jnp.floating):
-            raise ValueError(f"vectorwise: expected a float array, got {w.dtype.name}")
-        spec.resolve(w.shape[batch_axes:], minor)
         q, info = _encode(w, spec, minor, batch_axes)
         if self.observer is None or self.outliers is None:
             return q, info
@@ -69,8 +69,8 @@ class Vectorwise(Called):
                 "vectorwise: outlier columns are to be calibrated, and there are no statistics of "
                 "inputs: pass stats=, or batches= to jaxquant.ptq"
             )
-        if stats.batched:
-            raise ValueError("vectorwise: outlier columns of experts cannot be calibrated")
+        if stats.batched:  # experts: their columns are found at run time
+            return q, info
         index = outlier_columns(stats.absmax, self.outliers)
         fixed = Calibration(outliers=index, over=stats.axes)
         return dataclasses.replace(q, calibration=fixed), info
@@ -90,7 +90,8 @@ def vectorwise(outliers: Outliers | None = None) -> Vectorwise:
     """Int8 codes as LLM.int8() rounds them: `q = round(w (127 / max |w|))`.
 
     Beside round-to-nearest's `w / (max |w| / 127)` a code in some 100,000 differs. With
-    `calibrated` outliers the columns of inputs that stay in float are fixed from statistics.
+    `calibrated` outliers the columns of inputs that stay in float are fixed from statistics; those
+    of experts are found at run time.
 
     Source: bitsandbytes, `int8_vectorwise_quant`.
 

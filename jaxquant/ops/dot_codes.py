@@ -20,7 +20,7 @@ from jaxquant.ops.activations import (
     shared_axes,
 )
 from jaxquant.ops.contract import contract, contract_limbs
-from jaxquant.ops.dot_call import Call, finish, sharding_of
+from jaxquant.ops.dot_call import Axes, Call, finish, sharding_of
 from jaxquant.ops.operands import (
     Operand,
     Placement,
@@ -32,7 +32,7 @@ from jaxquant.ops.operands import (
     result_dtype,
     weight,
 )
-from jaxquant.ops.outliers import fake_with_outliers, in_storage, product, split
+from jaxquant.ops.outliers import fake_with_outliers, in_order, in_storage, product, split
 from jaxquant.ops.static import dot_static
 from jaxquant.qtensor import (
     Grid,
@@ -59,7 +59,10 @@ def evaluated(call: Call, x: Array, q: QTensor, key: Array | None = None) -> Arr
         if spec is None or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         if call.outliers is not None and grid is None:
-            return fake_with_outliers(x, spec, call.x_contract, call.x_batch, call.outliers)
+            own = _fixed(call, q)
+            columns = None if own is None else in_order(*own, q, call.w_contract)
+            over = call.x_contract, call.x_batch
+            return fake_with_outliers(x, spec, *over, call.outliers, columns)
         return fake(x, spec, call.x_contract, key) if grid is None else fake_on_grid(x, grid, spec)
 
     if not together:
@@ -143,7 +146,9 @@ def _quantized(
     everything = isinstance(spec.granularity, PerTensor)
     shared = tuple(range(x.values.ndim)) if everything else (*x.groups, *x.inner)
     if grid is None and call.outliers is not None:
-        left, floats, found = split(x, spec, call.outliers, _fixed(call, q, at))
+        own = _fixed(call, q)
+        columns = None if own is None else in_storage(*own, q, at)
+        left, floats, found = split(x, spec, call.outliers, columns)
         right = _int8(q, at)
         whole = contract(left, right, call.precision, None, narrow=q.spec.format.packed)
         return whole + product(floats, q, at, found)
@@ -160,14 +165,14 @@ def _quantized(
     return contract(left, right, call.precision, sharding, narrow=narrow)
 
 
-def _fixed(call: Call, q: QTensor, at: Placement) -> Array | None:
+def _fixed(call: Call, q: QTensor) -> tuple[Array, Axes] | None:
     """The outlier columns that calibration fixed, if it did so for this contraction."""
     held = q.calibration
     if held is None or held.outliers is None or held.outliers.ndim != 1:
         return None
     if {a + q.ndim for a in held.over} != set(call.w_contract):
         return None
-    return in_storage(held.outliers, held.over, q, at)
+    return held.outliers, held.over
 
 
 def _weight_only(call: Call, x: Operand, q: QTensor, at: Placement) -> Array:

@@ -149,26 +149,44 @@ def fake_with_outliers(
     contracted: Sequence[int],
     batch: Sequence[int],
     outliers: Outliers,
+    fixed: Array | None = None,
 ) -> Array:
-    """An activation rounded to what `spec` can hold, its outlier columns as they are."""
+    """An activation rounded to what `spec` can hold, its outlier columns as they are.
+
+    `fixed` are as for `columns_of`, counted along the axes `contracted` as one.
+    """
     free = [a for a in range(x.ndim) if a not in contracted and a not in batch]
     perm = [*batch, *free, *contracted]
     moved = jnp.transpose(x, perm)
     lead = len(batch) + len(free)
     flat = moved.reshape(*moved.shape[:lead], -1).astype(jnp.float32)
-    found = columns_of(flat, len(batch), outliers)
+    found = columns_of(flat, len(batch), outliers, fixed)
     chosen = lax.expand_dims(found.chosen, range(len(batch), lead))
     chosen = jnp.broadcast_to(chosen, flat.shape).reshape(moved.shape)
     chosen = jnp.transpose(chosen, [perm.index(a) for a in range(x.ndim)])
-    rest = jnp.where(chosen, jnp.zeros((), x.dtype), x)
+    out = chosen & (magnitude(x) >= outliers.threshold)  # as `split` has it
+    rest = jnp.where(out, jnp.zeros((), x.dtype), x)
     return jnp.where(chosen, x, fake(rest, spec, contracted))
+
+
+def in_order(fixed: Array, over: Sequence[int], q: QTensor, axes: Sequence[int]) -> Array:
+    """Columns counted along the core axes `over`, flattened in order, as `axes` count them."""
+    place = _places(fixed, over, q)
+    out = jnp.zeros_like(fixed)
+    for a in axes:
+        out = out * q.shape[a] + place[a]
+    return jnp.where(fixed >= 0, out, -1)
+
+
+def _places(fixed: Array, over: Sequence[int], q: QTensor) -> dict[int, Array]:
+    names = [a + q.ndim for a in over]
+    where = jnp.unravel_index(jnp.maximum(fixed, 0), [q.shape[a] for a in names])
+    return dict(zip(names, where, strict=True))
 
 
 def in_storage(fixed: Array, over: Sequence[int], q: QTensor, at: Placement) -> Array:
     """Columns counted along the core axes `over`, flattened in order, as storage counts them."""
-    names = [a + q.ndim for a in over]
-    where = jnp.unravel_index(jnp.maximum(fixed, 0), [q.shape[a] for a in names])
-    place = dict(zip(names, where, strict=True))
+    place = _places(fixed, over, q)
     out = jnp.zeros_like(fixed)
     for s in at.contract:
         inside = jnp.zeros_like(fixed)

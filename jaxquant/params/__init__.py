@@ -1,6 +1,7 @@
 """Params trees: quantized by a recipe, dequantized, split for training."""
 
 from jaxquant.params.leaf import Encoded, Found, encode_leaf
+from jaxquant.params.placement import derive
 from jaxquant.params.plan import Plan, identity, make_plans
 from jaxquant.params.quantize import apply_recipe, check_finite, quantize_params
 from jaxquant.params.trees import combine, dequantize_params, partition
@@ -13,6 +14,7 @@ __all__ = [
     "check_finite",
     "combine",
     "dequantize_params",
+    "derive",
     "encode_leaf",
     "identity",
     "make_plans",

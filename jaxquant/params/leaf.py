@@ -16,6 +16,7 @@ from jaxquant.observers import InputStats
 from jaxquant.params.placement import automatic, derive
 from jaxquant.params.plan import Plan
 from jaxquant.qtensor import QTensor
+from jaxquant.recipe import palette
 from jaxquant.report import shown
 
 
@@ -58,31 +59,31 @@ def encode_leaf(
     Raises:
       ValueError: what the encoder refuses, naming the leaf.
     """
-    more = {} if stats is None else {"stats": stats}
     own = None if key is None else jax.random.fold_in(key, zlib.crc32(plan.path.encode()))
 
-    def run(w: Array, k: Array | None) -> tuple[QTensor, Info]:
+    def run(w: Array, k: Array | None, stats: InputStats | None) -> tuple[QTensor, Info]:
         assert plan.spec is not None
+        more = {} if stats is None else {"stats": stats}
         return encoder(w, plan.spec, key=k, minor=plan.minor, batch_axes=plan.batch_axes, **more)
 
     try:
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            return Encoded(_abstract(leaf, lambda w: run(w, own)[0]), None)
+            return Encoded(_abstract(leaf, stats, lambda w, s: run(w, own, s)[0]), None)
         if isinstance(leaf, jax.core.Tracer):
-            return Encoded(run(leaf, own)[0], None)
+            return Encoded(run(leaf, own, stats)[0], None)
         if isinstance(leaf, np.ndarray):
             leaf = jnp.asarray(leaf)
         with automatic(leaf) as w:
-            q, info = run(w, own)
+            q, info = run(w, own, stats)
         if isinstance(leaf.sharding, NamedSharding):
             q = jax.device_put(q, derive(leaf.sharding, leaf.shape, q))
-        return Encoded(q, info, _said(info, encoder))
+        return Encoded(q, info, _said(q, info, encoder))
     except ValueError as error:
         raise ValueError(f"{shown(plan.path)}: {error}") from error
 
 
-def _abstract(leaf: jax.ShapeDtypeStruct, run: Any) -> QTensor:
-    q = jax.eval_shape(run, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+def _abstract(leaf: jax.ShapeDtypeStruct, stats: InputStats | None, run: Any) -> QTensor:
+    q: QTensor = jax.eval_shape(run, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stats)
     if not isinstance(leaf.sharding, NamedSharding):
         return q
     return jax.tree.map(
@@ -92,9 +93,9 @@ def _abstract(leaf: jax.ShapeDtypeStruct, run: Any) -> QTensor:
     )
 
 
-def _said(info: Info, encoder: Encoder) -> tuple[Found, ...]:
+def _said(q: QTensor, info: Info, encoder: Encoder) -> tuple[str | Found, ...]:
     """What one should know of how an encoder fared."""
-    details, notes = dict(info.details or {}), []
+    details, notes = dict(info.details or {}), list[str | Found]()
     used, asked = details.get("damping"), getattr(encoder, "damping", None)
     if used is not None and asked is not None:
         raised = np.asarray(used, np.float64)
@@ -104,6 +105,9 @@ def _said(info: Info, encoder: Encoder) -> tuple[Found, ...]:
     dead = float(np.sum(np.asarray(details.get("dead", 0.0))))
     if dead:
         notes.append(Found("inputs that were always zero", "count", dead, dead))
+    fmt = q.spec.format
+    if q.codebook is None and fmt.is_codebook and fmt == palette(fmt.bits).format:
+        notes.append("rounded to evenly spaced values: the encoder kmeans() finds better ones")
     if "counts" in details:
         bits = huffman_bits(np.asarray(details["counts"]))
         notes.append(Found("Huffman-coded", "bits per weight", bits, bits))

@@ -13,7 +13,7 @@ import jax
 from jax import Array
 
 from jaxquant.capture import Statistics, activation_report, arguments, capture
-from jaxquant.capture.batches import lists_told, require_iterable
+from jaxquant.capture.batches import Alike, lists_told, require_iterable
 from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.serve import serve
@@ -116,6 +116,7 @@ def ptq(
     if isinstance(stats, (str, os.PathLike)):
         stats = Statistics.load(stats)
     if batches is not None:
+        given = args
         args, batches = _first(args, batches)
     with lists_told(args if batches is not None else ()):
         call = trace_call(fn, params, args, kwargs)
@@ -127,13 +128,22 @@ def ptq(
         )
     with_kwargs = functools.partial(fn, **kwargs) if kwargs else fn
     encoded: dict[str, Encoded] = {}
+    absorbed: dict[str, list[str]] = {}
     if looking:
         batches = None if batches is None else list(batches)
+        if batches and given:
+            _require_alike(given, batches)
+        if stats is not None and observed:
+            raise ValueError(
+                "ptq: with rules that have an observer and others that look at inputs, give "
+                "batches, not stats: ranges are those of activations as rewrites and quantized "
+                "weights leave them"
+            )
         how = How(sequential, budget, offload, progress, save, resume)
         bound = trace_call(with_kwargs, params, args, {})
         if stats is not None:
             check_sites(sites, stats)
-        encoded, params = encoded_by_inputs(
+        encoded, params, absorbed = encoded_by_inputs(
             with_kwargs, params, recipe, bound, sites, batches, stats, key, how
         )
     if batches is not None and observed and not looking:
@@ -144,6 +154,7 @@ def ptq(
         check_observers(recipe, sites, stats)
         params, by_channel = divided(params, recipe, sites, stats)
     qparams, report = apply_recipe(params, recipe, sites=sites, key=key, encoded=encoded)
+    report = report.with_leaf_notes(absorbed)
     if batches is not None and observed and looking:
         # ranges are of what is left of an activation when its factors have moved
         stats = capture(with_kwargs, qparams, batches, recipe, progress=progress)
@@ -188,6 +199,17 @@ def _first(args: tuple[Any, ...], batches: Any) -> tuple[tuple[Any, ...], Iterab
     if not isinstance(batches, Sequence):
         batches = itertools.chain(first, walk)
     return arguments(first[0]), batches
+
+
+def _require_alike(args: tuple[Any, ...], batches: Sequence[Any]) -> None:
+    alike = Alike()
+    alike.difference(arguments(batches[0]))
+    difference = alike.difference(args)
+    if difference is not None:
+        raise ValueError(
+            f"ptq: arguments to trace with: {difference}; where a rule looks at inputs they are "
+            "those of the batches: leave them out"
+        )
 
 
 def _replay(

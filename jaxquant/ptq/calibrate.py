@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jaxquant.capture import Statistics, arguments
@@ -21,13 +17,16 @@ from jaxquant.interpret.calls import Call, is_traced
 from jaxquant.interpret.sites import Sites, path_str
 from jaxquant.observers import Inputs
 from jaxquant.params import Encoded, Plan, check_finite, encode_leaf, make_plans
-from jaxquant.ptq.encode import encode_members
-from jaxquant.ptq.gather import BUDGET, fed_by, members_of, passes
-from jaxquant.ptq.moves import Move, folded, moves_of
+from jaxquant.ptq.encode import encode_members, placed
+from jaxquant.ptq.gather import BUDGET, expected_stats, fed_by, members_of, misfits, passes
+from jaxquant.ptq.moves import Move, folded, moves_of, stuck
+from jaxquant.ptq.run import run_of
 from jaxquant.ptq.saved import Folder, Path
-from jaxquant.ptq.sequential import Walk, fed_alike, quantize_in_order, walk_of
+from jaxquant.ptq.sequential import Walk, fed_alike, quantize_in_order, walk_of, walked_misfits
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe
+from jaxquant.report import shown
+from jaxquant.spec import PerChannel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +39,11 @@ class How:
     progress: bool | None = None
     save: Path | None = None
     resume: Path | None = None
+
+    def __post_init__(self) -> None:
+        given = self.budget
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
+            raise ValueError(f"ptq: budget: expected a number of bytes, got {given!r}")
 
     @property
     def bytes(self) -> int:
@@ -57,7 +61,7 @@ def encoded_by_inputs(
     stats: Statistics | None,
     key: Array | None,
     how: How,
-) -> tuple[dict[str, Encoded], Any]:
+) -> tuple[dict[str, Encoded], Any, dict[str, list[str]]]:
     """Encodes all leaves of a recipe some of whose rules look at inputs.
 
     Args:
@@ -72,41 +76,53 @@ def encoded_by_inputs(
       how: in which order, and within which bounds.
 
     Returns:
-      By path, what became of every leaf that a rule quantizes; and the params, of which float
-      leaves may have absorbed factors.
+      By path, what became of every leaf that a rule quantizes; the params, of which float leaves
+      may have absorbed factors; and notes on those.
     """
     flat = jax.tree.leaves_with_path(params, is_leaf=is_qtensor)
     leaves = {path_str(path): leaf for path, leaf in flat}
     plans = {plan.path: plan for plan in make_plans(list(leaves.items()), recipe, sites)[0]}
     needs = _needs(plans)
     check_finite([(path, leaf) for path, leaf in leaves.items() if plans[path].spec is not None])
+    _rehearse(leaves, plans, needs, key)
+    _check_static(plans)
     walk = None
     if stats is None and how.sequential:
         walk = walk_of(call, leaves, plans, needs)
-    folder = Folder(how.save, how.resume, _about(leaves, recipe, sites, batches, stats, how))
+    early = {p: o for p, o in needs.items() if walk is None or p not in walk.paths}
+    if stats is None:
+        _require_fitting(call, walk, leaves, plans, early)
+    saved = how.save is not None or how.resume is not None
+    if saved and stats is not None:
+        raise ValueError("ptq: save and resume are for calibration by batches, not by stats")
+    about = run_of(call, leaves, recipe, batches, key) if saved else {}
+    folder = Folder(how.save, how.resume, about | {"sequential": how.sequential} if saved else {})
     encoded = {
         path: _by_itself(path, leaves[path], plan, key)
         for path, plan in plans.items()
         if plan.spec is not None and path not in needs
     }
-    early = {p: o for p, o in needs.items() if walk is None or p not in walk.paths}
     moves = _moves(call, sites, plans, early, walk, stats)
     if stats is not None:
-        encoded |= _encoded(list(early), leaves, plans, stats, moves, key)
+        for done in _encoded(list(early), leaves, plans, stats, moves, key):
+            encoded |= done
     elif early:
         assert batches is not None
-        done = folder.read(0)
-        if done is None:
-            found: dict[str, Encoded] = {}
-            for paths, seen in passes(
-                *(fn, params, call, sites, batches, early),
-                budget=how.bytes,
-                progress=how.progress,
-            ):
-                found |= _encoded(paths, leaves, plans, seen, moves, key)
-            done = [found[path] for path in early]
-            folder.write(0, done)
-        encoded |= dict(zip(early, done, strict=True))
+        number = {path: f"beforehand_{n:05d}" for n, path in enumerate(early)}
+        for path in early:  # a file holds all that one activation feeds, by the first of them
+            kept = folder.read(number[path]) or {}
+            encoded |= {p: placed(one, leaves[p]) for p, one in kept.items()}
+        waiting = {path: o for path, o in early.items() if path not in encoded}
+        for paths, seen in passes(
+            *(fn, params, call, plans, batches, waiting),
+            budget=how.bytes,
+            progress=how.progress,
+        ):
+            for done in _encoded(paths, leaves, plans, seen, moves, key):
+                if how.sequential:
+                    done = {path: _beforehand(one, plans[path]) for path, one in done.items()}
+                folder.write(number[next(iter(done))], done)
+                encoded |= done
     if walk is not None and walk.paths:
         assert batches is not None
         encoded |= quantize_in_order(
@@ -117,10 +133,10 @@ def encoded_by_inputs(
             progress=how.progress,
             folder=folder,
         )
-    encoded, changed = folded(encoded, leaves, moves)
+    encoded, changed, notes = folded(encoded, leaves, moves)
     tree = jax.tree.structure(params, is_leaf=is_qtensor)
     whole = [changed.get(path, leaf) for path, leaf in leaves.items()]
-    return encoded, jax.tree.unflatten(tree, whole)
+    return encoded, jax.tree.unflatten(tree, whole), notes
 
 
 def _moves(
@@ -165,17 +181,71 @@ def _needs(plans: Mapping[str, Plan]) -> dict[str, Inputs]:
     needs = {}
     for path, plan in plans.items():
         observer = None if plan.spec is None else plan.gathers
+        if getattr(plan.encoder, "observer", None) is None and stuck(plan):
+            continue  # its rewrite has nothing to do
         if observer is not None and any(site.primitive != "gather" for site in plan.sites):
             needs[path] = observer
     return needs
 
 
+def _require_fitting(
+    call: Call,
+    walk: Walk | None,
+    leaves: Mapping[str, Any],
+    plans: Mapping[str, Plan],
+    early: Mapping[str, Inputs],
+) -> None:
+    """Raises where statistics would not be those of a matrix that the leaf is, naming all such."""
+    found = misfits(call, leaves, plans, early)
+    if walk is not None:
+        found |= walked_misfits(walk, leaves)
+    if found:
+        each = "; ".join(f"{shown(path)}: {why}" for path, why in found.items())
+        raise ValueError(
+            f"{each}. Give {'it' if len(found) == 1 else 'them'} a rule whose encoder and rewrite "
+            "look at no inputs, or skip=True"
+        )
+
+
+def _rehearse(
+    leaves: Mapping[str, Any],
+    plans: Mapping[str, Plan],
+    needs: Mapping[str, Inputs],
+    key: Array | None,
+) -> None:
+    """Has every encoder look at shapes alone, so that what it refuses is known at once.
+
+    Raises:
+      ValueError: naming the leaf.
+    """
+    tried = set()
+    for path, plan in plans.items():
+        encoder, leaf = plan.encoder, leaves[path]
+        if plan.spec is None or encoder is None:
+            continue
+        stats = None
+        if getattr(encoder, "observer", None) is not None:
+            if path not in needs:
+                continue  # meets no inputs
+            stats = expected_stats(plan, leaf.shape)
+        where = None if stats is None else (stats.axes, stats.batched)
+        how = (leaf.shape, leaf.dtype, plan.spec, plan.minor, plan.batch_axes, encoder, where)
+        if how not in tried:
+            tried.add(how)
+            abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            encode_leaf(abstract, plan, encoder, key, stats)
+
+
 def _by_itself(path: str, leaf: Any, plan: Plan, key: Array | None) -> Encoded:
     """A leaf whose encoder looks at nothing else; a table that is only looked up, too."""
-    encoder = plan.encoder
-    if encoder is None or getattr(encoder, "observer", None) is not None:
-        encoder = rtn()
-    return encode_leaf(leaf, plan, encoder, key)
+    encoder = plan.encoder or rtn()
+    if getattr(encoder, "observer", None) is None:
+        made = encode_leaf(leaf, plan, encoder, key)
+        why = stuck(plan) if plan.rewrite is not None else ""
+        return made._replace(notes=(*made.notes, f"not rewritten: {why}")) if why else made
+    other = getattr(encoder, "without_inputs", rtn())
+    made = encode_leaf(leaf, plan, other, key)
+    return made._replace(notes=(*made.notes, f"meets no inputs: {other} in place of {encoder}"))
 
 
 def _encoded(
@@ -185,44 +255,27 @@ def _encoded(
     stats: Statistics,
     moves: Mapping[str, Move],
     key: Array | None,
-) -> dict[str, Encoded]:
-    found: dict[str, Encoded] = {}
+) -> Iterator[dict[str, Encoded]]:
+    """By path, what one activation after the other feeds."""
     for members, state in members_of(paths, leaves, plans, stats, moves):
         done = encode_members(members, state, key)
-        found |= {m.plan.path: one for m, one in zip(members, done, strict=True)}
-    return found
+        yield {m.plan.path: one for m, one in zip(members, done, strict=True)}
 
 
-def _about(
-    leaves: Mapping[str, Any],
-    recipe: Recipe,
-    sites: Sites,
-    batches: Sequence[Any] | None,
-    stats: Statistics | None,
-    how: How,
-) -> dict[str, Any]:
-    """What a run and its continuation have in common; checksums only where one is kept."""
-    if how.save is None and how.resume is None:
-        return {}
-    if stats is not None:
-        raise ValueError("ptq: save and resume are for calibration by batches, not by stats")
-    return {
-        "versions": {name: version(name) for name in ("jaxquant", "jax", "jaxlib")},
-        "recipe": repr(list(recipe.rules)),
-        "sites": zlib.crc32(str(sites).encode()),
-        "params": _checksum(list(leaves.values())),
-        "batches": _checksum(batches),
-        "sequential": how.sequential,
-    }
+def _beforehand(one: Encoded, plan: Plan) -> Encoded:
+    count = sum(site.primitive != "gather" for site in plan.sites)
+    sites = "" if count == 1 else f", {count} sites together"
+    return one._replace(notes=(*one.notes, f"by inputs of the float function{sites}"))
 
 
-def _checksum(tree: Any) -> int:
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-                leaf = jax.random.key_data(jnp.asarray(leaf))
-            total = zlib.crc32(np.asarray(leaf).tobytes(), total)
-        else:
-            total = zlib.crc32(repr(leaf).encode(), total)
-    return total
+def _check_static(plans: Mapping[str, Plan]) -> None:
+    """Raises where a scale for each channel of an activation would meet factors or moments."""
+    for path, plan in plans.items():
+        spec = None if plan.rule is None else plan.rule.activations
+        per_channel = spec is not None and spec.granularity in (PerChannel(-1), PerChannel((-1,)))
+        if plan.gathers is not None and per_channel:
+            what = plan.encoder if plan.rewrite is None else plan.rewrite
+            raise ValueError(
+                f"{shown(path)}: {what} beside activations with a scale for each channel, which "
+                "move into the weight by themselves; give activations one scale"
+            )

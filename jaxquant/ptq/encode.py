@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
 from jaxquant.encoders import matrix_spec, measure, rtn, to_matrix
 from jaxquant.observers import InputStats, input_stats
-from jaxquant.params import Encoded, Found, Plan, encode_leaf
+from jaxquant.params import Encoded, Found, Plan, derive, encode_leaf
 from jaxquant.ptq.moves import Move
 from jaxquant.qtensor import Calibration, QTensor, along
 from jaxquant.report import shown
@@ -66,8 +67,11 @@ def encode_members(members: Sequence[Member], state: Any, key: Array | None) -> 
     for rewrite in dict.fromkeys(m.plan.rewrite for m in members if m.plan.rewrite is not None):
         own = [n for n, m in enumerate(members) if m.plan.rewrite == rewrite]
         able = [n for n in own if not _refused(members[n])]
+        why = {n: _refused(members[n]) for n in own}
+        if not np.any(np.asarray(stats[own[0]].rows) > 0):
+            able, why = [], dict.fromkeys(own, "its inputs were always zero")
         for n in set(own) - set(able):
-            notes[n] = (f"not rewritten: {_refused(members[n])}",)
+            notes[n] = (f"not rewritten: {why[n]}",)
         if not able:
             continue
         weights, specs = zip(*(_viewed(members[n]) for n in able), strict=True)
@@ -92,6 +96,8 @@ def _refused(member: Member) -> str:
     """Why a rewrite does not apply to a leaf; empty if it does."""
     if member.immovable:
         return member.immovable
+    if getattr(member.plan.encoder, "learns_values", False):
+        return f"{member.plan.encoder} finds its values later, and factors are chosen by them"
     if member.move is not None and not member.move.allowed:
         return member.move.reason
     return ""
@@ -167,6 +173,13 @@ def _few(stats: InputStats, encoder: Any) -> tuple[Found, ...]:
         return ()
     found = Found(f"fewer calibration rows than its {k} columns", "rows", rows.min(), rows.max())
     return (found,)
+
+
+def placed(one: Encoded, w: Any) -> Encoded:
+    """A result that was kept, laid out over devices as the array it is of."""
+    if not isinstance(getattr(w, "sharding", None), NamedSharding):
+        return one
+    return one._replace(q=jax.device_put(one.q, derive(w.sharding, w.shape, one.q)))
 
 
 def stacked(pieces: Sequence[Encoded], lengths: tuple[int, ...], leaf: Any) -> Encoded:

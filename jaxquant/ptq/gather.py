@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxquant.capture import Statistics, capture_with
 from jaxquant.capture.plan import plan_of
 from jaxquant.interpret.calls import Call
 from jaxquant.interpret.sites import Site, Sites
-from jaxquant.observers import Inputs
+from jaxquant.observers import Inputs, InputStats
 from jaxquant.params import Plan
 from jaxquant.ptq.encode import Member
-from jaxquant.ptq.moves import Move
+from jaxquant.ptq.moves import Move, immovable
 from jaxquant.report import shown
 
 BUDGET = 2**30  # bytes of statistics held at once, unless said otherwise
@@ -26,7 +28,7 @@ def passes(
     fn: Callable[..., Any],
     params: Any,
     call: Call,
-    sites: Sites,
+    plans: Mapping[str, Plan],
     batches: Sequence[Any],
     needs: Mapping[str, Inputs],
     *,
@@ -39,7 +41,7 @@ def passes(
       fn: the function.
       params: its float params.
       call: its call, traced.
-      sites: its sites.
+      plans: how its leaves are encoded, by path.
       batches: the samples.
       needs: the observer for each parameter, by path.
       budget: bytes of statistics.
@@ -51,16 +53,16 @@ def passes(
     Raises:
       ValueError: a single statistic that is larger than the budget.
     """
-    plan = plan_of(call, needs, "ptq")
+    names, asked = _asked(plans, needs)
+    plan = plan_of(call, asked, "ptq")
     sizes = {
         name: tree_bytes(seen.state) for name, seen in jax.eval_shape(plan.start).entries.items()
     }
-    entries: dict[str, set[str]] = {path: set() for path in needs}
-    params_of = {site.key: site.param for site in sites.sites}
-    for key, operands in plan.sites:
-        path = params_of.get(key)
-        if path in entries:
-            entries[path] |= {entry for _, entry in operands}
+    of_site = {key: {entry for _, entry in operands} for key, operands in plan.sites}
+    entries: dict[str, set[str]] = {
+        path: set().union(*(of_site.get(site.key, set()) for site in plans[path].sites))
+        for path in needs
+    }
     require_budget({path: sum(sizes[e] for e in found) for path, found in entries.items()}, budget)
     waiting = [path for path in needs if entries[path]]
     while waiting:
@@ -71,8 +73,68 @@ def passes(
                 now.append(path)
                 held |= entries[path]
         waiting = [path for path in waiting if path not in now]
-        chosen = {path: needs[path] for path in now}
+        chosen = {name: asked[name] for path in now for name in names[path]}
         yield now, capture_with("ptq", fn, params, (), batches, chosen, progress=progress)
+
+
+def _asked(
+    plans: Mapping[str, Plan], needs: Mapping[str, Inputs]
+) -> tuple[dict[str, set[str]], dict[str, Inputs]]:
+    """What sites call each leaf, and the observer by that; of one array, they name one leaf."""
+    names = {path: {site.param or path for site in plans[path].sites} for path in needs}
+    return names, {name: needs[path] for path in needs for name in names[path]}
+
+
+def misfits(
+    call: Call,
+    leaves: Mapping[str, Any],
+    plans: Mapping[str, Plan],
+    needs: Mapping[str, Inputs],
+) -> dict[str, str]:
+    """Why statistics would not suit a leaf, by path, known from shapes alone."""
+    if not needs:
+        return {}
+    plan = plan_of(call, _asked(plans, needs)[1], "ptq")
+    entries = dict(plan.sites)
+    found: dict[str, str] = {}
+    for path in needs:
+        stats = expected_stats(plans[path], leaves[path].shape)
+        layers = tuple(leaves[path].shape[: plans[path].batch_axes])
+        uses = [site for site in plans[path].sites if site.primitive != "gather"]
+        if len({(site.contracted, site.batched) for site in uses}) > 1:
+            found[path] = (
+                f"it is contracted differently at its sites {', '.join(shown(s.key) for s in uses)}"
+                ", so that their statistics do not add up"
+            )
+            continue
+        for site in uses:
+            for _, entry in entries.get(site.key, ()):
+                place, observer = plan.observed[entry]
+                why = misfit(functools.partial(place.seen, observer), stats, len(layers))
+                if not why and tuple(place.lead) != layers:
+                    why = (
+                        f"it has statistics for layers {list(place.lead)}, and is encoded for "
+                        f"layers {list(layers)}: only scans over leading axes are walked"
+                    )
+                if why:
+                    found[path] = why
+    return found
+
+
+def misfit(seen: Callable[[], Any], stats: InputStats, layers: int) -> str:
+    """Why rows `[*batched, rows, K]` are not those of a weight; empty if they are."""
+    try:
+        shape = tuple(seen().shape)
+    except ValueError as error:
+        return str(error)
+    expected = tuple(stats.absmax.shape[layers:])
+    got = (*shape[:-2], shape[-1])
+    if got == expected:
+        return ""
+    return (
+        f"it is contracted in other shapes than its own: expected rows of {list(expected)} "
+        f"values, got {list(got)}, as of a part of it, or of it reshaped"
+    )
 
 
 def fed_by(stats_sites: Any, sites: Sites, paths: Collection[str]) -> list[list[str]]:
@@ -132,8 +194,10 @@ def members_of(
         if kind not in states:
             seen = [stats.entries[name] for name in found]
             first = seen[0]
-            for other in seen[1:]:
-                if jax.tree.map(_shape, other.state) != jax.tree.map(_shape, first.state):
+            for use, other in zip(uses[1:], seen[1:], strict=True):
+                same = (use.contracted, use.batched) == (uses[0].contracted, uses[0].batched)
+                shapes = [jax.tree.map(_shape, seen.state) for seen in (first, other)]
+                if not same or shapes[0] != shapes[1]:
                     raise ValueError(
                         f"{shown(path)}: it is contracted differently at its sites "
                         f"{', '.join(shown(s.key) for s in uses)}, so that their statistics do not "
@@ -168,19 +232,23 @@ def _entry(operands: Mapping[str, str], stats: Statistics, site: Site) -> str:
     )
 
 
+def expected_stats(plan: Plan, shape: tuple[int, ...]) -> InputStats:
+    """The shapes of the statistics that a leaf's first contraction has."""
+    site = next(site for site in plan.sites if site.primitive != "gather")
+    axes, batched = (
+        tuple(a - len(shape) for a in some) for some in (site.contracted, site.batched)
+    )
+    lead = (*shape[: plan.batch_axes], *(shape[a] for a in batched))
+    k = math.prod(shape[a] for a in axes)
+
+    def array(*sizes: int) -> Any:
+        return jax.ShapeDtypeStruct((*lead, *sizes), jnp.float32)
+
+    return InputStats(array(), array(k), array(k), array(k, k), axes, batched)
+
+
 def _member(path: str, leaf: Any, plan: Plan, uses: Sequence[Site]) -> Member:
     first, rank = uses[0], len(leaf.shape)
     axes = tuple(a - rank for a in first.contracted)
     batched = tuple(a - rank for a in first.batched)
-    return Member(plan, leaf, axes, batched, immovable(first, batched, len(uses)))
-
-
-def immovable(site: Site, batched: tuple[int, ...], uses: int) -> str:
-    """Why no scale can move between a parameter and what it is contracted with; empty if it can."""
-    if uses != 1:
-        return "it is used at several sites"
-    if site.primitive != "dot_general":
-        return f"scale cannot move across {site.primitive}"
-    if batched:
-        return "it is contracted with several activations, one for each index of a batch axis"
-    return ""
+    return Member(plan, leaf, axes, batched, immovable(first, len(uses)))

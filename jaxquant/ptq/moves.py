@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxquant.fold import Absorbed, absorbers, graph_of, scaled_leaf
 from jaxquant.interpret.calls import Call
+from jaxquant.interpret.sites import Site
 from jaxquant.params import Encoded, Plan
 from jaxquant.qtensor import Calibration, QTensor
 from jaxquant.report import shown
@@ -57,8 +58,9 @@ def moves_of(
     for group in groups:
         rewrites = dict.fromkeys(plans[path].rewrite for path in group)
         for rewrite in rewrites:
-            paths = tuple(dict.fromkeys(p for p in group if plans[p].rewrite == rewrite))
-            if rewrite is None or paths[0] in found:
+            same = dict.fromkeys(p for p in group if plans[p].rewrite == rewrite)
+            paths = tuple(p for p in same if not stuck(plans[p]))
+            if rewrite is None or not paths or paths[0] in found:
                 continue
             graph = graph_of(call) if graph is None else graph
             absorbed = absorbers(graph, paths)
@@ -71,14 +73,32 @@ def moves_of(
     return found
 
 
+def stuck(plan: Plan) -> str:
+    """Why no factors can move between a parameter and what it meets; empty if they can."""
+    uses = [site for site in plan.sites if site.primitive != "gather"]
+    return immovable(uses[0], len(uses)) if uses else "it is contracted with nothing"
+
+
+def immovable(site: Site, uses: int) -> str:
+    """`stuck`, of a parameter that so many sites contract, this one of them."""
+    if uses != 1:
+        return "it is used at several sites"
+    if site.primitive != "dot_general":
+        return f"scale cannot move across {site.primitive}"
+    if site.batched:
+        return "it is contracted with several activations, one for each index of a batch axis"
+    return ""
+
+
 def folded(
     encoded: Mapping[str, Encoded], leaves: Mapping[str, Any], moves: Mapping[str, Move]
-) -> tuple[dict[str, Encoded], dict[str, Any]]:
+) -> tuple[dict[str, Encoded], dict[str, Any], dict[str, list[str]]]:
     """Divisors folded into what produces the activations, where that can be.
 
     Returns:
-      All that is encoded, and the float leaves that are other than before.
+      All that is encoded; the leaves beside these that are other than before; and notes on them.
     """
+    absorbed: dict[str, list[str]] = {}
     out: dict[str, Encoded] = dict(encoded)
     changed: dict[str, Any] = {}
     for move in dict.fromkeys(moves.values()):
@@ -101,9 +121,11 @@ def folded(
             except ValueError as error:
                 notes = (f"factors stay on the activation: {error}",)
             else:
+                took = f"took in the factors of {', '.join(map(shown, move.paths))}"
                 for path, leaf in now.items():
+                    absorbed.setdefault(path, []).append(took)
                     if path in out:
-                        out[path] = out[path]._replace(q=leaf)
+                        out[path] = out[path]._replace(q=leaf, notes=(*out[path].notes, took))
                     else:
                         changed[path] = leaf
                 for path in move.paths:
@@ -112,7 +134,7 @@ def folded(
                 notes = (f"factors folded into {into}",)
         for path in move.paths:
             out[path] = out[path]._replace(notes=out[path].notes + notes)
-    return out, changed
+    return out, changed, {path: absorbed[path] for path in changed}
 
 
 def _names(move: Move) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxquant.qtensor import read, written
 
 Path = str | os.PathLike[str]
 
-_META, _FORMAT = "meta.json", 1
+_META, _FORMAT = "meta.json", 2
 
 
 class Folder:
@@ -42,7 +42,7 @@ class Folder:
         same = (
             self.save and self.resume and os.path.abspath(self.save) == os.path.abspath(self.resume)
         )
-        if self.resume is not None and not (same and not os.path.exists(self.resume)):
+        if self.resume is not None and not (same and _fresh(self.resume)):
             _require_same(self.resume, self.about)
         elif same:
             self.resume = None  # one command begins a run and goes on with it
@@ -65,10 +65,10 @@ class Folder:
             text = json.dumps({"format": _FORMAT, **self.about}).encode()
             _write(os.path.join(folder, _META), lambda file: file.write(text))
 
-    def read(self, step: int) -> list[Encoded] | None:
-        """What was kept of a step, or `None`."""
+    def read(self, step: str) -> dict[str, Encoded] | None:
+        """What was kept of a step, by name, or `None`."""
         for folder in dict.fromkeys((self.save, self.resume)):
-            path = "" if folder is None else os.path.join(folder, _name(step))
+            path = "" if folder is None else os.path.join(folder, f"{step}.npz")
             if folder is not None and os.path.exists(path):
                 done = _read(path)
                 if folder != self.save:
@@ -76,37 +76,34 @@ class Folder:
                 return done
         return None
 
-    def write(self, step: int, done: Sequence[Encoded]) -> None:
-        """Keeps the results of a step."""
+    def write(self, step: str, done: Mapping[str, Encoded]) -> None:
+        """Keeps the results of a step, by name."""
         if self.save is None:
             return
         arrays: dict[str, Any] = {}
         entries = []
-        for n, one in enumerate(done):
+        for n, (name, one) in enumerate(done.items()):
             text, parts = written(one.q)
-            arrays |= {f"{n}/{name}": a for name, a in parts.items()}
+            arrays |= {f"{n}/{part}": a for part, a in parts.items()}
             info = None
             if one.info is not None:
                 info = [float(one.info.error), float(one.info.signal)]
-            entries.append({"q": text, "info": info, "notes": [_note(n) for n in one.notes]})
+            told = [_note(note) for note in one.notes]
+            entries.append({"name": name, "q": text, "info": info, "notes": told})
         arrays[_META] = np.frombuffer(json.dumps(entries).encode(), np.uint8)
-        _write(os.path.join(self.save, _name(step)), lambda file: np.savez(file, **arrays))
+        _write(os.path.join(self.save, f"{step}.npz"), lambda file: np.savez(file, **arrays))
 
 
 def _note(note: str | Found) -> Any:
     return note if isinstance(note, str) else list(note)
 
 
-def _name(step: int) -> str:
-    return f"step_{step:05d}.npz"
-
-
-def _read(path: str) -> list[Encoded]:
+def _read(path: str) -> dict[str, Encoded]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         entries = json.loads(arrays.pop(_META).tobytes())
-        done = []
+        done = {}
         for n, entry in enumerate(entries):
             start = f"{n}/"
             own = {k.removeprefix(start): a for k, a in arrays.items() if k.startswith(start)}
@@ -115,10 +112,15 @@ def _read(path: str) -> list[Encoded]:
                 error, signal = map(jnp.float32, entry["info"])
                 info = Info(error, signal)
             notes = tuple(n if isinstance(n, str) else Found(*n) for n in entry["notes"])
-            done.append(Encoded(read(entry["q"], own), info, notes))
+            done[entry["name"]] = Encoded(read(entry["q"], own), info, notes)
         return done
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"ptq: resume: {path!r} is damaged; delete it to redo its step") from error
+
+
+def _fresh(folder: str) -> bool:
+    """Whether nothing was begun in a folder: it is not there, or nothing is in it."""
+    return not os.path.exists(folder) or (os.path.isdir(folder) and not os.listdir(folder))
 
 
 def _require_same(folder: str, about: Mapping[str, Any]) -> None:

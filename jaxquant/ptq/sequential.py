@@ -8,7 +8,9 @@ what arrived, and the next segment computes with what they stand for now. Activa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,11 +24,11 @@ from jaxquant.capture.progress import Progress
 from jaxquant.interpret.calls import Call
 from jaxquant.interpret.flatten import Flat, Piece, flatten
 from jaxquant.interpret.segments import Group, Segment, groups_of, segments_of
-from jaxquant.observers import Inputs, inputs
+from jaxquant.observers import Inputs, InputStats, inputs
 from jaxquant.params import Encoded, Plan, identity
-from jaxquant.ptq.encode import Member, encode_members, stacked
-from jaxquant.ptq.gather import immovable, require_budget, tree_bytes
-from jaxquant.ptq.moves import Move
+from jaxquant.ptq.encode import Member, encode_members, placed, stacked
+from jaxquant.ptq.gather import misfit, require_budget, tree_bytes
+from jaxquant.ptq.moves import Move, stuck
 from jaxquant.ptq.saved import Folder
 from jaxquant.qtensor import dequantize, is_qtensor
 from jaxquant.report import shown
@@ -122,12 +124,15 @@ def quantize_in_order(
             marks = _marks(flat, segment.group)
             bar.say(_title(marks))
             runner.advance(segment)
-            done = folder.read(number + 1)
-            if done is None:
-                members = [_member(m, leaves, plans, moves) for m in marks]
+            step = f"step_{number:05d}"
+            kept, names = folder.read(step), [f"{m.path} {m.piece}" for m in marks]
+            members = [_member(m, leaves, plans, moves) for m in marks]
+            if kept is None:
                 state = runner.observed(segment, observer)
                 done = encode_members(members, state, key)
-                folder.write(number + 1, done)
+                folder.write(step, dict(zip(names, done, strict=True)))
+            else:
+                done = [placed(kept[name], m.w) for name, m in zip(names, members, strict=True)]
             for mark, one in zip(marks, done, strict=True):
                 pieces[mark.path][mark.piece] = one
                 runner.took(mark.path, mark.piece, one)
@@ -160,6 +165,24 @@ def _title(marks: Sequence[Any]) -> str:
     return f"{shown(first.path)}{layer}" + (f" and {len(marks) - 1} more" if marks[1:] else "")
 
 
+def walked_misfits(walk: Walk, leaves: Mapping[str, Any]) -> dict[str, str]:
+    """Why rows would not be those of a leaf, by path, known from shapes alone."""
+    found: dict[str, str] = {}
+    for group in walk.groups:
+        x, *rest = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in group.seen)
+        for mark in _marks(walk.flat, group):
+            shape = leaves[mark.path].shape
+            lead = tuple(shape[a] for a in mark.batched)
+            k = math.prod(shape[a] for a in mark.axes)
+            none: Any = None
+            absmax: Any = jax.ShapeDtypeStruct((*lead, k), jnp.float32)
+            stats = InputStats(none, absmax, none, none, mark.axes, mark.batched)
+            why = misfit(functools.partial(mark.reading.aval, x, rest), stats, 0)
+            if why:
+                found[mark.path] = why
+    return found
+
+
 def _check_budget(walk: Walk, watching: Sequence[Inputs], budget: int) -> None:
     sizes: dict[str, int] = {}
     for group, observer in zip(walk.groups, watching, strict=True):
@@ -175,14 +198,21 @@ def _member(
 ) -> Member:
     plan = plans[mark.path]
     here = dataclasses.replace(plan, batch_axes=plan.batch_axes - len(mark.piece))
-    reason = immovable(plan.sites[0], mark.batched, 1)
+    reason = stuck(plan)
     w = piece_of(leaves[mark.path], mark.piece)
     return Member(here, w, mark.axes, mark.batched, reason, moves.get(mark.path))
 
 
 def piece_of(leaf: Any, piece: Piece) -> Any:
     """One layer of a stacked leaf."""
+    if is_qtensor(leaf) and len(leaf.batch) < len(piece):
+        leaf = _dequantized(leaf)  # its layers share scales
     return jax.tree.map(lambda a: a[piece], leaf) if piece else leaf
+
+
+def _on_host(x: Any) -> Any:
+    """An array in the host's memory; keys, which are small, stay where they are."""
+    return x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
 
 
 class _Runner:
@@ -218,7 +248,7 @@ class _Runner:
         for kept in self.kept:
             values = [fixed[v] if v in fixed else jnp.asarray(kept[v]) for v in segment.inputs]
             found = zip(segment.outputs, run(values), strict=True)
-            kept.update((v, np.asarray(x) if self.offload else x) for v, x in found)
+            kept.update((v, _on_host(x) if self.offload else x) for v, x in found)
 
     def drop(self, segment: Segment) -> None:
         """Lets go of what nothing after a segment needs."""
@@ -256,9 +286,12 @@ class _Runner:
         if (path, piece) in self.encoded:
             return _dequantized(self.encoded[path, piece].q)
         if path in self.encoded:
-            return _dequantized(piece_of(self.encoded[path].q, piece))
-        leaf = piece_of(self.leaves[path], piece)
-        return _dequantized(leaf) if is_qtensor(leaf) else leaf
+            return _float(piece_of(self.encoded[path].q, piece))
+        return _float(piece_of(self.leaves[path], piece))
+
+
+def _float(leaf: Any) -> Any:
+    return _dequantized(leaf) if is_qtensor(leaf) else leaf
 
 
 _dequantized = jax.jit(dequantize)

@@ -9,7 +9,7 @@ from jaxquant.qtensor.encode import (
     encode_stacked,
     storage_layout,
 )
-from jaxquant.qtensor.nested import Nested, nest, with_plain_scales
+from jaxquant.qtensor.nested import Nested, nest, read_back, with_plain_scales
 from jaxquant.qtensor.outliers import Outliers
 from jaxquant.qtensor.quantize import dequantize, quantize
 from jaxquant.qtensor.scales import (
@@ -58,6 +58,7 @@ __all__ = [
     "pad_to",
     "quantize",
     "read",
+    "read_back",
     "scaled_codes",
     "scales_of_range",
     "scales_over",

@@ -97,7 +97,9 @@ def encode_products(w: Array, spec: QSpec, *, minor: tuple[int, ...] = ()) -> QT
     x, inner = _shared(blank, w)
     scale, _, _ = scales_over(x, inner, spec)
     amax = jnp.max(jnp.abs(x), axis=inner, keepdims=True, initial=0.0)
-    x = x * (spec.format.qmax / jnp.where(amax == 0, 1.0, amax))
+    # below this `qmax / amax` overflows, and the scale is subnormal or nearly so
+    some = amax > spec.format.qmax * float(jnp.finfo(jnp.float32).tiny)
+    x = jnp.where(some, x * (spec.format.qmax / jnp.where(some, amax, 1.0)), x / scale)
     q = _filled(blank, x, jnp.ones_like(scale), None, None, None)
     order = _own_order(blank)
     scale = scale if order is None else jnp.transpose(scale, order)

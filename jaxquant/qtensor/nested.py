@@ -98,6 +98,24 @@ def unnested(codes: Array, nested: Nested) -> Array:
     return (flat * each + nested.offset[..., None]).reshape(codes.shape)
 
 
+def read_back(scale: Array, empty: Array) -> tuple[Array, Array]:
+    """Scales as they go to `nest`, 0 where a block is empty, and as they come back from it.
+
+    Scales of blocks of zeros say nothing, and would be seen in the mean; they stay as they are.
+
+    Args:
+      scale: float32 `[*groups]`.
+      empty: bool like `scale`.
+
+    >>> given, back = read_back(jnp.array([1.0, 0.5, 0.5]), jnp.array([True, False, False]))
+    >>> given.tolist(), back.round(2).tolist()
+    ([0.0, 0.5, 0.5], [1.0, 0.5, 0.5])
+    """
+    given = jnp.where(empty, 0.0, scale)
+    back = unnested(*nest(given))
+    return given, jnp.where((back > 0) & ~empty, back, scale)
+
+
 def with_plain_scales(q: QTensor) -> QTensor:
     """`q` with scales in float32, if they are quantized; the values it stands for are the same.
 

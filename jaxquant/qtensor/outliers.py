@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Outliers:
     calibrated: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool) or not self.threshold > 0:
+        threshold: object = self.threshold
+        real = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
+        if not real or not self.threshold > 0:
             raise ValueError(f"Outliers: threshold: expected above 0, got {self.threshold!r}")
         given = self.capacity
         if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:

@@ -135,6 +135,10 @@ def w4a8(group: int = 128, *, attention: bool = False) -> Recipe:
 def nf4(group: int = 64, *, double: bool = False) -> Recipe:
     """Weights in the 4-bit normal-float codebook of QLoRA, in groups; tables int8.
 
+    Codes and scales are those of bitsandbytes where the group divides the contracted size. Its
+    blocks run on from one output to the next otherwise, as they do with
+    `QSpec("nf4", PerGroup(64, axis=(1, 0)))` for a kernel `[in, out]`.
+
     Args:
       group: how many values along the contracted axes share a scale.
       double: quantize scales themselves, 4.127 bits a weight at groups of 64.

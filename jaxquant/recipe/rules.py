@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from typing import Literal
 
@@ -97,12 +98,26 @@ class Rule:
                     f"jq.QSpec('nf4', jq.PerGroup(64)), got {spec!r}"
                 )
         given = [name for name, spec in specs.items() if spec is not None]
+        for name, value, like in (
+            ("encoder", self.encoder, "rtn() or gptq()"),
+            ("rewrite", self.rewrite, "awq() or smoothquant()"),
+        ):
+            if value is not None and (inspect.isroutine(value) or isinstance(value, type)):
+                raise ValueError(
+                    f"{self._name}: {name} takes a value such as {like}, got {value!r}, which "
+                    "has not been called"
+                )
         if self.encoder is not None and not callable(self.encoder):
             raise ValueError(
                 f"{self._name}: encoder takes a value such as rtn(), got {self.encoder!r}"
             )
+        if isinstance(self.encoder, Rewrite):
+            raise ValueError(
+                f"{self._name}: {self.encoder!r} is a rewrite, not an encoder: rewrite="
+                f"{self.encoder!r}"
+            )
         if self.rewrite is not None:
-            if not isinstance(self.rewrite, Rewrite) or isinstance(self.rewrite, type):
+            if not isinstance(self.rewrite, Rewrite):
                 raise ValueError(
                     f"{self._name}: rewrite takes a value such as awq(), got {self.rewrite!r}"
                 )

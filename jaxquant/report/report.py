@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxquant.report.activations import ActivationReport
@@ -136,6 +136,14 @@ class Report:
     def with_notes(self, *notes: str) -> Report:
         """This report with more notes."""
         return dataclasses.replace(self, notes=self.notes + notes)
+
+    def with_leaf_notes(self, notes: Mapping[str, Iterable[str]]) -> Report:
+        """This report with more notes on leaves, by path."""
+        leaves = (
+            dataclasses.replace(row, notes=(*row.notes, *notes.get(row.path, ())))
+            for row in self.leaves
+        )
+        return dataclasses.replace(self, leaves=tuple(leaves))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-serialisable values."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxquant.encoders.checks import check_count, check_flag
 from jaxquant.observers.inputs import Inputs, InputStats, inputs
 from jaxquant.report import Called
 from jaxquant.rewrites.scaling import Details, for_each, output_error, require_fitting
@@ -36,8 +37,9 @@ class ActivationAware(Called):
     online: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"awq: expected steps >= 1, got {self.steps!r}")
+        check_count("awq: steps", self.steps)
+        check_flag("awq: duo", self.duo)
+        check_flag("awq: online", self.online)
 
     @property
     def observer(self) -> Inputs:

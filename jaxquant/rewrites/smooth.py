@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxquant.encoders.checks import check_flag, check_number
 from jaxquant.observers.inputs import Inputs, InputStats, inputs
 from jaxquant.report import Called
 from jaxquant.rewrites.scaling import (
@@ -39,9 +40,9 @@ class SmoothQuant(Called):
     online: bool = True
 
     def __post_init__(self) -> None:
-        a = self.alpha
-        if a is not None and (isinstance(a, bool) or not 0.0 <= a <= 1.0):
-            raise ValueError(f"smoothquant: expected 0 <= alpha <= 1 or None, got {a!r}")
+        if self.alpha is not None:
+            check_number("smoothquant: alpha", self.alpha, 0.0, 1.0)
+        check_flag("smoothquant: online", self.online)
 
     @property
     def observer(self) -> Inputs:
