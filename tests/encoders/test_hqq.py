@@ -126,7 +126,7 @@ def test_it_is_a_value():
     for bad in ({"iterations": -1}, {"p": 0.0}, {"p": 1.5}, {"beta": 0.0}, {"iterations": 2.5}):
         with pytest.raises(ValueError, match="hqq"):
             hqq(**bad)
-    for spec in (jq.int4(), QSpec("nf4")):
+    for spec in (jq.int4().at((0,), 2), QSpec("nf4").at((0,), 2)):
         with pytest.raises(ValueError, match="asymmetric"):
             hqq()(jnp.ones((4, 4)), spec)
 
