@@ -102,7 +102,8 @@ class Rule:
             ("encoder", self.encoder, "rtn() or gptq()"),
             ("rewrite", self.rewrite, "awq() or smoothquant()"),
         ):
-            if value is not None and (inspect.isroutine(value) or isinstance(value, type)):
+            own = str(getattr(value, "__module__", "")).startswith("jaxquant.")
+            if own and (inspect.isroutine(value) or isinstance(value, type)):
                 raise ValueError(
                     f"{self._name}: {name} takes a value such as {like}, got {value!r}, which "
                     "has not been called"
@@ -117,7 +118,7 @@ class Rule:
                 f"{self.encoder!r}"
             )
         if self.rewrite is not None:
-            if not isinstance(self.rewrite, Rewrite):
+            if not isinstance(self.rewrite, Rewrite) or isinstance(self.rewrite, type):
                 raise ValueError(
                     f"{self._name}: rewrite takes a value such as awq(), got {self.rewrite!r}"
                 )
