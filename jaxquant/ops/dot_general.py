@@ -48,9 +48,9 @@ def dot_general(
     `2^-15 max_k |x_k| sum_k |w_k|`.
 
     The QTensor is dequantized first if the contraction takes a part of axes that are stored as
-    one, if scales vary along a contracted axis and a kept one as well, for codebooks (decoded, on a
-    CPU a tile at a time; the scale still goes last), and where an operand is empty. Activations are
-    rounded to `activations` all the same.
+    one, if scales vary along a contracted axis and a kept one as well, for codebooks (decoded;
+    learned ones on a CPU a tile at a time; the scale still goes last), and where an operand is
+    empty. Activations are rounded to `activations` all the same.
 
     Args:
       lhs: float array or QTensor.
