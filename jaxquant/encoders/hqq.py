@@ -38,6 +38,7 @@ class HQQ(Called):
         less than many small ones.
       beta: how closely the auxiliary error follows the real one.
       growth: what `beta` is multiplied by after each step.
+      gain: share of a group's squared error that a zero point off the codes has to save.
     """
 
     name = "hqq"
@@ -46,11 +47,13 @@ class HQQ(Called):
     p: float = 0.7
     beta: float = 10.0
     growth: float = 1.01
+    gain: float = 0.3
 
     def __post_init__(self) -> None:
         check_count("hqq: iterations", self.iterations, 0)
         for name, high in (("p", 1.0), ("beta", math.inf), ("growth", math.inf)):
             check_number(f"hqq: {name}", getattr(self, name), 0.0, high, above=True)
+        check_number("hqq: gain", self.gain, 0.0, 1.0)
 
     def __call__(
         self,
@@ -65,7 +68,8 @@ class HQQ(Called):
         """Encodes `w`; see `Encoder`. Neither `key` nor `stats` is looked at.
 
         `Info.details` has, for each of the leading batch axes, `iterations`, and `before` and
-        `after`, the mean of `|w - w'|^p` by the first grid and by the one that is stored.
+        `after`, the mean of `(w - w')^2` with the range's zero points, rounded to codes, and with
+        those that are stored.
 
         Raises:
           ValueError: the spec is symmetric or of another format than integers; `w` is not a
@@ -81,7 +85,13 @@ class HQQ(Called):
         return _encode(w, self, spec, minor, batch_axes)
 
 
-def hqq(iterations: int = 20, p: float = 0.7, beta: float = 10.0, growth: float = 1.01) -> HQQ:
+def hqq(
+    iterations: int = 20,
+    p: float = 0.7,
+    beta: float = 10.0,
+    growth: float = 1.01,
+    gain: float = 0.3,
+) -> HQQ:
     """Half-quadratic quantization: looks at no data, and takes no longer than a few roundings.
 
     With the inverse scale `s = (2^b - 1) / (max - min)` fixed, the zero point `z` is found that
@@ -91,17 +101,23 @@ def hqq(iterations: int = 20, p: float = 0.7, beta: float = 10.0, growth: float 
         `E = shrink(W - W')`, `shrink(d) = sign(d) max(|d| - |d|^(p - 1) / beta, 0)`,
         `z = mean(Q - (W - E) s)` over each group,
 
-    until the mean error no longer falls; each group keeps the best zero point it had. Zero points
-    are floats where the spec says so (`zero_dtype`), and only then differ much from those of the
-    range: otherwise the range includes 0, the best of the zero point found, rounded down or up, and
-    that of the range is taken, and codes are rounded anew. Unlike in the original, `s` has no upper
-    limit (2e4 there), so that small weights are quantized as large ones are.
+    until the mean error no longer falls; each group keeps the zero point of least squared error.
+    Unlike in the original, `s` has no upper limit (2e4 there), so that small weights are quantized
+    as large ones are.
+
+    Zero points are floats where the spec says so (`zero_dtype`). A zero point between two codes
+    costs something that no norm of the error shows: 0 is no longer exact, nor are the many weights
+    close to it, which keep large activations out of a sum. A group therefore takes one only if it
+    saves the share `gain` of the squared error that the range's zero point, rounded to a code,
+    leaves; with `gain=0.0` it takes whichever has the smaller error. Without `zero_dtype` the range
+    includes 0, and the best of the zero point found, rounded down or up, and the range's is taken.
 
     Args:
       iterations: steps at most.
       p: of the norm, above 0 and at most 1.
       beta: weight of the auxiliary error.
       growth: what `beta` is multiplied by after each step.
+      gain: share of the squared error that a zero point off the codes has to save, from 0 to 1.
 
     Raises:
       ValueError: an argument out of range.
@@ -116,7 +132,7 @@ def hqq(iterations: int = 20, p: float = 0.7, beta: float = 10.0, growth: float 
     >>> q.zero_point.dtype.name, bool(info.details["after"] < info.details["before"])
     ('float32', True)
     """
-    return HQQ(iterations, p, beta, growth)
+    return HQQ(iterations, p, beta, growth, gain)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -141,7 +157,6 @@ class _Step(NamedTuple):
     best: Array  # that gave each group the least so far
     error: Array  # of the last step
     least: Array  # of each group
-    first: Array
     beta: Array
     taken: Array
     going: Array
@@ -174,29 +189,28 @@ def _encode_core(
     zero = jnp.where(high > low, fmt.qmin - low * inverse, jnp.where(high < 0, fmt.qmax, fmt.qmin))
     size = jnp.maximum(jnp.sum(count), 1.0)
 
-    def powered(off: Array) -> Array:
-        # 0 ** p has no derivative, and 0 ** (p - 1) no value
-        return jnp.where(off == 0, 0.0, jnp.where(off == 0, 1.0, jnp.abs(off)) ** how.p) * real
-
     def codes(z: Array) -> Array:
         return jnp.clip(jnp.round(x * inverse + z), fmt.qmin, fmt.qmax)
+
+    def cost(z: Array) -> Array:
+        off = (x - (codes(z) - z) * scale) * real
+        return jnp.sum(off * off, axis=inner, keepdims=True)
 
     def step(at: _Step) -> _Step:
         q = codes(at.zero)
         off = x - (q - at.zero) * scale
         error = jnp.sum(jnp.abs(off) * real) / size
-        norm = jnp.sum(powered(off), axis=inner, keepdims=True)
+        squares = jnp.sum(off * off * real, axis=inner, keepdims=True)
         magnitude = jnp.where(off == 0, 1.0, jnp.abs(off))
         kept = jnp.abs(off) - jnp.where(off == 0, 0.0, magnitude ** (how.p - 1.0) / at.beta)
         shrunk = jnp.sign(off) * jnp.maximum(kept, 0.0)
         found = jnp.sum((q - (x - shrunk) * inverse) * real, axis=inner, keepdims=True)
-        better = norm < at.least
+        better = squares < at.least
         return _Step(
             found / jnp.maximum(count, 1.0),
             jnp.where(better, at.zero, at.best),
             error,
-            jnp.minimum(norm, at.least),
-            jnp.where(at.taken == 0, jnp.sum(norm) / size, at.first),
+            jnp.minimum(squares, at.least),
             at.beta * how.growth,
             at.taken + 1,
             error < at.error,
@@ -208,28 +222,25 @@ def _encode_core(
     far = jnp.float32(jnp.inf)
     least = jnp.full(zero.shape, jnp.inf, jnp.float32)
     beta, yes = jnp.float32(how.beta), jnp.asarray(True)
-    start = _Step(zero, zero, far, least, far, beta, jnp.int32(0), yes)
+    start = _Step(zero, zero, far, least, beta, jnp.int32(0), yes)
     end = lax.while_loop(going, step, start)
-    zero, first = end.best, end.first
+    exact = jnp.round(start.zero)
     if spec.zero_dtype is None:
-        each = [start.zero, jnp.floor(zero), jnp.ceil(zero)]
-        whole = jnp.stack([jnp.clip(jnp.round(z), fmt.qmin, fmt.qmax) for z in each])
-
-        def cost(z: Array) -> Array:
-            return jnp.sum(powered(x - (codes(z) - z) * scale), axis=inner, keepdims=True)
-
+        each = [exact, jnp.floor(end.best), jnp.ceil(end.best)]
+        whole = jnp.stack([jnp.clip(z, fmt.qmin, fmt.qmax) for z in each])
         costs = lax.map(cost, whole)
-        first, least = jnp.sum(costs[0]) / size, jnp.argmin(costs, axis=0)
+        least, before = jnp.argmin(costs, axis=0), costs[0]
         zero = jnp.take_along_axis(whole, least[None], axis=0)[0]
     else:
-        zero = zero.astype(spec.zero_dtype).astype(jnp.float32)
-    q = codes(zero)
+        found, exact = (z.astype(spec.zero_dtype).astype(jnp.float32) for z in (end.best, exact))
+        before = cost(exact)
+        zero = jnp.where(cost(found) < (1.0 - how.gain) * before, found, exact)
     details = {
         "iterations": jnp.maximum(end.taken - 1, 0),
-        "before": first,
-        "after": jnp.sum(powered(x - (q - zero) * scale)) / size,
+        "before": jnp.sum(before) / size,
+        "after": jnp.sum(cost(zero)) / size,
     }
-    return _filled(blank, q, stored, zero), details
+    return _filled(blank, codes(zero), stored, zero), details
 
 
 def _filled(blank: QTensor, codes: Array, scale: Array, zero: Array) -> QTensor:
