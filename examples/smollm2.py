@@ -103,6 +103,9 @@ def methods() -> dict[str, Method]:
         Method("nf4-g64-double", "W4 g64", weights(nf4(double=True))),
         Method("gptq-nf4-g64", "W4 g64", calibrated(nf4(), jq.gptq())),
         Method("kmeans-w4", "W4 tensor", calibrated(jq.palette(4), jq.kmeans())),
+        Method(
+            "kmeans-w4-weighted", "W4 tensor", calibrated(jq.palette(4), jq.kmeans(weighted=True))
+        ),
         Method("rtn-w3-g128", "W3 g128", weights(int3(group=128))),
         Method("gptq-w3-g128", "W3 g128", calibrated(int3(group=128), jq.gptq())),
         Method("awq-gptq-w3-g128", "W3 g128", calibrated(int3(group=128), jq.gptq(), jq.awq())),

@@ -132,7 +132,13 @@ def trace_call(
         raise ValueError(
             "the function does not fit these params, or fails by itself: "
             f"{type(error).__name__}: {error}. The params' leaves are "
-            f"{', '.join(p for p in paths if p) or 'none'}"
+            f"{_listed([p for p in paths if p])}"
         ) from error
     jaxpr, consts = _compat.opened(closed)
     return Call(jaxpr, consts, leaves, paths, jax.tree.structure(out_shape))
+
+
+def _listed(names: list[str], most: int = 20) -> str:
+    """The names, the last of many left out."""
+    more = len(names) - most
+    return (", ".join(names[:most]) or "none") + (f" and {more} more" if more > 0 else "")

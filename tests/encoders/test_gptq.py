@@ -128,6 +128,7 @@ def test_dynamic_order(k):
     agree(q, moved[np.argsort(order)], w, h, scales.mean())
 
 
+@pytest.mark.slow
 def test_shrinkage():
     w, stats, spec = weights(72, 12), moments(rows(72)), QSpec("int4", PerChannel(1))
     q, _ = plain(shrinkage=0.25, damping=0.05)(w, spec, stats=stats)

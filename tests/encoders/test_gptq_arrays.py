@@ -54,7 +54,7 @@ def matrix_of(w, stats, spec, **options):
         ((10, 72), (-1,), QSpec("int4", PerGroup(16, 1)), QSpec("int4", PerGroup(16, 0))),
     ],
 )
-@pytest.mark.parametrize("act_order", [False, "dynamic"])
+@pytest.mark.parametrize("act_order", [False, pytest.param("dynamic", marks=pytest.mark.slow)])
 def test_any_axes_may_be_contracted(shape, axes, spec, view, act_order):
     w = weights(72, 10).reshape(-1)[: np.prod(shape)].reshape(shape)
     stats = moments(rows(72), axes)
@@ -74,7 +74,9 @@ def test_groups_may_run_over_the_axes_in_another_order():
     np.testing.assert_allclose(jq.dequantize(a), jq.dequantize(b), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("act_order", [False, "static", "dynamic"])
+@pytest.mark.parametrize(
+    "act_order", [*(pytest.param(o, marks=pytest.mark.slow) for o in (False, "static")), "dynamic"]
+)
 def test_experts_and_layers_are_encoded_one_by_one(act_order):
     w = weights(6 * 40, 8).reshape(2, 3, 40, 8)
     x = np.stack([rows(40, seed) for seed in range(6)]).reshape(2, 3, -1, 40)

@@ -33,8 +33,13 @@ def encoded(spec, w=None, **how):
     return kmeans("linear", iterations=3)(normal(0, *SHAPE) if w is None else w, spec, **how)[0]
 
 
+QUICK = ("one codebook", "channels")
+
+
 @pytest.mark.parametrize("move", MOVES)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "spec", [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in SPECS]
+)
 def test_a_moved_codebook_is_the_moved_array(spec, move):
     q = encoded(SPECS[spec])
     on_q, on_array = MOVES[move]

@@ -98,6 +98,7 @@ def test_pre_norm_transformer(scanned, rms):
     assert "also contracted with" in find(*args, *qkv[:2])
 
 
+@pytest.mark.slow
 def test_gelu_and_post_norm_are_refused():
     model = Model()
     params = made(model, IDS)
@@ -151,6 +152,7 @@ LLAMA = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_llama_with_grouped_heads():
     params = {
         "embed": drawn({"e": (11, 6)})["e"],
@@ -206,6 +208,7 @@ def test_layers_need_producers_of_their_own():
     assert "`carry`" in find(carried, params, (X,), "w")
 
 
+@pytest.mark.slow
 def test_nested_loops_and_moved_layers():
     def fn(p, x):
         def inner(h, q):
@@ -236,6 +239,7 @@ class Convs(nn.Module):
         return nn.Dense(3, name="dense")(x.reshape(x.shape[0], -1))
 
 
+@pytest.mark.slow
 def test_convolutions_and_batchnorm():
     model, x = Convs(), jnp.asarray(np.random.default_rng(3).normal(size=(2, 8, 8, 3)), jnp.float32)
     params = made(model, x)
@@ -281,6 +285,7 @@ def test_nnx():
 # Leaves
 
 
+@pytest.mark.slow
 def test_factors_of_quantized_producers_go_into_their_scales(key):
     a, b = jax.random.split(key)
     w, c = jax.random.normal(a, (24, 16)), jnp.exp(jax.random.normal(b, (16,)))
@@ -331,6 +336,7 @@ def test_half_precision():
     assert float(new["down"][0, 0]) == 3.0
 
 
+@pytest.mark.slow
 def test_several_factors_at_once():
     model = Model(rms=True, act="relu")
     params = made(model, IDS)

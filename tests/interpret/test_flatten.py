@@ -54,7 +54,7 @@ class Layers(nn.Module):
 @pytest.mark.parametrize("scan", [False, True])
 def test_layers_are_cut_at_four_activations_each_and_alike(scan: bool) -> None:
     model, x = Layers(scan), jnp.ones((5, 4))
-    flat = flat_of(model.apply, model.init(jax.random.key(0), x), x)
+    flat = flat_of(model.apply, jax.jit(model.init)(jax.random.key(0), x), x)
     groups = groups_of(flat)
     # query, key and value read one activation
     assert [len(group.marks) for group in groups] == [3, 1, 1, 1] * 3
@@ -87,7 +87,7 @@ def run(flat: Flat, leaves: dict[Any, Any], inputs: list[Any]) -> list[np.ndarra
 @pytest.mark.parametrize("scan", [False, True])
 def test_segments_compute_what_the_function_does(scan: bool) -> None:
     model, x = Layers(scan), jax.random.normal(jax.random.key(1), (5, 4))
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     flat = flat_of(model.apply, variables, x)
     call = trace_call(model.apply, variables, (x,), {})
     whole = dict(zip(call.param_paths, jax.tree.leaves(variables), strict=True))

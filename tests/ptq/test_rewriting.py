@@ -60,7 +60,7 @@ class Model(nn.Module):
 
 def made(scan: bool) -> tuple[Any, Any, list[jax.Array]]:
     model = Model(scan)
-    variables = model.init(jax.random.key(0), normal(0, 2, 5, 8))
+    variables = jax.jit(model.init)(jax.random.key(0), normal(0, 2, 5, 8))
     scale = variables["params"]["layers"]["norm_a"]["scale"]
     variables["params"]["layers"]["norm_a"]["scale"] = scale * SPREAD.reshape(
         (1,) * (scale.ndim - 1) + (8,)
@@ -108,6 +108,7 @@ def named(tree: Any) -> dict[str, Any]:
     return {"/".join(str(getattr(k, "key", k)) for k in path): leaf for path, leaf in flat}
 
 
+@pytest.mark.slow
 def test_the_caller_keeps_his_params() -> None:
     fn, variables, batches = made(True)
     before = jax.tree.map(np.array, variables)

@@ -154,6 +154,7 @@ def test_loops_over_time_ties_and_branches_use_one_pass_beforehand() -> None:
     assert found == {"w": [30], "u": [30], "branch": [10], "loop": [20], "tied": [20], "last": [10]}
 
 
+@pytest.mark.slow
 def test_convolutions_experts_and_several_contracted_axes() -> None:
     def fn(p: Any, x: Any) -> Any:
         y = lax.conv_general_dilated(

@@ -117,6 +117,7 @@ def batchnorm(p: Any, x: Any, *, running: bool) -> Any:
     return (h - mean[None]) / jnp.sqrt(var[None] + 1e-3), kept
 
 
+@pytest.mark.slow
 def test_frozen_batchnorm() -> None:
     recipe = jq.Recipe([jq.Rule("w", weights=jq.int4(), activations=tensor("int4"), **LSQ)])
     params = {"w": PARAMS["lsq"], "mean": normal(1, 4), "var": normal(2, 4) ** 2}

@@ -26,10 +26,21 @@ def moved(state: jq.QuantState) -> jq.QuantState:
     return dataclasses.replace(state, learned=jax.tree.map(move, state.learned))
 
 
+# Of programs that take long to compile under all their rules, the rules that are always tried.
+QUICK = {
+    "mlp": ("w8a8", "lsq 4", "w4a16"),
+    "bfloat16": ("w8a8",),
+    "layers": ("lsq 4",),
+    "convolutions": ("w8a8",),
+}
+
+
 @functools.cache
-def results(name: str) -> tuple[Many, jq.QuantState, Any, Any]:
+def results(
+    name: str, kinds: tuple[str, ...] | None = None
+) -> tuple[Many, jq.QuantState, Any, Any]:
     """A program, its state, what it gives in training, and what is served."""
-    many = Many(PROGRAMS[name])
+    many = Many(PROGRAMS[name], kinds)
     state = moved(many.state())
     fake = jax.jit(jq.fake_quantized(many.fn, many.recipe))
     if state.ranges:
@@ -39,11 +50,17 @@ def results(name: str) -> tuple[Many, jq.QuantState, Any, Any]:
     return many, state, trained, served
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [(name, kind) for name, p in PROGRAMS.items() for kind in p.kinds]
-)
-def test_served_equals_trained(name: str, kind: str) -> None:
-    trained, served = (np.asarray(r[kind], np.float32) for r in results(name)[2:])
+QUICKLY = [(n, kind, QUICK.get(n)) for n, p in PROGRAMS.items() for kind in QUICK.get(n, p.kinds)]
+THOROUGHLY = [
+    pytest.param(name, kind, None, marks=pytest.mark.slow)
+    for name in QUICK
+    for kind in PROGRAMS[name].kinds
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "kinds"), [*QUICKLY, *THOROUGHLY])
+def test_served_equals_trained(name: str, kind: str, kinds: tuple[str, ...] | None) -> None:
+    trained, served = (np.asarray(r[kind], np.float32) for r in results(name, kinds)[2:])
     assert np.isfinite(trained).all() and np.ptp(trained) > 0.1
     if on_integers(kind):
         np.testing.assert_array_equal(served, trained)
