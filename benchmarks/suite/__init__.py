@@ -1,0 +1,1 @@
+"""The benchmark suite: cases, formats, peers, and what is measured of each."""
