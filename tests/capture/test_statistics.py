@@ -17,6 +17,8 @@ from jaxquant.capture import Statistics, capture
 from jaxquant.observers import absmax, minmax, moving_average, percentile
 from tests.capture.programs import PROGRAMS, Program
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 RECURRENT, LAYERS = PROGRAMS["recurrent"], PROGRAMS["layers"]
 
 

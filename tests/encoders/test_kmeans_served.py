@@ -14,6 +14,8 @@ from jaxquant.encoders import huffman_bits
 from jaxquant.interpret import cuts, moves
 from tests.interpret.test_moves import MOVES, SHAPE
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 FORMAT = palette(2).format
 SPECS = {
     "one codebook": palette(2),

@@ -12,6 +12,8 @@ from jaxquant import Outliers, PerChannel, PerGroup, QSpec, ops
 from jaxquant.qtensor import Calibration, Use, with_use
 from tests.encoders import bnb_reference as ref
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")
+
 ROWS = jq.int8(range="qmax")
 
 
