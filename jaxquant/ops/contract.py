@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxquant.ops import lowering
 from jaxquant.ops.nibbles import halves, unpacked
 from jaxquant.ops.operands import Operand, align
-from jaxquant.qtensor import magnitude
+from jaxquant.ops.packed_rows import fused_sums, fuses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,26 +73,43 @@ def contract(
             default=lambda: _batched(x, w, precision, None),
         )
     choose = _on_cpu if on_cpu else lowering.by_platform
+    form = form_of(x, w, rows, narrow)
+    if form == "fused":
+        return choose(
+            cpu=lambda: fused_sums(x, w), default=lambda: _batched(x, unpacked(w), precision, None)
+        )
     if rows == 1:
         two = sharding.one_more() if sharding else None
         product = contract(_two_rows(x), w, precision, two, on_cpu, narrow)
         return lax.index_in_dim(product, 0, len(x.batch), keepdims=False)
-    form = "plain"
-    if x.groups:
-        group = lowering.static_size(x.values.shape, x.inner)
-        form = lowering.group_form(rows, group, narrow)
-        form = "batch" if form == "loop" and len(x.groups) > 1 else form
 
     def batched() -> Array:
         return _batched(x, unpacked(w), precision, sharding)
 
+    if form == "halves":
+        return choose(cpu=lambda: _by_stacked_halves(x, w), default=batched)
     if form == "loop":
         return choose(cpu=lambda: _loop(x, w), default=batched)
     if form == "float":
         return choose(cpu=lambda: _in_float(x, unpacked(w)), default=batched)
+    left = sharding is None and lowering.weight_first(rows)
     if form == "plain" and w.packed is not None:
-        return choose(cpu=lambda: _by_halves(x, w), default=batched)
+        return choose(cpu=lambda: _by_halves(x, w, left), default=batched)
+    if form == "plain" and left:
+        return choose(cpu=lambda: _batched(x, w, None, None, left), default=batched)
     return batched()
+
+
+def form_of(x: Operand, w: Operand, rows: int, narrow: bool) -> str:
+    """How groups are summed, as far as the operands allow it; `"plain"` without groups."""
+    if not x.groups:
+        return "plain"
+    form = lowering.group_form(rows, lowering.static_size(x.values.shape, x.inner), narrow)
+    if form == "fused" and not fuses(x, w):
+        form = "halves"
+    if form == "halves" and (w.packed is None or x.zero is not None):
+        form = "loop"
+    return "batch" if form == "loop" and len(x.groups) > 1 else form
 
 
 def _on_cpu(cpu: Callable[[], Array], default: Callable[[], Array]) -> Array:
@@ -100,12 +117,30 @@ def _on_cpu(cpu: Callable[[], Array], default: Callable[[], Array]) -> Array:
     return cpu()
 
 
-def _by_halves(x: Operand, w: Operand) -> Array:
-    """One product, of packed codes as they lie."""
+def _by_halves(x: Operand, w: Operand, left: bool = False) -> Array:
+    """One product, of packed codes as they lie; with the weight on the left if `left`."""
     if w.packed is None:
-        return _batched(x, w, None, None)
+        return _batched(x, w, None, None, left)
     (x0, w0), (x1, w1) = halves(x, w)
-    return _batched(x0, w0, None, None) + _batched(x1, w1, None, None)
+    return _batched(x0, w0, None, None, left) + _batched(x1, w1, None, None, left)
+
+
+def _by_stacked_halves(x: Operand, w: Operand) -> Array:
+    """One product of packed codes in groups: both halves of all groups are its batch."""
+    # what makes the codes is small, and not to be made again for each half
+    x = dataclasses.replace(x, values=lax.optimization_barrier(x.values))
+    (x0, w0), (x1, w1) = halves(x, w)
+
+    def stacked(a: Operand, b: Operand) -> Operand:
+        def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(n + 1 for n in axes)
+
+        values = jnp.stack([a.values, b.values])
+        batch = (0, *moved(a.batch))
+        return Operand(values, None, None, batch, moved(a.free), moved(a.groups), moved(a.inner))
+
+    total = jnp.sum(_left_product(stacked(x0, x1), stacked(w0, w1)), axis=0)
+    return _scaled(total, x, w0, True)
 
 
 def integer_sums(x: Operand, w: Operand) -> Array:
@@ -114,43 +149,23 @@ def integer_sums(x: Operand, w: Operand) -> Array:
     Zero points of `x` are the caller's matter: `-z_x sum_k (q_w - z_w)` depends on the weight
     alone and is known beforehand.
     """
-    if lowering.static_size(x.values.shape, x.free) == 1:
+    count = lowering.static_size(x.values.shape, x.free)
+    if count == 1:
         return lax.index_in_dim(integer_sums(_two_rows(x), w), 0, 0, keepdims=False)
     w = unpacked(w)
-    total = lax.dot_general(
-        x.values, w.values, ((x.inner, w.inner), ((), ())), preferred_element_type=jnp.int32
-    )
+
+    def plain() -> Array:
+        return _product(x, w)
+
+    def left() -> Array:
+        return _swapped(_left_product(x, w), 0, len(w.free))
+
+    few = lowering.weight_first(count)
+    total = lowering.by_platform(cpu=left, default=plain) if few else plain()
     if w.zero is None:
         return total
     rows = jnp.sum(x.values, axis=x.inner, keepdims=True, dtype=jnp.int32)
     return total - align(w.zero, w, len(x.free), 0) * align(rows, x, 0, len(w.free))
-
-
-def contract_limbs(
-    x: Operand, w: Operand, sharding: Sharding | None = None, narrow: bool = False
-) -> Array:
-    """`contract` of a float `x` with an int8 `w`, `x` as two int8 numbers of 15 bits together.
-
-    `x ~ S (128 q_hi + q_lo)` with one `S = amax / 16319` for each row, so the error of a result is
-    at most `S / 2 sum_k |w_k|`, 2^-15 of what the row's largest magnitude could reach.
-    """
-    v, over = x.values.astype(jnp.float32), (*x.groups, *x.inner)
-    amax = jnp.max(magnitude(v), axis=over, keepdims=True, initial=0.0)
-    finite = jnp.isfinite(amax)
-    tiny = float(jnp.finfo(jnp.float32).tiny)
-    scale = jnp.where(amax == 0, 1.0, jnp.maximum(amax / 16319.0, tiny))
-    q = jnp.where(finite, jnp.round(v / scale), 0.0)
-    high = jnp.round(q / 128.0)
-    both = jnp.stack(
-        [high.astype(jnp.int8), (q - 128.0 * high).astype(jnp.int8)], axis=_first_free(x)
-    )
-    two = dataclasses.replace(_new_axis(x), values=both)
-    spec = sharding.one_more() if sharding else None
-    product = contract(two, w, None, spec, on_cpu=True, narrow=narrow)
-    first, second = (lax.index_in_dim(product, i, len(x.batch), keepdims=False) for i in (0, 1))
-    whole = dataclasses.replace(x, groups=(), inner=over)
-    scale = jnp.where(finite, scale, jnp.nan)
-    return (128.0 * first + second) * align(scale, whole, 0, len(w.free))
 
 
 def is_integer(x: Operand) -> bool:
@@ -166,14 +181,14 @@ def dequantized(x: Operand) -> Array:
     return v if x.scale is None else v * x.scale
 
 
-def _first_free(x: Operand) -> int:
+def first_free(x: Operand) -> int:
     """Where a new axis has to go to come before the other free ones, in results too."""
     return min(x.free, default=len(x.batch))
 
 
-def _new_axis(x: Operand) -> Operand:
+def new_axis(x: Operand) -> Operand:
     """A new first free axis of size 1."""
-    at = _first_free(x)
+    at = first_free(x)
 
     def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(a + (a >= at) for a in axes)
@@ -194,28 +209,58 @@ def _new_axis(x: Operand) -> Operand:
 
 def _two_rows(x: Operand) -> Operand:
     """A row of zeros added: on a CPU a single row takes 20 times as long."""
-    one = _new_axis(x)
+    one = new_axis(x)
     pad = [(0, int(a == one.free[0])) for a in range(one.values.ndim)]
     return dataclasses.replace(one, values=jnp.pad(one.values, pad))
 
 
-def _batched(x: Operand, w: Operand, precision: Any, sharding: Sharding | None) -> Array:
-    """Groups as batch dimensions of one `dot_general`."""
-    kind = jnp.int32 if is_integer(x) else jnp.float32
-    total = lax.dot_general(
+def _batched(
+    x: Operand, w: Operand, precision: Any, sharding: Sharding | None, left: bool = False
+) -> Array:
+    """Groups as batch dimensions of one `dot_general`; the weight is its left side if `left`."""
+    total = _left_product(x, w) if left else _product(x, w, precision, sharding)
+    return _scaled(total, x, w, left)
+
+
+def _product(
+    x: Operand, w: Operand, precision: Any = None, sharding: Sharding | None = None
+) -> Array:
+    """Products of the values, summed: `[batch, groups, free of x, free of w]`."""
+    return lax.dot_general(
         x.values,
         w.values,
         ((x.inner, w.inner), (x.batch + x.groups, w.batch + w.groups)),
         precision=None if is_integer(x) else precision,
-        preferred_element_type=kind,
+        preferred_element_type=jnp.int32 if is_integer(x) else jnp.float32,
         out_sharding=None if sharding is None else sharding.of(len(x.groups)),
     )
 
+
+def _left_product(x: Operand, w: Operand) -> Array:
+    """The same of int8 values, the weight on the left: `[batch, groups, free of w, free of x]`."""
+    return lax.dot_general(
+        w.values,
+        x.values,
+        ((w.inner, x.inner), (w.batch + w.groups, x.batch + x.groups)),
+        preferred_element_type=jnp.int32,
+    )
+
+
+def _swapped(total: Array, first: int, outs: int) -> Array:
+    """`outs` axes from `first` on moved behind all others."""
+    rest = range(first + outs, total.ndim)
+    return total.transpose((*range(first), *rest, *range(first, first + outs)))
+
+
+def _scaled(total: Array, x: Operand, w: Operand, left: bool) -> Array:
+    """Zero points taken off a product, then scales, then the sum over groups."""
+    kind = total.dtype
+
     def of_x(a: Array) -> Array:
-        return align(a, x, 0, len(w.free))
+        return align(a, x, len(w.free), 0) if left else align(a, x, 0, len(w.free))
 
     def of_w(a: Array) -> Array:
-        return align(a, w, len(x.free), 0)
+        return align(a, w, 0, len(x.free)) if left else align(a, w, len(x.free), 0)
 
     def summed(op: Operand) -> Array:
         return jnp.sum(op.values, axis=op.inner, keepdims=True, dtype=kind)
@@ -239,7 +284,9 @@ def _batched(x: Operand, w: Operand, precision: Any, sharding: Sharding | None) 
     if x.scale is not None:
         out = out * of_x(x.scale)
     first = len(x.batch)
-    return jnp.sum(out, axis=tuple(range(first, first + len(x.groups)))) if x.groups else out
+    if x.groups:
+        out = jnp.sum(out, axis=tuple(range(first, first + len(x.groups))))
+    return _swapped(out, first, len(w.free)) if left else out
 
 
 def _split_zero(w: Operand) -> tuple[Array | None, Array | None]:

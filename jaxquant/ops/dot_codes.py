@@ -19,8 +19,9 @@ from jaxquant.ops.activations import (
     quantize_activation,
     shared_axes,
 )
-from jaxquant.ops.contract import contract, contract_limbs
+from jaxquant.ops.contract import contract
 from jaxquant.ops.dot_call import Axes, Call, finish, sharding_of
+from jaxquant.ops.limbs import contract_limbs
 from jaxquant.ops.operands import (
     Operand,
     Placement,

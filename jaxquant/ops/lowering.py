@@ -14,6 +14,9 @@ from jax import Array, lax
 
 from jaxquant.numerics import compute_dtype
 
+# JAX 0.12 compiles a product and its sum to one vectorised loop, 0.10 does not.
+FUSES_SUMS = jax.__version_info__ >= (0, 12)
+
 MANY = 1 << 30
 """Stands for a number of rows that is symbolic."""
 
@@ -68,14 +71,16 @@ def limbs_win(rows: int, group: int | None = None, packed: bool = False) -> bool
 
     At 2048 x 2048, limbs / converted: 1 row 0.6 / 1.9 (JAX 0.10), 0.4 / 1.5 (0.12); 64 rows
     0.8 / 1.3, 0.3 / 1.3; 512 rows 1.0 / 0.9, 0.5 / 1.3. In groups of 128 partial sums cost more
-    than limbs save, but where 4-bit codes need no unpacking: 1 row 1.1 / 2.3 (0.10), 1.4 / 3.0
-    (0.12), 8 rows 2.6 / 2.3, 2.7 / 2.2; int8 1 row 1.6 / 1.3, 1.5 / 1.0.
+    than limbs save, but where 4-bit codes need no unpacking: 1 row 1.1 / 2.3, 8 rows 2.6 / 2.3
+    (0.10), 16 rows 0.9 / 2.0 (0.12); int8 1 row 1.6 / 1.3, 1.5 / 1.0.
     """
-    return rows <= 512 if group is None else packed and rows <= 4 and group >= 128
+    if group is None:
+        return rows <= 512
+    return packed and rows <= (16 if FUSES_SUMS else 4) and group >= 128
 
 
 def group_form(rows: int, group: int, packed: bool = False) -> str:
-    """How a CPU sums int8 products in groups: `"loop"`, `"batch"` or `"float"`.
+    """How a CPU sums int8 products in groups: a name, of which `ops/contract.py` has the code.
 
     At 2048 x 2048, groups of 128, loop / batch / dequantized float: 2 rows 1.0 / 3.2 / 4.0,
     16 rows 0.6 / 1.1 / 1.5, 256 rows 0.6 / - / 0.9 (JAX 0.12), 1.5 / - / 1.1 (0.10). Groups of 64,
@@ -83,12 +88,28 @@ def group_form(rows: int, group: int, packed: bool = False) -> str:
     Groups of 32 cost the loop one pass over the result each: 128 rows 3.5 / 1.2 (0.10), 0.8 / 1.4;
     4-bit codes, which then have to be unpacked as well (`packed`), 1 row 5.4 / 2.8.
 
+    Packed 4-bit codes of few rows (0.12), fused / halves / loop: 1 row 0.5 / 1.1 / 2.3, 2 rows
+    0.6 / 0.7 / 1.6, 4 rows 1.0 / 0.9 / 1.7, 16 rows - / 0.5 / 1.0, 32 rows - / 0.5 / 1.2. By 0.10
+    they gain nothing: 1 row 1.5 / 1.3 / 1.2, 16 rows - / 1.8 / 1.6.
+
     A loop takes slices of the codes. If those are sharded along the groups, the compiler gathers
     them, so with several devices groups are a batch.
     """
     if not one_device():
         return "batch"
+    if FUSES_SUMS and packed and rows <= 32 and group >= 32:
+        return "fused" if rows <= 2 else "halves"
     return "float" if group < 64 and (packed or rows > 64) else "loop"
+
+
+def weight_first(rows: int) -> bool:
+    """Whether a CPU multiplies int8 codes faster with the weight on the left.
+
+    What stands on the right is laid out anew at every call. Weight left / right: 4096 x 4096,
+    2 rows 0.36 / 0.44, 16 rows 0.31 / 0.40, 64 rows 0.24 / 0.27 (JAX 0.12), 0.32 / 0.39,
+    0.51 / 0.58, 0.31 / 0.32 (0.10). From 128 rows on they are alike.
+    """
+    return rows <= 64
 
 
 def batch_grows(rows: int, group: int) -> bool:

@@ -47,8 +47,13 @@ def unpacked(w: Operand) -> Operand:
     return dataclasses.replace(w, values=int8_codes(codes, fmt)[0], packed=None)
 
 
-def halves(x: Operand, w: Operand) -> tuple[tuple[Operand, Operand], tuple[Operand, Operand]]:
-    """Two pairs of operands whose products add up to that of `x` and a packed `w`."""
+def halves(
+    x: Operand, w: Operand, shifted: bool = True
+) -> tuple[tuple[Operand, Operand], tuple[Operand, Operand]]:
+    """Two pairs of operands whose products add up to that of `x` and a packed `w`.
+
+    With `shifted`, signed codes come 16 times as large, and their scales 16 times as small.
+    """
     fmt = w.packed
     assert fmt is not None
     *lead, size = x.values.shape
@@ -67,6 +72,8 @@ def halves(x: Operand, w: Operand) -> tuple[tuple[Operand, Operand], tuple[Opera
     if fmt.is_integer and fmt.signed:
         # left in the high bits, codes are 16 times as large and need no sign extension
         both = lax.bitcast_convert_type(w.values, jnp.int8)
+        if not shifted:
+            return (of_x(0), of_w((both << 4) >> 4, 1)), (of_x(1), of_w(both >> 4, 1))
         low, high = of_w(both << 4, 16), of_w(both & -16, 16)
     else:
         low = of_w(int8_codes(w.values & 15, fmt)[0], 1)

@@ -1,0 +1,52 @@
+"""Contractions of a float activation with int8 codes, the activation as integers of 15 bits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxquant.ops import lowering
+from jaxquant.ops.contract import Sharding, contract, first_free, form_of, new_axis
+from jaxquant.ops.operands import Operand, align
+from jaxquant.ops.packed_rows import fused_sums
+from jaxquant.qtensor import magnitude
+
+
+def contract_limbs(
+    x: Operand, w: Operand, sharding: Sharding | None = None, narrow: bool = False
+) -> Array:
+    """`contract` of a float `x` with an int8 `w`, `x` as two int8 numbers of 15 bits together.
+
+    `x ~ S (128 q_hi + q_lo)` with one `S = amax / 16319` for each row, so the error of a result is
+    at most `S / 2 sum_k |w_k|`, 2^-15 of what the row's largest magnitude could reach.
+    """
+    v, over = x.values.astype(jnp.float32), (*x.groups, *x.inner)
+    rows = lowering.static_size(x.values.shape, x.free)
+    amax = jnp.max(magnitude(v), axis=over, keepdims=True, initial=0.0)
+    finite = jnp.isfinite(amax)
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    scale = jnp.where(amax == 0, 1.0, jnp.maximum(amax / 16319.0, tiny))
+    q = jnp.where(finite, jnp.round(v / scale), 0.0)
+    if sharding is None and form_of(x, w, rows, narrow) == "fused":
+        scale = jnp.where(finite, scale, jnp.nan)
+        return fused_sums(dataclasses.replace(x, values=q.astype(jnp.int16), scale=scale), w)
+    high = jnp.round(q / 128.0)
+    limbs = [high.astype(jnp.int8), (q - 128.0 * high).astype(jnp.int8)]
+    first, last = len(x.batch), len(x.batch) + len(x.free)
+    if lowering.one_device():  # twice the rows, all in one axis
+        lead, rest = v.shape[:first], v.shape[last:]
+        values = jnp.concatenate([a.reshape(*lead, rows, *rest) for a in limbs], axis=first)
+        groups, inner = (tuple(a - len(x.free) + 1 for a in axes) for axes in (x.groups, x.inner))
+        two = Operand(values, None, None, x.batch, (first,), groups, inner)
+        total = contract(two, w, on_cpu=True, narrow=narrow)
+        total = total.reshape(*lead, 2, *v.shape[first:last], *total.shape[first + 1 :])
+    else:  # an axis of their own, which no device has a part of
+        two = dataclasses.replace(new_axis(x), values=jnp.stack(limbs, axis=first_free(x)))
+        spec = sharding.one_more() if sharding else None
+        total = contract(two, w, None, spec, on_cpu=True, narrow=narrow)
+    high, low = (lax.index_in_dim(total, i, first, keepdims=False) for i in (0, 1))
+    whole = dataclasses.replace(x, groups=(), inner=over)
+    scale = jnp.where(finite, scale, jnp.nan)
+    return (128.0 * high + low) * align(scale, whole, 0, len(w.free))
