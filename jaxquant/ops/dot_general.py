@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -99,7 +100,13 @@ def dot_general(
     )
     if q.calibration is not None and q.calibration.divisor is not None:
         call, x, q = _divided(call, jnp.asarray(x), q, q.calibration)
-    return straight_through(functools.partial(evaluated, call), call.reference)(jnp.asarray(x), q)
+    return _quantized_dot(call, jnp.asarray(x), q)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantized_dot(call: Call, x: Array, q: QTensor) -> Array:
+    """Traced once for layers that are alike, and one function of the lowered program."""
+    return straight_through(functools.partial(evaluated, call), call.reference)(x, q)
 
 
 def _divided(call: Call, x: Array, q: QTensor, held: Calibration) -> tuple[Call, Array, QTensor]:
