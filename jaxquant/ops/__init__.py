@@ -12,6 +12,7 @@ from jaxquant.ops.backward import constant, inference_only
 from jaxquant.ops.conv import conv_general_dilated
 from jaxquant.ops.convolve import conv_of
 from jaxquant.ops.dot_general import dot_general, over_divisor
+from jaxquant.ops.dot_packed import dot_general_packed
 from jaxquant.ops.dynamic import dot_general_dynamic
 from jaxquant.ops.fused import conv_integer, dot_integer, folded
 from jaxquant.ops.integer import Accumulator, Activation, Integers, added, is_integers
@@ -32,6 +33,7 @@ __all__ = [
     "conv_of",
     "dot_general",
     "dot_general_dynamic",
+    "dot_general_packed",
     "dot_integer",
     "dot_trained",
     "fake",
