@@ -41,9 +41,9 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sit
     return sites_of(trace_call(fn, params, args, kwargs))
 
 
-def sites_of(call: Call) -> Sites:
-    """The sites of a traced call."""
-    recorder = Recorder()
+def sites_of(call: Call, recorder: Recorder | None = None) -> Sites:
+    """The sites of a traced call; a recorder that is given may write down more than these."""
+    recorder = Recorder() if recorder is None else recorder
     interpreter = Interpreter(recorder, call.param_paths)
     avals = [abstract(leaf) for leaf in call.leaves]
 

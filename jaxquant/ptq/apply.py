@@ -23,6 +23,7 @@ from jaxquant.params import Encoded, apply_recipe
 from jaxquant.ptq.calibrate import How, encoded_by_inputs
 from jaxquant.ptq.channels import divided
 from jaxquant.ptq.fuse import fused, with_offsets
+from jaxquant.ptq.speed import Meter, speed_notes
 from jaxquant.ptq.static import Divided, calibrated, check_observers, check_sites
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe, Rule, as_recipe, attention_spec
@@ -75,8 +76,9 @@ def ptq(
       stats: what `jaxquant.capture` found with the observers of this recipe, or the file it is in;
         in place of `batches`.
       key: PRNG key for encoders that round stochastically.
-      platforms: platforms to check for missing dtypes, of `cpu`, `cuda`, `rocm` and `tpu` (`gpu`
-        is both of the middle); by default the current one.
+      platforms: platforms to check for missing dtypes and for contractions that are known to take
+        longer than in float, of `cpu`, `cuda`, `rocm` and `tpu` (`gpu` is both of the middle); by
+        default the current one.
       sequential: quantize layers in order; `False` gathers statistics of all at once, of the float
         function, in as many passes over the batches as the budget asks for.
       budget: bytes of statistics of inputs held at once; 1 GiB by default.
@@ -120,7 +122,8 @@ def ptq(
         args, batches = _first(args, batches)
     with lists_told(args if batches is not None else ()):
         call = trace_call(fn, params, args, kwargs)
-    sites = sites_of(call)
+    meter = Meter()
+    sites = sites_of(call, meter)
     if not sites.sites:
         raise ValueError(
             "ptq: the function contracts nothing with its params, so there is nothing to quantize; "
@@ -167,6 +170,7 @@ def ptq(
         )
     events = _replay(fn, qparams, args, kwargs, recipe)
     report = dataclasses.replace(report, attention=_attention(sites, qparams, recipe))
+    report = report.with_notes(*speed_notes(meter, sites, qparams, report, names))
     return qparams, report.with_events([*events, *_dtypes(qparams, names)])
 
 
