@@ -20,11 +20,11 @@ from jaxquant.ops import conv_general_dilated, dot_general, products
 from jaxquant.ops.activations import quantize_activation
 from jaxquant.ops.convolve import Conv
 from jaxquant.ops.dot_codes import int8_operand
+from jaxquant.ops.fused_rows import fused_sums
 from jaxquant.ops.limbs import contract_limbs
 from jaxquant.ops.lowering import Case
 from jaxquant.ops.nibbles import unpacked
 from jaxquant.ops.operands import Operand, arranged, place, weight
-from jaxquant.ops.packed_rows import fused_sums
 from jaxquant.qtensor import storage_codes, storage_values
 from jaxquant.qtensor.storage import from_storage
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.ops import lowering
+from jaxquant.ops.fused_rows import fused_sums, fused_totals, fuses
 from jaxquant.ops.nibbles import unpacked
 from jaxquant.ops.operands import Operand, align
 from jaxquant.ops.out_sharding import Sharding
-from jaxquant.ops.packed_rows import fused_sums, fuses
 from jaxquant.ops.products import (
     batched,
     by_halves,
@@ -55,8 +55,8 @@ def contract(
             default=lambda: batched(x, w, precision),
         )
     choose = _on_cpu if on_cpu else lowering.by_platform
-    form = form_of(x, w, rows, narrow)
-    if form == "fused":
+    form = "batch" if sharding is not None and x.groups else form_of(x, w, rows, narrow)
+    if form == "fused" and sharding is None:
         return choose(
             cpu=lambda: fused_sums(x, w), default=lambda: batched(x, unpacked(w), precision)
         )
@@ -84,12 +84,12 @@ def contract(
 
 
 def form_of(x: Operand, w: Operand, rows: int, narrow: bool) -> str:
-    """How groups are summed, as far as the operands allow it; `"plain"` without groups."""
+    """How a CPU sums, as far as the operands allow it; `"plain"` is one product without groups."""
+    if lowering.fused_wins(rows, bool(x.groups), narrow) and fuses(x, w):
+        return "fused"
     if not x.groups:
         return "plain"
     form = lowering.group_form(rows, lowering.static_size(x.values.shape, x.inner), narrow)
-    if form == "fused" and not fuses(x, w):
-        form = "halves"
     if form == "halves" and (w.packed is None or x.zero is not None):
         form = "loop"
     return "batch" if form == "loop" and len(x.groups) > 1 else form
@@ -107,18 +107,25 @@ def integer_sums(x: Operand, w: Operand) -> Array:
     alone and is known beforehand.
     """
     count = lowering.static_size(x.values.shape, x.free)
-    if count == 1:
+    fused = lowering.fused_wins(count, False, w.packed is not None) and fuses(x, w)
+    if count == 1 and not fused:
         return lax.index_in_dim(integer_sums(_two_rows(x), w), 0, 0, keepdims=False)
-    w = unpacked(w)
 
     def plain() -> Array:
-        return product(x, w)
+        return product(x, unpacked(w))
 
     def left() -> Array:
-        return swapped(left_product(x, w), 0, len(w.free))
+        return swapped(left_product(x, unpacked(w)), 0, len(w.free))
 
-    few = lowering.weight_first(count)
-    total = lowering.by_platform(cpu=left, default=plain) if few else plain()
+    def one_loop() -> Array:
+        return fused_totals(x, w)[..., 0]
+
+    if fused:
+        total = lowering.by_platform(cpu=one_loop, default=plain)
+    elif lowering.weight_first(count):
+        total = lowering.by_platform(cpu=left, default=plain)
+    else:
+        total = plain()
     if w.zero is None:
         return total
     rows = jnp.sum(x.values, axis=x.inner, keepdims=True, dtype=jnp.int32)
