@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.ops.contract import Sharding
 from jaxquant.ops.operands import Operand, Placement, result_dtype
+from jaxquant.ops.out_sharding import Sharding
 from jaxquant.qtensor import Outliers, QTensor
 from jaxquant.spec import QSpec
 

@@ -150,7 +150,7 @@ def _quantized(
         own = _fixed(call, q)
         columns = None if own is None else in_storage(*own, q, at)
         left, floats, found = split(x, spec, call.outliers, columns)
-        right = _int8(q, at)
+        right = int8_operand(q, at)
         whole = contract(left, right, call.precision, None, narrow=q.spec.format.packed)
         return whole + product(floats, q, at, found)
     if grid is None:
@@ -160,7 +160,7 @@ def _quantized(
         grid = jax.tree.map(lambda a: lax.expand_dims(a, rest), grid)
         codes, scale, zero = on_grid(x.values, grid, spec), grid.scale, grid.zero_point
     left = dataclasses.replace(x, values=codes, scale=scale, zero=zero)
-    right = _int8(q, at) if _limits(q) else weight(q, at, storage_codes(q))
+    right = int8_operand(q, at) if _limits(q) else weight(q, at, storage_codes(q))
     narrow = q.spec.format.packed
     sharding = sharding_of(call, x, at)
     return contract(left, right, call.precision, sharding, narrow=narrow)
@@ -180,42 +180,43 @@ def _weight_only(call: Call, x: Operand, q: QTensor, at: Placement) -> Array:
     """Float activations, unscaled codes; the dequantized matrix is never made."""
     sharding = sharding_of(call, x, at)
 
-    def computed(dtype: Any, q: QTensor = q, at: Placement = at) -> Array:
+    def computed(dtype: Any, q: QTensor = q, at: Placement = at, on_cpu: bool = False) -> Array:
         # codes less zero points are exact in any float dtype
         right = dataclasses.replace(weight(q, at, storage_values(q).astype(dtype)), zero=None)
         left = dataclasses.replace(x, values=x.values.astype(dtype))
-        return contract(left, right, call.precision, sharding)
+        return contract(left, right, call.precision, sharding, on_cpu)
 
     def converted() -> Array:
         return lowering.by_compute_dtype(x.values.dtype, computed)
 
     rows = lowering.static_size(x.values.shape, (*x.batch, *x.free))
-    cut = None if sharding is not None or x.groups else tiles.tiling(q, at, rows)
-    if cut is not None:
-
-        def part(dtype: Any) -> Array:
-            def contracted(q: QTensor) -> Array:
-                at = place(q, call.w_contract, call.w_batch)
-                assert at is not None
-                return computed(dtype, q, at)
-
-            return tiles.by_tiles(q, *cut, len(x.batch) + len(x.free), contracted)
-
-        return lowering.by_platform(
-            cpu=lambda: lowering.by_compute_dtype(x.values.dtype, part), default=converted
-        )
     group = lowering.static_size(x.values.shape, x.inner) if x.groups else None
     packed, narrow = nibbles.fits(q, at), q.spec.format.packed
     terms = math.prod(at.padded[s] for s in at.contract)
     fits = lowering.fits_int32(terms, False, q.zero_point is not None or has_zero(q.spec))
-    if _limits(q) is None or not fits or not lowering.limbs_win(rows, group, packed):
+    if _limits(q) is not None and fits and lowering.limbs_win(rows, group, packed):
+        return lowering.by_platform(
+            cpu=lambda: contract_limbs(x, int8_operand(q, at), sharding, narrow), default=converted
+        )
+    cut = None if sharding is not None else tiles.tiling(q, at, rows)
+    if cut is None:
         return converted()
+
+    def part(dtype: Any) -> Array:
+        def contracted(q: QTensor) -> Array:
+            at_tile = place(q, at.contract, ())
+            assert at_tile is not None
+            return computed(dtype, q, at_tile, on_cpu=True)
+
+        return tiles.by_tiles(q, *cut, len(x.batch) + len(x.free), contracted)
+
     return lowering.by_platform(
-        cpu=lambda: contract_limbs(x, _int8(q, at), sharding, narrow), default=converted
+        cpu=lambda: lowering.by_compute_dtype(x.values.dtype, part), default=converted
     )
 
 
-def _int8(q: QTensor, at: Placement) -> Operand:
+def int8_operand(q: QTensor, at: Placement) -> Operand:
+    """The operand of int8 codes that a QTensor is, packed where its 4-bit codes can stay so."""
     limits = _limits(q)
     assert limits is not None
     if lowering.one_device() and nibbles.fits(q, at):

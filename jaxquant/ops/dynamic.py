@@ -20,8 +20,9 @@ from jaxquant.ops.activations import (
     shared_axes,
 )
 from jaxquant.ops.backward import straight_through_both
-from jaxquant.ops.contract import Sharding, contract
+from jaxquant.ops.contract import contract
 from jaxquant.ops.operands import Operand, integer_range, result_dtype
+from jaxquant.ops.out_sharding import Sharding
 from jaxquant.qtensor import Grid
 from jaxquant.spec import QSpec
 

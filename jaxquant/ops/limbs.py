@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.ops import lowering
-from jaxquant.ops.contract import Sharding, contract, first_free, form_of, new_axis
+from jaxquant.ops.contract import contract, first_free, form_of, new_axis
+from jaxquant.ops.fused_rows import fused_sums
 from jaxquant.ops.operands import Operand, align
-from jaxquant.ops.packed_rows import fused_sums
+from jaxquant.ops.out_sharding import Sharding
 from jaxquant.qtensor import magnitude
 
 

@@ -54,8 +54,6 @@ def halves(
 
     With `shifted`, signed codes come 16 times as large, and their scales 16 times as small.
     """
-    fmt = w.packed
-    assert fmt is not None
     *lead, size = x.values.shape
     tile = tile_size(size)
     tiles = x.values.reshape(*lead, size // tile, 2, tile // 2)
@@ -63,6 +61,15 @@ def halves(
     def of_x(half: int) -> Operand:
         part = lax.index_in_dim(tiles, half, tiles.ndim - 2, keepdims=False)
         return dataclasses.replace(x, values=part.reshape(*lead, size // 2))
+
+    low, high = _parts(w, shifted)
+    return (of_x(0), low), (of_x(1), high)
+
+
+def _parts(w: Operand, shifted: bool) -> tuple[Operand, Operand]:
+    """The codes in the low halves of the bytes, and in the high ones."""
+    fmt = w.packed
+    assert fmt is not None
 
     def of_w(values: Array, times: int) -> Operand:
         scale = w.scale if times == 1 or w.scale is None else w.scale / times
@@ -73,9 +80,32 @@ def halves(
         # left in the high bits, codes are 16 times as large and need no sign extension
         both = lax.bitcast_convert_type(w.values, jnp.int8)
         if not shifted:
-            return (of_x(0), of_w((both << 4) >> 4, 1)), (of_x(1), of_w(both >> 4, 1))
-        low, high = of_w(both << 4, 16), of_w(both & -16, 16)
-    else:
-        low = of_w(int8_codes(w.values & 15, fmt)[0], 1)
-        high = of_w(int8_codes(w.values >> 4, fmt)[0], 1)
-    return (of_x(0), low), (of_x(1), high)
+            return of_w((both << 4) >> 4, 1), of_w(both >> 4, 1)
+        return of_w(both << 4, 16), of_w(both & -16, 16)
+    codes = int8_codes(w.values & 15, fmt)[0], int8_codes(w.values >> 4, fmt)[0]
+    return of_w(codes[0], 1), of_w(codes[1], 1)
+
+
+def reordered(values: Array) -> Array:
+    """Values that meet packed codes, in the order in which `low_then_high` puts those.
+
+    >>> reordered(jnp.arange(8)).tolist() == list(range(8))  # one tile: its halves are in order
+    True
+    """
+    *lead, size = values.shape
+    tile = tile_size(size)
+    if tile == size:
+        return values
+    tiles = values.reshape(*lead, size // tile, 2, tile // 2)
+    return jnp.swapaxes(tiles, -3, -2).reshape(values.shape)
+
+
+def low_then_high(w: Operand) -> Operand:
+    """A packed operand as int8 codes, all low halves of its bytes before all high ones.
+
+    Signed codes come 16 times as large, and scales 16 times as small.
+    """
+    if w.packed is None:
+        return w
+    low, high = _parts(w, True)
+    return dataclasses.replace(low, values=jnp.concatenate([low.values, high.values], axis=-1))

@@ -1,4 +1,4 @@
-"""Contractions with a codebook in tiles: a part of the weight is looked up at a time."""
+"""Contractions with a float weight in tiles: a part of it is dequantized at a time."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from jax import Array, lax
 
 from jaxquant.ops import lowering
 from jaxquant.ops.operands import Placement
-from jaxquant.qtensor import QTensor, storage_codes
+from jaxquant.qtensor import QTensor, storage_scale
 
 
 def tiling(q: QTensor, at: Placement, rows: int) -> tuple[int, int] | None:
-    """The kept storage axis to cut, and how many of its indices to look up at a time.
+    """The kept storage axis to cut, and how many of its indices to dequantize at a time.
 
-    `None` where the weight has no learned codebook, or is better looked up at once, or has no such
-    axis: one axis of the array, neither padded nor a batch axis, with a divisor that whole groups
-    fit in.
+    `None` where the weight is better dequantized at once, or converts without a table, a group's
+    scale or unpacking, or has no such axis: neither padded nor a batch axis, with a divisor that
+    whole groups fit in.
 
     >>> import jax, jaxquant as jq
     >>> from jaxquant.ops.operands import place
@@ -29,20 +29,35 @@ def tiling(q: QTensor, at: Placement, rows: int) -> tuple[int, int] | None:
     True
     """
     floats = lowering.tile_floats(rows, math.prod(at.padded))
-    if floats is None or q.codebook is None or q.batch or at.batch or not at.keep:
+    if floats is None or q.batch or at.batch or not at.keep or not lowering.one_device():
+        return None
+    if q.codebook is None and not at.split and not q.spec.format.packed:
         return None
     s = at.keep[0]
-    alone = len(at.members[s]) == 1 and at.padded[s] == at.size[s]
-    if not alone or not lowering.one_device():
+    if at.padded[s] != at.size[s]:
         return None
     size, block = at.size[s], at.block(s) if at.groups[s] > 1 else 1
     most = min(size, floats * size // max(math.prod(at.padded), 1))
     fits = [t for t in range(block, most + 1, block) if size % t == 0]
-    return (s, fits[-1]) if fits else None
+    return (s, fits[-1]) if fits and 4 * fits[-1] >= most else None
+
+
+def as_stored(q: QTensor) -> QTensor:
+    """The array that `q` stores, each storage axis an axis of it, with scales in float32."""
+    rank = len(q.axes)
+    return dataclasses.replace(
+        q,
+        scale=storage_scale(q),
+        global_scale=None,
+        nested=None,
+        calibration=None,
+        core=q.storage,
+        axes=tuple((a - rank,) for a in range(rank)),
+    )
 
 
 def tile(q: QTensor, s: int, start: Array, size: int) -> QTensor:
-    """Indices `start` to `start + size` of storage axis `s`, of whole groups."""
+    """Indices `start` to `start + size` of axis `s` of what `as_stored` gives, of whole groups."""
     shared = q.groups[s] == 1
     block = q.blocks[s]
 
@@ -51,9 +66,8 @@ def tile(q: QTensor, s: int, start: Array, size: int) -> QTensor:
             return a
         return lax.dynamic_slice_in_dim(a, start // block, size // block, axis=s)
 
-    (axis,) = q.axes[s]
     core, blocks = list(q.core), list(q.blocks)
-    core[axis] = size
+    core[s] = size
     blocks[s] = size if shared else block
     return dataclasses.replace(
         q,
@@ -73,15 +87,12 @@ def by_tiles(
 ) -> Array:
     """`contracted(q)` put together from its tiles, which come out along `axis`.
 
-    No array of all values is made: codes are bytes, and floats those of one tile.
+    No array of all values is made: floats are those of one tile, which caches hold.
     """
-    fmt, count = q.spec.format, q.padded[s] // size
-    if fmt.packed:  # to bytes at once: in a tile, on one core, it takes longer than all the rest
-        whole = dataclasses.replace(q.spec, format=dataclasses.replace(fmt, bits=8))
-        q = dataclasses.replace(q, codes=lax.optimization_barrier(storage_codes(q)), spec=whole)
+    flat, count = as_stored(q), q.padded[s] // size
 
     def one(i: Array) -> Array:
-        return contracted(tile(q, s, i * size, size))
+        return contracted(tile(flat, s, i * size, size))
 
     out = lax.map(one, jnp.arange(count, dtype=jnp.int32))  # [count, ..., size, ...]
     out = jnp.moveaxis(out, 0, axis)

@@ -1,0 +1,98 @@
+"""Contractions of few rows as one loop over the weight that multiplies and sums as it reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxquant.ops.nibbles import halves
+from jaxquant.ops.operands import Operand
+
+# Sums run in so many lanes side by side: longer ones the compiler takes apart.
+_LANES = 32
+
+
+def fuses(x: Operand, w: Operand) -> bool:
+    """Whether `fused_sums` can be asked for: one contracted axis, at most in groups; no batch."""
+    n, m, by_groups = x.values.ndim, w.values.ndim, len(w.groups)
+    if x.batch or x.zero is not None or by_groups > 1 or len(x.groups) != by_groups:
+        return False
+    if (x.inner, w.inner) != ((n - 1,), (m - 1,)):
+        return False
+    if by_groups and (x.groups, w.groups) != ((n - 2,), (m - 2,)):
+        return False
+    return _cut(w.values.shape[-1], w.packed is not None) is not None
+
+
+def fused_sums(x: Operand, w: Operand) -> Array:
+    """`contract` of few rows of int8 or int16: the weight is unpacked and multiplied as it is read.
+
+    No unpacked copy of the weight is made. A product of 16-bit numbers is summed in pairs by one
+    instruction, so that 15 bits of an activation cost no more than 7.
+    """
+    rows, outs = len(x.free), len(w.free)
+
+    def spread(a: Array, before: int, after: int) -> Array:
+        a = a[..., 0] if x.groups else a
+        return a.reshape(*(1,) * before, *a.shape[:-1], *(1,) * after, a.shape[-1])
+
+    out = fused_totals(x, w).astype(jnp.float32)
+    if w.zero is not None:
+        sums = jnp.sum(x.values, axis=-1, keepdims=True, dtype=jnp.int32)
+        by = spread(sums, 0, outs).astype(jnp.float32)
+        out = out - by * spread(w.zero, rows, 0).astype(jnp.float32)
+    if w.scale is not None:
+        out = out * spread(w.scale, rows, 0)
+    if x.scale is not None:
+        out = out * spread(x.scale, 0, outs)
+    return jnp.sum(out, axis=-1)
+
+
+def fused_totals(x: Operand, w: Operand) -> Array:
+    """`sum_k q_x q_w`, `[free of x, free of w, groups]`: int32, or float32 if that cannot hold it.
+
+    Each lane's sum is an int32 in any case, of which 32 are added up.
+    """
+    # what makes the codes would else be computed again for each row of the weight
+    x = dataclasses.replace(x, values=lax.optimization_barrier(x.values))
+    pairs = [(x, w)] if w.packed is None else halves(x, w, shifted=False)
+    size = w.values.shape[-1]
+    found = _cut(size, w.packed is not None)
+    assert found is not None
+    steps, parts, lanes = found
+    rows, outs, groups = len(x.free), len(w.free), w.values.shape[-2] if w.groups else 1
+
+    def parted(op: Operand, before: int, after: int) -> list[Array]:
+        free = op.values.shape[: len(op.free)]
+        shape = (*(1,) * before, *free, *(1,) * after, groups, steps, parts, lanes)
+        whole = op.values.reshape(shape)
+        each = (lax.index_in_dim(whole, i, whole.ndim - 2, keepdims=False) for i in range(parts))
+        return [a.astype(jnp.int16).astype(jnp.int32) for a in each]
+
+    products = [
+        a * b
+        for left, right in pairs
+        for a, b in zip(parted(left, 0, outs), parted(right, rows, 0), strict=True)
+    ]
+    total = sum(products[1:], start=products[0])  # [free of x, free of w, groups, steps, lanes]
+    if steps > 1:  # the two sums are not to become one, which the compiler would not vectorise
+        total = lax.optimization_barrier(jnp.sum(total, axis=-2))
+    else:
+        total = lax.squeeze(total, (total.ndim - 2,))
+    largest = (16319 if x.values.dtype == jnp.int16 else 128) * (8 if w.packed else 128)
+    terms = size * len(pairs)
+    exact = terms * largest < 2**31
+    return jnp.sum(total if exact else total.astype(jnp.float32), axis=-1)
+
+
+def _cut(size: int, packed: bool) -> tuple[int, int, int] | None:
+    """`size` as steps, parts and lanes: parts are added up in registers, eight products at most."""
+    if size <= _LANES:
+        return (1, 1, size)
+    if size % _LANES:
+        return None
+    parts = math.gcd(size // _LANES, 4 if packed else 8)
+    return (size // _LANES // parts, parts, _LANES)

@@ -1,0 +1,220 @@
+"""The forms that a product of two operands can take: one `dot_general`, or several."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxquant.ops.nibbles import halves, low_then_high, reordered
+from jaxquant.ops.operands import Operand, align
+from jaxquant.ops.out_sharding import Sharding
+
+
+def is_integer(x: Operand) -> bool:
+    """Whether sums are exact."""
+    return x.values.dtype == jnp.int8
+
+
+def dequantized(x: Operand) -> Array:
+    """`scale (values - zero)` in float32."""
+    v = x.values.astype(jnp.float32)
+    if x.zero is not None:
+        v = v - x.zero.astype(jnp.float32)
+    return v if x.scale is None else v * x.scale
+
+
+def batched(
+    x: Operand,
+    w: Operand,
+    precision: Any = None,
+    sharding: Sharding | None = None,
+    left: bool = False,
+) -> Array:
+    """Groups as batch dimensions of one `dot_general`; the weight is its left side if `left`."""
+    if not left:
+        return _scaled(product(x, w, precision, sharding), x, w, False)
+    out = _scaled(left_product(x, w, precision), x, w, True)
+    return swapped(out, len(x.batch), len(w.free))
+
+
+def product(
+    x: Operand, w: Operand, precision: Any = None, sharding: Sharding | None = None
+) -> Array:
+    """Products of the values, summed: `[batch, groups, free of x, free of w]`."""
+    return lax.dot_general(
+        x.values,
+        w.values,
+        ((x.inner, w.inner), (x.batch + x.groups, w.batch + w.groups)),
+        precision=None if is_integer(x) else precision,
+        preferred_element_type=jnp.int32 if is_integer(x) else jnp.float32,
+        out_sharding=None if sharding is None else sharding.of(len(x.groups)),
+    )
+
+
+def left_product(x: Operand, w: Operand, precision: Any = None) -> Array:
+    """The same, the weight on the left: `[batch, groups, free of w, free of x]`."""
+    return lax.dot_general(
+        w.values,
+        x.values,
+        ((w.inner, x.inner), (w.batch + w.groups, x.batch + x.groups)),
+        precision=None if is_integer(x) else precision,
+        preferred_element_type=jnp.int32 if is_integer(x) else jnp.float32,
+    )
+
+
+def swapped(total: Array, first: int, outs: int) -> Array:
+    """`outs` axes from `first` on moved behind all others."""
+    rest = range(first + outs, total.ndim)
+    return total.transpose((*range(first), *rest, *range(first, first + outs)))
+
+
+def _scaled(total: Array, x: Operand, w: Operand, left: bool) -> Array:
+    """Zero points taken off a product, then scales, then the sum over groups, in its own order."""
+    kind = total.dtype
+
+    def of_x(a: Array) -> Array:
+        return align(a, x, len(w.free), 0) if left else align(a, x, 0, len(w.free))
+
+    def of_w(a: Array) -> Array:
+        return align(a, w, 0, len(x.free)) if left else align(a, w, len(x.free), 0)
+
+    def summed(op: Operand) -> Array:
+        return jnp.sum(op.values, axis=op.inner, keepdims=True, dtype=kind)
+
+    zero, rest = _split_zero(w) if kind == jnp.int32 else (w.zero, None)
+    sums: Array | None = None
+    if zero is not None:
+        sums = of_x(summed(x))
+        total = total - of_w(zero) * sums
+    if x.zero is not None:
+        total = total - of_x(x.zero) * of_w(summed(w))
+        if zero is not None and sums is not None:
+            count = jnp.sum(jnp.ones([x.values.shape[a] for a in x.inner], kind))
+            sums = sums - count * of_x(x.zero)
+            total = total + count * of_x(x.zero) * of_w(zero)
+    out = total.astype(jnp.float32)
+    if rest is not None and sums is not None:
+        out = out - of_w(rest) * sums.astype(jnp.float32)
+    if w.scale is not None:
+        out = out * of_w(w.scale)
+    if x.scale is not None:
+        out = out * of_x(x.scale)
+    first = len(x.batch)
+    if x.groups:
+        out = jnp.sum(out, axis=tuple(range(first, first + len(x.groups))))
+    return out
+
+
+def _split_zero(w: Operand) -> tuple[Array | None, Array | None]:
+    """A zero point as an int8 number that sums stay exact with, and what it has beyond."""
+    if w.zero is None or jnp.issubdtype(w.zero.dtype, jnp.integer):
+        return w.zero, None
+    whole = jnp.clip(jnp.round(w.zero), -128, 127)
+    return whole.astype(jnp.int32), w.zero - whole
+
+
+def by_halves(x: Operand, w: Operand, left: bool = False) -> Array:
+    """Packed codes as they lie: a product for either half of the bytes."""
+    (x0, w0), (x1, w1) = halves(x, w)
+    return batched(x0, w0, left=left) + batched(x1, w1, left=left)
+
+
+def by_stacked_halves(x: Operand, w: Operand) -> Array:
+    """One product of packed codes in groups: both halves of all groups are its batch."""
+    # what makes the codes is small, and not to be made again for each half
+    x = dataclasses.replace(x, values=lax.optimization_barrier(x.values))
+    (x0, w0), (x1, w1) = halves(x, w)
+
+    def stacked(a: Operand, b: Operand) -> Operand:
+        def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(n + 1 for n in axes)
+
+        values = jnp.stack([a.values, b.values])
+        batch = (0, *moved(a.batch))
+        return Operand(values, None, None, batch, moved(a.free), moved(a.groups), moved(a.inner))
+
+    total = jnp.sum(left_product(stacked(x0, x1), stacked(w0, w1)), axis=0)
+    return swapped(_scaled(total, x, w0, True), len(x.batch), len(w.free))
+
+
+def loop(x: Operand, w: Operand) -> Array:
+    """Groups one after the other: each product is a plain matrix product of few terms.
+
+    The weight is on the left, and the scales of `x`, which groups share, come last.
+    """
+    first = len(x.batch)
+    bare = dataclasses.replace(x, scale=None)
+    if w.packed is not None:
+        # what makes the codes is small, and not to be made again for each group
+        values = reordered(lax.optimization_barrier(x.values))
+        bare = dataclasses.replace(bare, values=values)
+
+    def one(i: Array | int) -> Array:
+        a, b = _group(bare, i), low_then_high(_group(w, i))
+        return _scaled(left_product(a, b), a, b, True)
+
+    def step(total: Array, i: Array) -> tuple[Array, None]:
+        return total + one(i), None
+
+    count = x.values.shape[x.groups[0]]
+    out = swapped(lax.scan(step, one(0), jnp.arange(1, count))[0], first, len(w.free))
+    return out if x.scale is None else out * _last_scale(x, x.scale, w)
+
+
+def _last_scale(x: Operand, scale: Array, w: Operand) -> Array:
+    """The scale of `x`, the same for all groups, laid out for the result."""
+    whole = dataclasses.replace(x, groups=(), inner=(*x.groups, *x.inner))
+    return align(scale, whole, 0, len(w.free))
+
+
+def _group(op: Operand, index: Array | int) -> Operand:
+    """One group of an operand."""
+    (at,) = op.groups
+
+    def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(a - (a > at) for a in axes)
+
+    def one(a: Array) -> Array:
+        return lax.dynamic_index_in_dim(a, 0 if a.shape[at] == 1 else index, at, keepdims=False)
+
+    return Operand(
+        one(op.values),
+        None if op.scale is None else one(op.scale),
+        None if op.zero is None else one(op.zero),
+        moved(op.batch),
+        moved(op.free),
+        (),
+        moved(op.inner),
+        op.packed,
+    )
+
+
+def in_float(x: Operand, w: Operand, precision: Any = None, left: bool = False) -> Array:
+    """One float product of what the codes stand for; the scale of `x` still goes last."""
+    dtype = jnp.float32 if is_integer(x) else x.values.dtype
+    bare = dequantized(dataclasses.replace(x, scale=None)).astype(dtype)
+    values, x_over = _joined(bare, (*x.groups, *x.inner))
+    whole = dequantized(w)
+    if dtype == jnp.float16:  # a scale rounded up may lead beyond what float16 holds
+        top = float(jnp.finfo(dtype).max)
+        whole = jnp.clip(whole, -top, top)
+    weights, w_over = _joined(whole.astype(dtype), (*w.groups, *w.inner))
+    if len(x_over) != len(w_over):
+        values, x_over = bare, (*x.groups, *x.inner)
+        weights, w_over = whole.astype(dtype), (*w.groups, *w.inner)
+    a = Operand(values, None, None, x.batch, x.free, (), x_over)
+    b = Operand(weights, None, None, w.batch, w.free, (), w_over)
+    out = batched(a, b, precision, left=left)
+    return out if x.scale is None else out * _last_scale(x, x.scale, w)
+
+
+def _joined(a: Array, over: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
+    """Neighbouring last axes as one: a CPU takes one contracted axis several times faster."""
+    first = a.ndim - len(over)
+    if over != tuple(range(first, a.ndim)):
+        return a, over
+    return a.reshape(*a.shape[:first], math.prod(a.shape[first:])), (first,)

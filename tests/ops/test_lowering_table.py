@@ -1,0 +1,126 @@
+"""Each row of the table: the form is what the program has, and its result is the plain form's."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.suite import forms
+from jaxquant.ops import dot_general, lowering
+from jaxquant.ops.lowering import TABLE
+from tests.ops.cases import jit
+
+ROWS = [pytest.param(row, id=f"{row.what}, {row.case}") for row in TABLE]
+FLOAT = {"limbs", "tiles"}  # forms of a float activation
+NEAR = 2.0**-14
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Forms that take slices are for where nothing can be sharded."""
+    monkeypatch.setattr(lowering, "one_device", lambda: True)
+
+
+def small(row):
+    case = row.case
+    if case.window:
+        return dataclasses.replace(case, rows=6, inputs=8, outputs=8)
+    return dataclasses.replace(case, rows=min(case.rows, 70), inputs=256, outputs=24)
+
+
+def program(row):
+    """What the library makes of the row's case, lowered for a CPU; nothing is computed."""
+    x, q, _ = jax.eval_shape(lambda: forms.arguments(row.case))
+    if row.case.window:
+        fn = forms.convolved(row.case)
+    elif row.what == "codes of an activation":
+        fn = forms.forms_of(row.case)["in one program"]
+    else:
+        spec = None if row.form in FLOAT else forms.INT8
+        fn = lambda x, q: dot_general(x, q, forms.OVER, activations=spec)
+    return jax.jit(fn).trace(x, q).lower(lowering_platforms=("cpu",)).as_text()
+
+
+def products(text):
+    """Types of the operands of every product, and of its result."""
+    found = re.findall(r"stablehlo\.dot_general.*: \((.*)\) -> (tensor<\S*>)", text)
+    return [f"{operands} -> {result}" for operands, result in found]
+
+
+def has(text, *types):
+    """Whether there is one product, of these types."""
+    return products(text) == ["{}, {} -> {}".format(*(f"tensor<{t}>" for t in types))]
+
+
+def has_form(text, row):
+    rows, k, n = row.case.rows, row.case.inputs, row.case.outputs
+    weight = f"{n}x{k}xi8"
+    match row.form:
+        case "two rows":
+            return has(text, weight, f"2x1x{k}xi8", f"{n}x2x1xi32")
+        case "weight left" | "contracted axis last":
+            return has(text, weight, f"{rows}x{k}xi8", f"{n}x{rows}xi32")
+        case "limbs" if row.case.group:  # 15 bits in one number, multiplied as bytes are unpacked
+            return not products(text) and re.search(r"tensor<\S*xi16>", text)
+        case "limbs":
+            limbs = f"{2 * rows}x{k}xi8"
+            if lowering.weight_first(2 * rows):
+                return has(text, weight, limbs, f"{n}x{2 * rows}xi32")
+            return has(text, limbs, weight, f"{2 * rows}x{n}xi32")
+        case "fused":
+            return not products(text) and f"tensor<{n}x{k // 2}xui8>" in text
+        case "halves":
+            g, b = k // row.case.group, row.case.group // 2
+            return has(text, f"2x{n}x{g}x{b}xi8", f"2x{rows}x{g}x{b}xi8", f"2x{g}x{n}x{rows}xi32")
+        case "loop" | "scales once":
+            b = row.case.group
+            types = f"{n}x{b}xi8", f"{rows}x{b}xi8", f"{n}x{rows}xi32"
+            want = "tensor<{}>, tensor<{}> -> tensor<{}>".format(*types)
+            # the scale of the rows is not among what is multiplied in the loop
+            inside = [line for line in text.splitlines() if f"tensor<1x{rows}xf32>" in line]
+            loops = "stablehlo.while" in text and set(products(text)) == {want}
+            return loops and not any("multiply" in line for line in inside)
+        case "tiles":
+            (product,) = products(text)
+            tile = re.match(rf"tensor<(\d+)x{k}xf32>, tensor<{rows}x{k}xf32>", product)
+            return tile and int(tile[1]) < n and f"tensor<{n}x{k}xf32>" not in text
+        case "in one program":
+            return "optimization_barrier" not in text and products(text)
+        case "direct":
+            return re.search(r"convolution.*xi8>, tensor<\S*xi8>\) -> tensor<\S*xi32>", text)
+        case "shifted products":
+            return "stablehlo.convolution" not in text
+        case "float":
+            return re.search(r"convolution.*xf32>, tensor<\S*xf32>\) -> tensor<\S*xf32>", text)
+    raise AssertionError(f"no sign is known of {row.form}")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_program_has_the_form(row):
+    text = program(row)
+    assert has_form(text, row), "\n".join(products(text)) or text
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_form_equals_the_others(row):
+    case = small(row)
+    x, q, _ = forms.arguments(case)
+    known = forms.forms_of(case)
+    got = np.asarray(jit(known[row.form])(x, q))
+    scale = np.abs(got).max()
+    assert scale > 0
+    for other in row.others:
+        found = np.asarray(jit(known[other])(x, q))
+        assert np.abs(found - got).max() <= NEAR * scale, other
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_times_are_of_all_forms(row):
+    assert row.times, "not measured"
+    for where, times in row.times.items():
+        assert len(times) == 1 + len(row.others), where
+        assert all(t > 0 for t in times), where
+    known = forms.forms_of(row.case)
+    assert {row.form, *row.others} <= set(known)
