@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from jax import Array
 
-from jaxquant.encoders.base import Info, measure
-from jaxquant.qtensor import QTensor, quantize
+from jaxquant.encoders.base import Info
+from jaxquant.qtensor import QTensor, check_quantizable, encode_measured
 from jaxquant.report import Called
 from jaxquant.spec import QSpec
 
@@ -39,8 +39,8 @@ class RoundToNearest(Called):
     ) -> tuple[QTensor, Info]:
         """Encodes `w`; see `Encoder`. `stats` are not looked at.
 
-        Values that are not finite, which `quantize_params` refuses, are not looked for here: what
-        shares a scale with one is NaN.
+        Values that are not finite, which `quantize_params` refuses, are not looked for here: a
+        core array with one is NaN, and so are the sums in `Info`.
 
         Raises:
           ValueError: `stochastic` without a `key`.
@@ -57,8 +57,9 @@ class RoundToNearest(Called):
 def _round(
     w: Array, key: Array | None, spec: QSpec, minor: tuple[int, ...], batch_axes: int
 ) -> tuple[QTensor, Info]:
-    q = quantize(w, spec, key=key, minor=minor, batch_axes=batch_axes)
-    return q, measure(w, q)
+    check_quantizable(w, spec, minor, batch_axes)
+    q, error, signal = encode_measured(w, spec, key=key, minor=minor, batch_axes=batch_axes)
+    return q, Info(error, signal)
 
 
 def rtn(stochastic: bool = False) -> RoundToNearest:

@@ -158,10 +158,9 @@ class Interpreter:
         lhs, rhs = signed[0], signed[1]
         if lhs.is_param and rhs.is_param and not (lhs.facts.live or rhs.facts.live):
             return self._product(eqn, operands, scope)
-        where = site_scope(scope, self.paths)
         origins = [v.facts.origin for v in param_first(lhs, rhs) if v.facts.origin]
         params = [o.path for o in origins[0].parts] if origins else []
-        bases = params or [where or _common(lhs, rhs) or eqn.primitive.name]
+        bases = params or [site_scope(scope, self.paths) or _common(lhs, rhs) or eqn.primitive.name]
         keys = tuple(self.key(base, part) for part, base in enumerate(bases))
         # what comes after is named by the scope of this site, or the parent of its parameter
         near = bases[0].rpartition("/")[0] if params else bases[0]

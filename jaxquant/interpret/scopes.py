@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 
@@ -26,9 +27,16 @@ def site_scope(parts: Sequence[str], paths: Sequence[str]) -> str:
         ):
             continue
         kept.append(part.split(".")[0])
-    bare = [p.removeprefix("params/") + "/" for p in paths]
+    known = _modules(tuple(paths))
     for start in range(len(kept)):
-        candidate = "/".join(kept[start:]) + "/"
-        if any(p.startswith(candidate) for p in bare):
-            return candidate[:-1]
+        candidate = "/".join(kept[start:])
+        if candidate in known:
+            return candidate
     return "/".join(kept)
+
+
+@functools.lru_cache(maxsize=16)
+def _modules(paths: tuple[str, ...]) -> frozenset[str]:
+    """All that paths begin with, cut between names: a site is looked up among hundreds of them."""
+    parts = (p.removeprefix("params/").split("/") for p in paths)
+    return frozenset("/".join(own[:n]) for own in parts for n in range(1, len(own) + 1))

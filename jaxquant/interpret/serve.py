@@ -223,17 +223,13 @@ class Serve(Policy):
             spec = attention_spec(self.attention, site.keys[0])
         if spec is None:
             return _compat.bind(site.eqn, data)[0]
-        how: dict[str, Any] = {
-            f"{name}_spec": unsigned(spec) if v.facts.nonneg else spec
-            for name, v in (("lhs", lhs), ("rhs", rhs))
-        }
-        how |= {
-            f"{name}_grid": _suited(
-                ip.slots.values.get(Slot(ip.call_path, name)), how[f"{name}_spec"]
-            )
-            for name in ("lhs", "rhs")
-        }
-        return ops.dot_general_dynamic(data[0], data[1], **{**site.eqn.params, **how})
+        specs = [unsigned(spec) if v.facts.nonneg else spec for v in (lhs, rhs)]
+        grids = [
+            _suited(ip.slots.values.get(Slot(ip.call_path, name)), own)
+            for name, own in zip(("lhs", "rhs"), specs, strict=True)
+        ]
+        how = site.eqn.params | dict(zip(("lhs_spec", "rhs_spec"), specs, strict=True))
+        return _of_activations(*data, *grids, params=tuple(how.items()))
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
         """Calls differ by what is quantized (structure), live or a parameter; seldom by key."""
@@ -247,6 +243,15 @@ class Serve(Policy):
         if not ip.contracts(jaxpr):
             return False
         return self.any_attention or any(is_qtensor(v.data) for v in operands)
+
+
+@functools.partial(jax.jit, static_argnames=("params",))
+def _of_activations(
+    lhs: Any, rhs: Any, lhs_grid: Grid | None, rhs_grid: Grid | None, *, params: tuple[Any, ...]
+) -> Any:
+    """Traced once for layers that are alike, and one function of the lowered program."""
+    how: dict[str, Any] = dict(params)
+    return ops.dot_general_dynamic(lhs, rhs, lhs_grid=lhs_grid, rhs_grid=rhs_grid, **how)
 
 
 def _suited(grid: Grid | None, spec: QSpec) -> Grid | None:

@@ -46,8 +46,8 @@ def packed_bytes(size: int, bits: int) -> int:
     return padded_size(size) * bits // 8
 
 
-def pack(codes: ArrayLike, bits: int) -> Array:
-    """Packs the low bits of integer codes: `[..., n]` to uint8 `[..., packed_bytes(n, bits)]`.
+def pack(codes: ArrayLike, bits: int, *, axis: int = -1) -> Array:
+    """Packs the low bits of integer codes along an axis, of `n` codes in `packed_bytes(n, bits)`.
 
     Signed codes keep their two's complement bits. The layout is described at the top of this file.
     Raises `ValueError` for bits outside 1 to 7, codes that are not integers, or a scalar.
@@ -61,21 +61,23 @@ def pack(codes: ArrayLike, bits: int) -> Array:
         raise ValueError(
             f"pack takes integer codes with at least one axis, got {codes.dtype}{codes.shape}"
         )
-    *lead, size = codes.shape
+    axis %= codes.ndim
+    lead, size, rest = codes.shape[:axis], codes.shape[axis], codes.shape[axis + 1 :]
     tile, padded = tile_size(size), padded_size(size)
-    codes = jnp.pad(codes.astype(jnp.uint8), [(0, 0)] * len(lead) + [(0, padded - size)])
-    tiles = codes.reshape(*lead, padded // tile, tile)
+    more = [(0, padded - size if a == axis else 0) for a in range(codes.ndim)]
+    codes = jnp.pad(codes.astype(jnp.uint8), more)
+    tiles = codes.reshape(*lead, padded // tile, tile, *rest)
     planes = []
     for width, shift in _planes(bits):
         plane = (tiles >> shift) & (2**width - 1)
         per_byte = 8 // width
-        parts = jnp.split(plane, per_byte, axis=-1)
+        parts = jnp.split(plane, per_byte, axis=axis + 1)
         joined = parts[0]
         for k in range(1, per_byte):
             joined = joined | (parts[k] << (k * width))
         planes.append(joined)
-    packed = planes[0] if len(planes) == 1 else jnp.concatenate(planes, axis=-1)
-    return packed.reshape(*lead, padded * bits // 8)
+    packed = planes[0] if len(planes) == 1 else jnp.concatenate(planes, axis=axis + 1)
+    return packed.reshape(*lead, padded * bits // 8, *rest)
 
 
 def unpack(packed: ArrayLike, bits: int, size: int, signed: bool) -> Array:

@@ -51,6 +51,20 @@ class Encoded(NamedTuple):
     notes: tuple[str | Found, ...] = ()
 
 
+def require_no_inputs(plan: Plan) -> None:
+    """Refuses a leaf whose encoder or rewrite looks at inputs, where there are none.
+
+    Raises:
+      ValueError: it does.
+    """
+    if plan.gathers is not None:
+        what = plan.encoder if plan.rewrite is None else plan.rewrite
+        raise ValueError(
+            f"{shown(plan.path)}: {what!r} needs statistics of what the parameter is contracted "
+            "with, and there are none; use jaxquant.ptq(fn, params, recipe, batches=...)"
+        )
+
+
 def encode_leaf(
     leaf: Any, plan: Plan, encoder: Encoder, key: Array | None, stats: InputStats | None = None
 ) -> Encoded:

@@ -5,13 +5,14 @@ from jaxquant.qtensor.calibration import Calibration, Folded, Grid, along
 from jaxquant.qtensor.encode import (
     encode_array,
     encode_given,
+    encode_measured,
     encode_products,
     encode_stacked,
     storage_layout,
 )
 from jaxquant.qtensor.nested import Nested, nest, read_back, with_plain_scales
 from jaxquant.qtensor.outliers import Outliers
-from jaxquant.qtensor.quantize import dequantize, quantize
+from jaxquant.qtensor.quantize import check_quantizable, dequantize, quantize
 from jaxquant.qtensor.scales import (
     magnitude,
     scaled_codes,
@@ -45,9 +46,11 @@ __all__ = [
     "Use",
     "along",
     "blocked",
+    "check_quantizable",
     "dequantize",
     "encode_array",
     "encode_given",
+    "encode_measured",
     "encode_products",
     "encode_stacked",
     "from_storage",

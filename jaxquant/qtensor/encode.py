@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.numerics import pack
+from jaxquant.numerics import decode
+from jaxquant.qtensor.laid import Laid, laid
 from jaxquant.qtensor.nested import nest
 from jaxquant.qtensor.scales import scaled_codes, scales_over
-from jaxquant.qtensor.storage import blocked, spread, to_storage
+from jaxquant.qtensor.storage import storage_scale, unblocked
 from jaxquant.qtensor.tensor import QTensor
 from jaxquant.spec import PerBlock, PerChannel, PerGroup, QSpec
 
@@ -45,14 +46,104 @@ def encode_array(
 
 
 def _encode(w: Array, key: Array | None, spec: QSpec, minor: tuple[int, ...]) -> QTensor:
-    blank = storage_layout(w.shape, spec, minor, w.dtype.name)
-    x, inner = _shared(blank, w)
-    scale, zero, global_scale = scales_over(x, inner, spec)
-    q = _filled(blank, x, scale, zero, global_scale, key)
-    if not spec.format.is_codebook or spec.double or spec.scale_dtype != "float32":
-        return q
-    # of a codebook, blocks of zeros have scale 0, as bitsandbytes stores them
-    return dataclasses.replace(q, scale=jnp.where(_empty(blank, x), 0.0, q.scale))
+    how = laid(storage_layout(w.shape, spec, minor, w.dtype.name))
+    return _encoded(how, how.lay(w), key)[0]
+
+
+def _encoded(
+    how: Laid, x: Array, key: Array | None, amax: Array | None = None
+) -> tuple[QTensor, Array]:
+    """The QTensor of a laid out array, and its codes as that lies; `amax` as for `scales_over`."""
+    spec = how.blank.spec
+    made = scales_over(x, how.inner, spec, amax)
+    # found once: made anew for each use, a scale may be rounded in two ways
+    scale, zero, global_scale = made if amax is None else lax.optimization_barrier(made)
+    q, own = _filled(how, x, scale, zero, global_scale, key, held=amax is not None)
+    if spec.format.is_codebook and not spec.double and spec.scale_dtype == "float32":
+        # of a codebook, blocks of zeros have scale 0, as bitsandbytes stores them
+        q = dataclasses.replace(q, scale=jnp.where(how.empty(x), 0.0, q.scale))
+    return q, own
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "minor", "batch_axes"))
+def encode_measured(
+    w: Array,
+    spec: QSpec,
+    *,
+    key: Array | None = None,
+    minor: tuple[int, ...] = (),
+    batch_axes: int = 0,
+) -> tuple[QTensor, Array, Array]:
+    """`encode_stacked`, with the sums of squared errors and values: `sum (w - r)^2`, `sum w^2`.
+
+    Both sums are in units of the square of a power of two next to the largest magnitude, so that
+    neither overflows; only their quotient means anything. Where `w` is not finite, all scales of
+    its core array are NaN, and so are both sums.
+
+    >>> q, error, signal = encode_measured(
+    ...     jnp.array([4.0, 2.0, 0.0]), QSpec("int2", PerChannel(()), range="qmax")
+    ... )
+    >>> q.scale.tolist(), error.tolist(), signal.tolist()
+    ([4.0], 0.25, 1.25)
+    """
+    if not batch_axes:
+        return _measured(w, key, spec, minor)[:3]
+    rows = w.reshape(-1, *w.shape[batch_axes:])
+    keys = None if key is None else jax.random.split(key, rows.shape[0])
+    stacked, error, signal, shrink = jax.vmap(lambda row, k: _measured(row, k, spec, minor))(
+        rows, keys
+    )
+    q = jax.tree.map(lambda a: a.reshape(w.shape[:batch_axes] + a.shape[1:]), stacked)
+    share = jnp.square(jnp.min(shrink, initial=jnp.inf) / shrink)
+    return q, jnp.sum(error * share), jnp.sum(signal * share)
+
+
+def _measured(
+    w: Array, key: Array | None, spec: QSpec, minor: tuple[int, ...]
+) -> tuple[QTensor, Array, Array, Array]:
+    """A QTensor, the sums, and their unit; every pass over the array is one that is needed.
+
+    A maximum that sees NaN takes twice as long on a CPU; here the sums see it.
+    """
+    how = laid(storage_layout(w.shape, spec, minor, w.dtype.name))
+    x = how.lay(w)
+    # axes of one, on which nothing can be vectorised, are taken off
+    ones = tuple(a for a, n in enumerate(x.shape) if n == 1)
+    inner = tuple(a - sum(o < a for o in ones) for a in how.inner if a not in ones)
+    bare = jnp.squeeze(x, ones)
+    amax = jnp.max(jnp.abs(bare), axis=inner, keepdims=True, initial=0.0)
+    amax = jnp.expand_dims(amax, ones)
+    q, own = _encoded(how, x, key, amax)
+    shrink = _inverse_power(jnp.max(amax, initial=0.0))
+    own, scale = (jnp.squeeze(a, ones) for a in (own, how.meet(storage_scale(q))))
+    values = decode(own, spec.format, jnp.float32)
+    if q.zero_point is not None:
+        values = values - jnp.squeeze(how.meet(q.zero_point.astype(jnp.float32)), ones)
+    # vectors, one for each place that needs it: XLA makes a whole array of a scalar, or of what is
+    # needed twice, that a sum over another array meets
+    vector = jnp.broadcast_to(shrink, (1,) * (bare.ndim - 1) + bare.shape[-1:])
+    first, second, third = lax.optimization_barrier((vector,) * 3)
+    # by a power of two last, or a fused multiply-add would find an error where there is none
+    error = bare * first - (values * scale) * second
+    if how.own.padded != how.own.storage:  # what pads is no value, and need not come back as 0
+        stored = tuple(slice(n) for n in how.own.storage)
+        error = unblocked(how.own, jnp.expand_dims(error, ones))[stored]
+    signal = jnp.sum(jnp.square(bare * third))
+    fine = jnp.isfinite(signal)
+    lost = q.scale if q.nested is not None else jnp.asarray(jnp.nan, q.scale.dtype)
+    q = dataclasses.replace(q, scale=jnp.where(fine, q.scale, lost))
+    total = jnp.sum(error * error)
+    return q, jnp.where(fine, total, jnp.nan), jnp.where(fine, signal, jnp.nan), shrink
+
+
+def _inverse_power(peak: Array) -> Array:
+    """`2^-floor(log2(peak))`, made of bits: what is multiplied by it is as exact as before.
+
+    So a codebook value that came back unchanged counts as no error, which it would not with an
+    `exp2` that is off by an ulp.
+    """
+    exponent = lax.bitcast_convert_type(peak, jnp.int32) >> 23
+    return lax.bitcast_convert_type(jnp.clip(254 - exponent, 1, 253) << 23, jnp.float32)
 
 
 def encode_given(
@@ -81,9 +172,9 @@ def encode_given(
     [0, 3]
     """
     blank = storage_layout(w.shape, spec, minor, w.dtype.name)
-    x, _ = _shared(blank, w)
-    zero = None if zero_point is None else _meeting(blank, zero_point)
-    return _filled(blank, x, _meeting(blank, scale), zero, global_scale, None)
+    how = laid(blank)
+    zero = None if zero_point is None else how.meet(zero_point)
+    return _filled(how, how.lay(w), how.meet(scale), zero, global_scale, None)[0]
 
 
 def encode_products(w: Array, spec: QSpec, *, minor: tuple[int, ...] = ()) -> QTensor:
@@ -93,17 +184,15 @@ def encode_products(w: Array, spec: QSpec, *, minor: tuple[int, ...] = ()) -> QT
     >>> q.codes.tolist(), q.scale.tolist()
     ([-1, 127], [1.0])
     """
-    blank = storage_layout(w.shape, spec, minor, w.dtype.name)
-    x, inner = _shared(blank, w)
-    scale, _, _ = scales_over(x, inner, spec)
-    amax = jnp.max(jnp.abs(x), axis=inner, keepdims=True, initial=0.0)
+    how = laid(storage_layout(w.shape, spec, minor, w.dtype.name))
+    x = how.lay(w)
+    scale, _, _ = scales_over(x, how.inner, spec)
+    amax = jnp.max(jnp.abs(x), axis=how.inner, keepdims=True, initial=0.0)
     # below this `qmax / amax` overflows, and the scale is subnormal or nearly so
     some = amax > spec.format.qmax * float(jnp.finfo(jnp.float32).tiny)
     x = jnp.where(some, x * (spec.format.qmax / jnp.where(some, amax, 1.0)), x / scale)
-    q = _filled(blank, x, jnp.ones_like(scale), None, None, None)
-    order = _own_order(blank)
-    scale = scale if order is None else jnp.transpose(scale, order)
-    return dataclasses.replace(q, scale=scale.reshape(blank.groups))
+    q, _ = _filled(how, x, jnp.ones_like(scale), None, None, None)
+    return dataclasses.replace(q, scale=how.groups(scale))
 
 
 def storage_layout(
@@ -130,102 +219,39 @@ def storage_layout(
     )
 
 
-def _shared(blank: QTensor, w: Array) -> tuple[Array, tuple[int, ...]]:
-    """The array in float32, laid out so that a scale is shared over whole axes; and those axes."""
-    order = _own_order(blank)
-    if order is None:
-        return blocked(blank, to_storage(blank, w.astype(jnp.float32))), _inner(blank)
-    return w.astype(jnp.float32), _inner(blank)
-
-
-def _inner(blank: QTensor) -> tuple[int, ...]:
-    """The axes that scales are shared over, of an array laid out by `_shared`."""
-    order = _own_order(blank)
-    if order is None:
-        return tuple(range(1, 2 * len(blank.axes), 2))
-    whole = (a for a, g, n in zip(order, blank.groups, blank.storage, strict=True) if g < n)
-    return tuple(sorted(whole))
-
-
-def _own_order(blank: QTensor) -> list[int] | None:
-    """Where each storage axis lies in the array, if scales belong to whole axes of that; or `None`.
-
-    The array is then quantized as it lies, and its codes are transposed: XLA's loops over an array
-    that is transposed and split in blocks take ten times as long on a CPU (2048 x 2048, JAX 0.12:
-    scales along columns 2.6 ms and 24 ms, transposed 4.0 ms and 46 ms).
-    """
-    one = all(len(merged) == 1 for merged in blank.axes)
-    whole = all(
-        g in (1, n) and n == p
-        for g, n, p in zip(blank.groups, blank.storage, blank.padded, strict=True)
-    )
-    rank = len(blank.core)
-    return [merged[0] + rank for merged in blank.axes] if one and whole else None
-
-
-def _meeting(blank: QTensor, s: Array) -> Array:
-    """`[*groups]` laid out to broadcast with the array as `_shared` lays it out."""
-    order = _own_order(blank)
-    if order is None:
-        return spread(blank, s)
-    return jnp.transpose(s, [order.index(a) for a in range(s.ndim)])
-
-
 def _filled(
-    blank: QTensor,
+    how: Laid,
     x: Array,
     scale: Array,
     zero: Array | None,
     global_scale: Array | None,
     key: Array | None,
-) -> QTensor:
-    """The codes of `x`, laid out by `_shared`; `scale` and `zero` broadcast with it."""
-    fmt, order = blank.spec.format, _own_order(blank)
+    held: bool = False,
+) -> tuple[QTensor, Array]:
+    """The QTensor of laid out `x`, and its codes as `x` lies; `scale` and `zero` broadcast.
+
+    With `held`, both are there to be used: neither what packs nor what sums encodes once more.
+    """
+    blank, fmt = how.blank, how.blank.spec.format
     effective = scale.astype(jnp.float32)
     if global_scale is not None:
         effective = effective * global_scale
-    codes = scaled_codes(x, effective, zero, fmt, key=key, divide=_cut_short(blank, order))
-
-    def stored(a: Array, shape: tuple[int, ...]) -> Array:
-        return (a if order is None else jnp.transpose(a, order)).reshape(shape)
-
-    if order is not None and order != sorted(order):
-        codes = lax.optimization_barrier(codes)  # or the loop above would run transposed after all
-    codes = stored(codes, blank.padded)
-    if fmt.packed:
-        codes = pack(codes, fmt.bits)
-    scale, nested = stored(scale, blank.groups), None
+    own = scaled_codes(x, effective, zero, fmt, key=key, divide=how.cut_short())
+    own = lax.optimization_barrier(own) if held else own
+    scale, nested = how.groups(scale), None
     if blank.spec.double:
         # scales of what is zero say nothing, and would be seen in the mean
-        scale, nested = nest(jnp.where(_empty(blank, x), 0.0, scale))
+        scale, nested = nest(jnp.where(how.empty(x), 0.0, scale))
     zero_dtype = blank.spec.zero_dtype or fmt.storage
-    return dataclasses.replace(
+    q = dataclasses.replace(
         blank,
-        codes=codes,
+        codes=how.codes(own),
         scale=scale,
-        zero_point=None if zero is None else stored(zero, blank.groups).astype(zero_dtype),
+        zero_point=None if zero is None else how.groups(zero).astype(zero_dtype),
         global_scale=global_scale,
         nested=nested,
     )
-
-
-def _empty(blank: QTensor, x: Array) -> Array:
-    """Which blocks of `x`, laid out by `_shared`, are zero throughout: `[*groups]`."""
-    empty = jnp.max(jnp.abs(x), axis=_inner(blank), keepdims=True, initial=0.0) == 0
-    order = _own_order(blank)
-    return (empty if order is None else jnp.transpose(empty, order)).reshape(blank.groups)
-
-
-def _cut_short(blank: QTensor, order: list[int] | None) -> Array | None:
-    """Which blocks are padded, laid out as by `_shared`; `None` where none is."""
-    if order is not None or blank.padded == blank.storage:
-        return None
-    out = jnp.zeros((1,) * (2 * len(blank.axes)), bool)
-    for s, (have, want) in enumerate(zip(blank.padded, blank.storage, strict=True)):
-        if have != want:
-            last = jnp.arange(blank.groups[s]) == blank.groups[s] - 1
-            out = out | jnp.expand_dims(last, [i for i in range(out.ndim) if i != 2 * s])
-    return out
+    return q, own
 
 
 def _negative_axes(spec: QSpec, ndim: int) -> QSpec:

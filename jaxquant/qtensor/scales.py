@@ -51,14 +51,16 @@ def over(x: Array, scale: Array) -> Array:
 
 
 def scales_over(
-    x: Array, inner: tuple[int, ...], spec: QSpec
+    x: Array, inner: tuple[int, ...], spec: QSpec, amax: Array | None = None
 ) -> tuple[Array, Array | None, Array | None]:
     """Scale, zero point and global scale of float32 `x`, shared over the axes `inner` (kept).
 
-    The scale of values that are not all finite is NaN, so that what is made with it is.
+    The scale of values that are not all finite is NaN, so that what is made with it is; unless
+    the largest magnitudes `amax` are given, which then decide.
     """
     # one reduction where one is enough: activations are quantized at every call
-    amax = jnp.max(magnitude(x), axis=inner, keepdims=True, initial=0.0)
+    if amax is None:
+        amax = jnp.max(magnitude(x), axis=inner, keepdims=True, initial=0.0)
     if spec.symmetric and spec.range != "signed":
         low, high = -amax, amax
     else:
@@ -88,8 +90,9 @@ def scales_of_range(
     fmt = spec.format
     if not spec.symmetric:
         steps = fmt.qmax - fmt.qmin
-        # halves first: max - min may overflow where each alone does not
-        scale = store_scale(high / steps - low / steps, spec)
+        # halves first: max - min may overflow where each alone does not, and halves are exact, so
+        # that it makes no difference whether a compiler fuses a product with the difference
+        scale = store_scale((0.5 * high - 0.5 * low) / (0.5 * steps), spec)
         zero = -low / scale.astype(jnp.float32)
         if spec.zero_dtype is None:
             zero = jnp.round(zero)

@@ -76,3 +76,35 @@ def test_it_traces(key):
     q, _ = jax.jit(lambda w: rtn()(w, spec))(w)
     assert jax.tree.structure(shapes) == jax.tree.structure(q)
     q.validate()
+
+
+SPECS = [
+    (QSpec("int8", PerChannel(1)), (0,)),
+    (QSpec("int4", PerGroup(16, 0)), (0,)),
+    (QSpec("int4", PerGroup(24, 0), symmetric=False), (0,)),  # the last group is padded
+    (QSpec("nf4", PerGroup(24, 0), double=True), (0,)),
+    (QSpec("int4", PerGroup(8, 1)), (0,)),
+]
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize(("spec", "minor"), SPECS)
+def test_sums_are_those_of_the_result_and_codes_those_of_quantize(spec, minor, batch, key):
+    w = jax.random.normal(key, (*batch, 64, 40))
+    q, info = rtn()(w, spec, minor=minor, batch_axes=len(batch))
+    expected = jq.quantize(w, spec, minor=minor, batch_axes=len(batch))
+    jax.tree.map(np.testing.assert_array_equal, q, expected)
+    assert info.sqnr_db == pytest.approx(measure(w, q).sqnr_db, abs=1e-3)
+
+
+def test_values_that_came_back_count_as_no_error_whatever_their_magnitude():
+    spec = QSpec("nf4", PerGroup(16, 0))
+    w = jq.dequantize(jq.quantize(jnp.linspace(-3e-20, 3e-20, 64)[:, None], spec))
+    assert rtn()(w, spec)[1].sqnr_db == math.inf
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_seen_in_sums_and_scales(value, key):
+    w = jax.random.normal(key, (64, 8)).at[5, 3].set(value)
+    q, info = rtn()(w, QSpec("int8", PerChannel(1)))
+    assert jnp.isnan(q.scale).all() and math.isnan(info.sqnr_db)

@@ -155,3 +155,11 @@ def test_wrong_arrays_are_refused():
         unpack(np.zeros((2, 8), np.int8), 4, 16, True)
     with pytest.raises(ValueError, match="uint8"):
         unpack(np.uint8(0), 4, 16, True)
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_packing_along_another_axis_is_packing_the_transposed(bits, axis):
+    codes = jnp.arange(24 * 20 * 40, dtype=jnp.uint8).reshape(24, 20, 40) % 2**bits
+    last = pack(jnp.moveaxis(codes, axis, -1), bits)
+    assert (pack(codes, bits, axis=axis) == jnp.moveaxis(last, -1, axis)).all()
