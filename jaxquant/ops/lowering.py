@@ -74,11 +74,15 @@ def limbs_win(rows: int, group: int | None = None, packed: bool = False) -> bool
     At 2048 x 2048, limbs / converted: 1 row 0.6 / 1.9 (JAX 0.10), 0.4 / 1.5 (0.12); 64 rows
     0.8 / 1.3, 0.3 / 1.3; 512 rows 1.0 / 0.9, 0.5 / 1.3. In groups of 128 partial sums cost more
     than limbs save, but where 4-bit codes need no unpacking: 1 row 1.1 / 2.3, 8 rows 2.6 / 2.3
-    (0.10), 16 rows 0.9 / 2.0 (0.12); int8 1 row 1.6 / 1.3, 1.5 / 1.0.
+    (0.10), 16 rows 0.6 / 0.9, 32 rows 0.7 / 0.9, 64 rows 1.5 / 1.3 (0.12, AVX2); int8 1 row 1.6 /
+    1.3, 1.5 / 1.0. In one loop with what unpacks them groups of 64 gain, too: 1 row 0.5 / 1.6,
+    of 32 1.6 / 1.6.
     """
     if group is None:
         return rows <= 512
-    return packed and rows <= (16 if FUSES_SUMS else 4) and group >= 128
+    if packed and FUSES_SUMS and rows <= 2:
+        return group >= 64
+    return packed and rows <= (32 if FUSES_SUMS else 4) and group >= 128
 
 
 def group_form(rows: int, group: int, packed: bool = False) -> str:
@@ -90,16 +94,15 @@ def group_form(rows: int, group: int, packed: bool = False) -> str:
     Groups of 32 cost the loop one pass over the result each: 128 rows 3.5 / 1.2 (0.10), 0.8 / 1.4;
     4-bit codes, which then have to be unpacked as well (`packed`), 1 row 5.4 / 2.8.
 
-    Packed 4-bit codes of few rows (0.12), fused / halves / loop: 1 row 0.5 / 1.1 / 2.3, 2 rows
-    0.6 / 0.7 / 1.6, 4 rows 1.0 / 0.9 / 1.7, 16 rows - / 0.5 / 1.0, 32 rows - / 0.5 / 1.2. By 0.10
-    they gain nothing: 1 row 1.5 / 1.3 / 1.2, 16 rows - / 1.8 / 1.6.
+    Packed 4-bit codes of few rows, halves / loop: 4 rows 0.39 / 0.49, 16 rows 0.37 / 0.34, 32 rows
+    0.50 / 0.40 (0.12, AVX2). By 0.10 halves gain nothing: 16 rows 0.74 / 0.36.
 
     A loop takes slices of the codes. If those are sharded along the groups, the compiler gathers
     them, so with several devices groups are a batch.
     """
     if not one_device():
         return "batch"
-    if FUSES_SUMS and packed and rows <= 32 and group >= 32:
+    if FUSES_SUMS and packed and rows <= 16 and group >= 32:
         return "halves"
     return "float" if group < 64 and (packed or rows > 64) else "loop"
 
@@ -137,15 +140,14 @@ def batch_grows(rows: int, group: int) -> bool:
 
 
 def tile_floats(rows: int, values: int) -> int | None:
-    """How many values of a codebook weight a CPU looks up at a time; `None`: all at once.
+    """How many values of a weight a CPU dequantizes at a time; `None`: all at once.
 
-    At 2048 x 2048, tiles / all at once: 8 bits 1 row 1.3 / 1.9, 16 rows 1.3 / 1.7, 256 rows
-    1.1 / 1.1 (JAX 0.10), 1.2 / 2.1, 1.2 / 1.7, 1.1 / 1.1 (0.12); 4 bits, unpacked to bytes before,
-    3.9 / 5.0, 1.4 / 1.8, 1.0 / 1.6 (0.10), 2.4 / 3.0, 3.2 / 3.7, 1.1 / 1.1 (0.12). Unpacked in each
-    tile, 4 bits took 8 / 2.6 for 1 row.
+    A tile stays in caches, where the whole is written to memory and read again: 4 bits in groups
+    of 128, 2048 x 2048, tiles / whole: 4 rows 0.9 / 1.9, 64 rows 1.3 / 1.5 (JAX 0.12, AVX2). JAX
+    0.10 does not divide the work in a loop among cores: 2.2 / 1.2.
     """
     floats = 1 << 18
-    return floats if rows <= 256 and values >= 2 * floats else None
+    return floats if FUSES_SUMS and rows <= 256 and values >= 2 * floats else None
 
 
 def taps_win(groups: int, inputs: int, taps: int) -> bool:
