@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, help="timings of each contender (default 25)")
     parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the figures here")
     parser.add_argument("--plot", type=pathlib.Path, metavar="PATH", help="draw the figures here")
+    parser.add_argument("--markdown", type=pathlib.Path, metavar="PATH", help="write tables here")
     parser.add_argument(
         "--from-json", type=pathlib.Path, metavar="PATH", help="print or plot these, run nothing"
     )
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
                 report.write(options.json, report.Figures(report.versions(), results))
         figures = report.Figures(report.versions(), results)
     report.show(figures, console)
+    if options.markdown:
+        options.markdown.write_text(report.markdown(figures))
     if options.plot:
         report.plot(figures, options.plot)
         console.print(f"drawn: {options.plot}")

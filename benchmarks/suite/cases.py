@@ -75,18 +75,35 @@ def mobilenet(batch: int, size: int) -> Program:
 
 
 CONVOLUTION = ("float32", "bfloat16", "w8a8", "w8a8 static", "w8a16", "w4a8", "integer", "qwix*")
-MODEL = ("float32", "bfloat16", "w8a8", "w8a8 static", "w8a16", "w4a8", "w4a16", "nf4", "qwix*")
+MODEL = (
+    "float32",
+    "bfloat16",
+    "w8a8",
+    "w8a8, float attention",
+    "w8a8 static",
+    "w8a16",
+    "w4a8",
+    "w4a16",
+    "nf4",
+    "qwix*",
+)
+
+
+LAYER = (
+    "float32", "bfloat16", "w8a8", "w8a8 static", "integer", "w8a16", "w4a8", "w4a16", "nf4",
+    "kmeans4", "qwix*", "onnx*", "torch*",
+)  # fmt: skip
 
 
 def _cases() -> list[Case]:
     make = functools.partial
-    found = [Case("dense/256/2", make(dense, 256, 1, 2), quick=True)]
+    found = [Case("dense/256/2", make(dense, 256, 1, 2), LAYER, quick=True)]
     for size in (2048, 4096):
         for rows in (1, 2, 4, 16, 64, 256, 512):
-            found.append(Case(f"dense/{size}/{rows}", make(dense, size, 1, rows)))
-    found.append(Case("mlp/128x4/8", make(dense, 128, 4, 8), quick=True))
+            found.append(Case(f"dense/{size}/{rows}", make(dense, size, 1, rows), LAYER))
+    found.append(Case("mlp/128x4/8", make(dense, 128, 4, 8), LAYER, quick=True))
     for rows in (1, 16, 256):
-        found.append(Case(f"mlp/2048x4/{rows}", make(dense, 2048, 4, rows)))
+        found.append(Case(f"mlp/2048x4/{rows}", make(dense, 2048, 4, rows), LAYER))
     small = make(block, 3, 5, 64, 4)
     found.append(Case("block/small", small, MODEL, quick=True))
     found.append(Case("block/decode", make(block, 1, 512), MODEL))

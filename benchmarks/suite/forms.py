@@ -1,4 +1,4 @@
-"""Ways to compute one contraction: what `ops/lowering.py` chooses between, each by itself.
+"""Ways to compute one contraction: what `jaxquant/ops/lowering.py` chooses between, each by itself.
 
 `FORMS[row][form](x, q)` computes the same as every other form of the row. The first is what
 `jaxquant.ops` makes of the call, the others are what it might have made.
@@ -20,9 +20,8 @@ from jaxquant.ops import conv_general_dilated, dot_general, products
 from jaxquant.ops.activations import quantize_activation
 from jaxquant.ops.convolve import Conv
 from jaxquant.ops.dot_codes import int8_operand
-from jaxquant.ops.fused_rows import fused_sums
 from jaxquant.ops.limbs import contract_limbs
-from jaxquant.ops.lowering import Case
+from jaxquant.ops.lowering_table import Case
 from jaxquant.ops.nibbles import unpacked
 from jaxquant.ops.operands import Operand, arranged, place, weight
 from jaxquant.qtensor import storage_codes, storage_values
@@ -100,6 +99,21 @@ def first_axis(x: Array, q: Any) -> Array:
     scale = w.scale
     assert a.scale is not None and scale is not None
     return total * a.scale * scale.reshape(1, -1)
+
+
+def two_rows(x: Array, q: Any) -> Array:
+    """A row of zeros added, so that the product is one of matrices."""
+    a, w = _codes(jnp.pad(x, ((0, 1), (0, 0))), q)
+    return products.batched(a, w, left=True)[:1]
+
+
+def two_limbs(x: Array, q: Any) -> Array:
+    """Each row as two rows of int8, which keep 15 bits of it."""
+    a, w = _floats(x, q)
+    if len(x) > 1:
+        return contract_limbs(a, w, narrow=w.packed is not None)
+    both = contract_limbs(*_floats(jnp.pad(x, ((0, 2), (0, 0))), q), narrow=w.packed is not None)
+    return both[:1]
 
 
 def scaled_each(x: Array, q: Any) -> Array:
@@ -189,17 +203,17 @@ def as_dots(case: Case) -> Form:
 def forms_of(case: Case) -> dict[str, Form]:
     """Every form by its name; a row of the table compares some of them."""
     whole = products.in_float if case.group else products.batched
-    limbs = lambda x, w: contract_limbs(x, w, narrow=w.packed is not None)  # noqa: E731
     return {
-        "two rows": served(INT8),
+        "one loop": served(INT8),
+        "one loop, 15 bits": served(None),
+        "two rows": two_rows,
         "one row": integer(products.batched),
         "weight left": served(INT8),
         "weight right": integer(products.batched),
         "contracted axis last": served(INT8),
         "contracted axis first": first_axis,
-        "limbs": lambda x, q: limbs(*_floats(x, q)),
+        "limbs": two_limbs,
         "converted": floating(whole),
-        "fused": integer(fused_sums),
         "halves": integer(products.by_stacked_halves),
         "loop": integer(products.loop),
         "batch": integer(lambda x, w: products.batched(x, unpacked(w))),

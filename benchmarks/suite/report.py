@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.suite.contenders import FORMATS
 from benchmarks.suite.measure import Result
 
 PACKAGES = (
@@ -87,6 +88,38 @@ def show(figures: Figures, console: Console) -> None:
     console.print(used, style="dim")
 
 
+def markdown(figures: Figures) -> str:
+    """The same tables for a document: a median to a cell, quartiles left to the JSON."""
+    families: dict[str, list[Result]] = {}
+    for result in figures.results:
+        families.setdefault(result.case.split("/")[0], []).append(result)
+    lines: list[str] = []
+    for family, results in families.items():
+        found = {(r.case, r.contender): r for r in results}
+        cases = list(dict.fromkeys(r.case for r in results))
+        titles = [case.partition("/")[2] for case in cases]
+        units = found[cases[-1], "float32"]
+        lines += [f"| {family} | {' | '.join(titles)} | tracing | compiling | program |"]
+        lines += ["|---" * (len(cases) + 4) + "|"]
+        for name in dict.fromkeys(r.contender for r in results):
+            row = [_short(found.get((case, name))) for case in cases]
+            last = found.get((cases[-1], name))
+            row += [_relative(last, units, t) for t in ("tracing", "compiling", "program")]
+            lines += [f"| {name} | {' | '.join(row)} |"]
+        lines += [""]
+    used = ", ".join(f"{name} {version}" for name, version in figures.versions.items())
+    return "\n".join([*lines, used, ""])
+
+
+def _short(result: Result | None) -> str:
+    return _cell(result).partition(" (")[0]
+
+
+def _relative(result: Result | None, unit: Result, title: str) -> str:
+    value, of = (getattr(r, title) if r else None for r in (result, unit))
+    return f"{value / of:.2f}" if value is not None and of else ""
+
+
 def _table(family: str, results: list[Result]) -> Table:
     cases = list(dict.fromkeys(result.case for result in results))
     table = Table(
@@ -104,9 +137,7 @@ def _table(family: str, results: list[Result]) -> Table:
     for name in dict.fromkeys(result.contender for result in results):
         row = [_cell(found.get((case, name))) for case in cases]
         last = found.get((cases[-1], name))
-        for title in ("tracing", "compiling", "program"):
-            value, unit = (getattr(r, title) if r else None for r in (last, units))
-            row.append(f"{value / unit:.2f}" if value is not None and unit else "")
+        row += [_relative(last, units, t) for t in ("tracing", "compiling", "program")]
         table.add_row(name, *row)
     return table
 
@@ -130,7 +161,7 @@ def plot(figures: Figures, path: pathlib.Path) -> None:
     names = list(dict.fromkeys(r.contender for r in shown))
     figure = Figure(figsize=(11, 0.42 * len(cases) + 2.2), layout="constrained")
     axes = figure.subplots()
-    own = [n for n in names if " " not in n or n == "w8a8 static"]
+    own = [n for n in names if n in FORMATS]
     peers = [n for n in names if n not in own]
     for group, markers in ((own, "osD^vPX<>"), (peers, "x+1234*|_")):
         for n, name in enumerate(group):

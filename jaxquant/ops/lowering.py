@@ -1,13 +1,12 @@
 """How a contraction is computed: from the platform and static shapes to a form.
 
-The rules are the functions below; `jaxquant.ops.measured` has a row for each choice, with what was
+The rules are the functions below; `lowering_table.py` has a row for each choice, with what was
 measured of the forms that it is between. Numbers in docstrings are ratios to float32 on two CPU
 cores (AVX512-VNNI), medians of one process.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -75,11 +74,15 @@ def limbs_win(rows: int, group: int | None = None, packed: bool = False) -> bool
     At 2048 x 2048, limbs / converted: 1 row 0.6 / 1.9 (JAX 0.10), 0.4 / 1.5 (0.12); 64 rows
     0.8 / 1.3, 0.3 / 1.3; 512 rows 1.0 / 0.9, 0.5 / 1.3. In groups of 128 partial sums cost more
     than limbs save, but where 4-bit codes need no unpacking: 1 row 1.1 / 2.3, 8 rows 2.6 / 2.3
-    (0.10), 16 rows 0.9 / 2.0 (0.12); int8 1 row 1.6 / 1.3, 1.5 / 1.0.
+    (0.10), 16 rows 0.6 / 0.9, 32 rows 0.7 / 0.9, 64 rows 1.5 / 1.3 (0.12, AVX2); int8 1 row 1.6 /
+    1.3, 1.5 / 1.0. In one loop with what unpacks them groups of 64 gain, too: 1 row 0.5 / 1.6,
+    of 32 1.6 / 1.6.
     """
     if group is None:
         return rows <= 512
-    return packed and rows <= (16 if FUSES_SUMS else 4) and group >= 128
+    if packed and FUSES_SUMS and rows <= 2:
+        return group >= 64
+    return packed and rows <= (32 if FUSES_SUMS else 4) and group >= 128
 
 
 def group_form(rows: int, group: int, packed: bool = False) -> str:
@@ -91,16 +94,15 @@ def group_form(rows: int, group: int, packed: bool = False) -> str:
     Groups of 32 cost the loop one pass over the result each: 128 rows 3.5 / 1.2 (0.10), 0.8 / 1.4;
     4-bit codes, which then have to be unpacked as well (`packed`), 1 row 5.4 / 2.8.
 
-    Packed 4-bit codes of few rows (0.12), fused / halves / loop: 1 row 0.5 / 1.1 / 2.3, 2 rows
-    0.6 / 0.7 / 1.6, 4 rows 1.0 / 0.9 / 1.7, 16 rows - / 0.5 / 1.0, 32 rows - / 0.5 / 1.2. By 0.10
-    they gain nothing: 1 row 1.5 / 1.3 / 1.2, 16 rows - / 1.8 / 1.6.
+    Packed 4-bit codes of few rows, halves / loop: 4 rows 0.39 / 0.49, 16 rows 0.37 / 0.34, 32 rows
+    0.50 / 0.40 (0.12, AVX2). By 0.10 halves gain nothing: 16 rows 0.74 / 0.36.
 
     A loop takes slices of the codes. If those are sharded along the groups, the compiler gathers
     them, so with several devices groups are a batch.
     """
     if not one_device():
         return "batch"
-    if FUSES_SUMS and packed and rows <= 32 and group >= 32:
+    if FUSES_SUMS and packed and rows <= 16 and group >= 32:
         return "halves"
     return "float" if group < 64 and (packed or rows > 64) else "loop"
 
@@ -138,15 +140,14 @@ def batch_grows(rows: int, group: int) -> bool:
 
 
 def tile_floats(rows: int, values: int) -> int | None:
-    """How many values of a codebook weight a CPU looks up at a time; `None`: all at once.
+    """How many values of a weight a CPU dequantizes at a time; `None`: all at once.
 
-    At 2048 x 2048, tiles / all at once: 8 bits 1 row 1.3 / 1.9, 16 rows 1.3 / 1.7, 256 rows
-    1.1 / 1.1 (JAX 0.10), 1.2 / 2.1, 1.2 / 1.7, 1.1 / 1.1 (0.12); 4 bits, unpacked to bytes before,
-    3.9 / 5.0, 1.4 / 1.8, 1.0 / 1.6 (0.10), 2.4 / 3.0, 3.2 / 3.7, 1.1 / 1.1 (0.12). Unpacked in each
-    tile, 4 bits took 8 / 2.6 for 1 row.
+    A tile stays in caches, where the whole is written to memory and read again: 4 bits in groups
+    of 128, 2048 x 2048, tiles / whole: 4 rows 0.9 / 1.9, 64 rows 1.3 / 1.5 (JAX 0.12, AVX2). JAX
+    0.10 does not divide the work in a loop among cores: 2.2 / 1.2.
     """
     floats = 1 << 18
-    return floats if rows <= 256 and values >= 2 * floats else None
+    return floats if FUSES_SUMS and rows <= 256 and values >= 2 * floats else None
 
 
 def taps_win(groups: int, inputs: int, taps: int) -> bool:
@@ -157,83 +158,3 @@ def taps_win(groups: int, inputs: int, taps: int) -> bool:
     0.06, 0.04. Convolutions in larger groups are faster in int8: 0.6 to 0.8.
     """
     return groups > 1 and inputs == 1 and taps <= 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Shapes of a contraction that a choice was measured at.
-
-    Attributes:
-      rows: of the activation; of a convolution, height and width of each of 8 images.
-      inputs: contracted indices; input channels of a convolution.
-      outputs: kept indices of the weight.
-      group: how many contracted indices share a scale; 0 is all.
-      format: of the weight.
-      window: height and width of a convolution's window; 0 is a plain contraction.
-      depthwise: whether each channel is convolved by itself.
-    """
-
-    rows: int
-    inputs: int = 2048
-    outputs: int = 2048
-    group: int = 0
-    format: str = "int8"
-    window: int = 0
-    depthwise: bool = False
-
-    def __str__(self) -> str:
-        """As a table shows it.
-
-        >>> str(Case(1, group=128, format="int4")), str(Case(14, 256, 256, window=3))
-        ('int4 g128, 2048 x 2048, 1 row', 'int8, 3 x 3, 8 x 14 x 14 x 256 to 256')
-        """
-        kind = self.format + (f" g{self.group}" if self.group else "")
-        if self.window:
-            image = f"8 x {self.rows} x {self.rows} x {self.inputs} to {self.outputs}"
-            return f"{kind}, {self.window} x {self.window}, {image}" + ", dw" * self.depthwise
-        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
-        return f"{kind}, {self.inputs} x {self.outputs}, {rows}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One choice that a CPU's program is made by.
-
-    Attributes:
-      what: the question.
-      case: shapes it was measured at.
-      form: the answer there; `benchmarks/suite/forms.py` has the code of each form by itself.
-      others: what else it might have been.
-      times: by machine and JAX version, time relative to float32's of the form and the others.
-    """
-
-    what: str
-    case: Case
-    form: str
-    others: tuple[str, ...]
-    times: dict[str, tuple[float, ...]]
-
-
-TABLE: tuple[Row, ...] = (
-    Row("a row of int8 alone", Case(1), "two rows", ("one row",), {}),
-    Row("side of the weight", Case(4), "weight left", ("weight right",), {}),
-    Row("order of the weight", Case(16), "contracted axis last", ("contracted axis first",), {}),
-    Row("float rows, int8 weight", Case(1), "limbs", ("converted",), {}),
-    Row("float rows, int8 weight", Case(64), "limbs", ("converted",), {}),
-    Row("int8 rows, 4 bits in groups", Case(1, group=128, format="int4"), "fused", ("halves", "loop", "batch", "dequantized"), {}),
-    Row("int8 rows, 4 bits in groups", Case(16, group=128, format="int4"), "halves", ("loop", "batch", "dequantized"), {}),
-    Row("int8 rows, 4 bits in groups", Case(256, group=128, format="int4"), "loop", ("dequantized",), {}),
-    Row("scales of a sum over groups", Case(64, group=128, format="int4"), "scales once", ("scales each",), {}),
-    Row("float rows, 4 bits in groups", Case(1, group=128, format="int4"), "limbs", ("whole",), {}),
-    Row("float rows, 4 bits in groups", Case(64, group=128, format="int4"), "tiles", ("whole", "limbs"), {}),
-    Row("float rows, 3 bits in groups", Case(16, group=128, format="int3"), "tiles", ("whole",), {}),
-    Row("float rows, 2 bits in groups", Case(16, group=128, format="int2"), "tiles", ("whole",), {}),
-    Row("codebook of a format", Case(1, group=64, format="nf4"), "tiles", ("whole",), {}),
-    Row("codebook of a format", Case(16, group=64, format="nf4"), "tiles", ("whole",), {}),
-    Row("learned codebook", Case(16, format="palette4"), "tiles", ("whole", "centroids"), {}),
-    Row("codes of an activation", Case(256), "in one program", ("apart",), {}),
-    Row("int8 convolution", Case(14, 256, 256, window=3), "direct", ("dots",), {}),
-    Row("depthwise convolution", Case(28, 128, 128, window=3, depthwise=True), "shifted products", ("direct",), {}),
-    Row("convolution, packed kernel", Case(14, 128, 128, format="int4", window=3), "float", ("direct",), {}),
-)  # fmt: skip
-"""What a CPU's program is made by. `python benchmarks/lowering.py` measures it again."""

@@ -13,7 +13,14 @@ from jaxquant.ops.activations import has_zero
 from jaxquant.ops.contract import integer_sums
 from jaxquant.ops.convolve import Conv, window_sum_int32
 from jaxquant.ops.operands import Placement, arranged, int8_codes, integer_range, place, weight
-from jaxquant.qtensor import Grid, QTensor, storage_codes, storage_scale, storage_values
+from jaxquant.qtensor import (
+    Grid,
+    QTensor,
+    from_storage,
+    storage_codes,
+    storage_scale,
+    storage_values,
+)
 
 Lay = Callable[[Array], Array]
 
@@ -157,13 +164,8 @@ def conv_sums(
     if not lowering.fits_int32(_terms(at), True, _has_zero(q), spare):
         return None
     values, zero = _codes(q, at)
-    order = [a for members in at.members for a in members]
-    kernel = dataclasses.replace(
-        conv,
-        numbers=conv.numbers._replace(rhs_spec=tuple(order.index(a) for a in spec)),
-    )
-    values = values.reshape([q.shape[a] for a in order])
-    total, windows = window_sum_int32(kernel, codes, values, zero_point, zero is not None)
+    values = from_storage(q, values)
+    total, windows = window_sum_int32(conv, codes, values, zero_point, zero is not None)
     if zero is not None and windows is not None:
         channel_zero = jnp.ravel(kept_vector(q, at, zero)).astype(jnp.int32)
         total = total - conv.per_channel(channel_zero) * windows

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jaxquant.ops import lowering
 from jaxquant.ops.operands import Placement
-from jaxquant.qtensor import QTensor, storage_scale
+from jaxquant.qtensor import QTensor, storage_codes, storage_scale
 
 
 def tiling(q: QTensor, at: Placement, rows: int) -> tuple[int, int] | None:
@@ -89,7 +89,12 @@ def by_tiles(
 
     No array of all values is made: floats are those of one tile, which caches hold.
     """
-    flat, count = as_stored(q), q.padded[s] // size
+    flat, count, fmt = as_stored(q), q.padded[s] // size, q.spec.format
+    if fmt.packed and 8 % fmt.bits:  # put together from several planes: in a tile it takes longest
+        whole = dataclasses.replace(q.spec, format=dataclasses.replace(fmt, bits=8))
+        flat = dataclasses.replace(
+            flat, codes=lax.optimization_barrier(storage_codes(q)), spec=whole
+        )
 
     def one(i: Array) -> Array:
         return contracted(tile(flat, s, i * size, size))
