@@ -240,7 +240,8 @@ _CONTRACTION = re.compile(
 
 
 def contractions(text: str) -> list[tuple[str, str]]:
-    """The operands' element types of every contraction in a lowered program."""
+    """The operands' element types of every contraction of a lowered program, as often as called."""
+    text = inlined(text)
     found = [m.groups() for m in map(_CONTRACTION.search, text.splitlines()) if m]
     assert len(found) == len(re.findall(r"stablehlo\.(?:dot_general|convolution)\b", text))
     return [(lhs.split("x")[-1], rhs.split("x")[-1]) for lhs, rhs in found]
