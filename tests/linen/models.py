@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxquant import linen
 from jaxquant.recipe import Recipe
+from tests.lowered import inlined
 
 lecun = nn.initializers.lecun_normal()
 
