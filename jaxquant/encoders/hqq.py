@@ -179,7 +179,7 @@ def _encode_core(
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     steps = float(fmt.qmax - fmt.qmin)
     # halves first, where the span would overflow; all alike: one step away from 0, which is exact
-    span = high / steps - low / steps
+    span = (0.5 * high - 0.5 * low) / (0.5 * steps)
     stored = store_scale(jnp.where(high > low, span, jnp.abs(high)), spec)
     scale = stored.astype(jnp.float32)
     if spec.double:

@@ -15,6 +15,7 @@ from jax import lax
 
 import jaxquant as jq
 from jaxquant.observers import absmax, minmax
+from tests.lowered import inlined
 from tests.ops import integer_reference as ref
 from tests.ptq.static import (
     F32,
@@ -102,7 +103,7 @@ def test_attention_in_a_loop_has_the_grids_of_each_layer() -> None:
     np.testing.assert_allclose(call(q, x), y, atol=3e-5, rtol=1e-5)
     y1 = jax.jit(jq.quantized(one_by_one))(q1, x)
     np.testing.assert_allclose(y1, y, atol=3e-5, rtol=1e-5)
-    text = call.lower(q, x).as_text()
+    text = inlined(call.lower(q, x).as_text())
     dots = [line for line in text.splitlines() if "dot_general" in line]
     assert len(dots) == 5 and all("xi8>" in line and "xf32>" not in line for line in dots)
 
