@@ -11,6 +11,7 @@ import pytest
 import jaxquant as jq
 from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.serve import serve
+from tests.lowered import inlined
 
 from .programs import PROGRAMS, Program, changed_carry, passed_on, sq, x
 
@@ -57,7 +58,7 @@ def test_int8_weights_give_what_the_dequantized_ones_give(name: str) -> None:
 def test_w8a8_contracts_on_int8_and_stays_close_to_float(name: str) -> None:
     program = PROGRAMS[name]
     qparams, _, call = run(program, program.params, jq.w8a8())
-    text = call.lower(qparams, *program.args).as_text()
+    text = inlined(call.lower(qparams, *program.args).as_text())
     assert len(INT8_DOT.findall(text)) >= program.dots
     close(call(qparams, *program.args), plain(program, program.params), 0.04)
 
