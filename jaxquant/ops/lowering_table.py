@@ -75,30 +75,103 @@ class Row:
 
 
 TABLE: tuple[Row, ...] = (
-    Row("a row of int8 alone", Case(1), "one loop", ("two rows", "one row"), "two rows", {}),
-    Row("side of the weight", Case(4), "weight left", ("weight right",), "", {}),
     Row(
-        "order of the weight", Case(16), "contracted axis last", ("contracted axis first",), "", {}
+        "a row of int8 alone",
+        Case(1),
+        "one loop",
+        (
+            "two rows",
+            "one row",
+        ),
+        "two rows",
+        {
+            "JAX 0.12, AVX2": {"one loop": 0.51, "two rows": 0.87, "one row": 2.18},
+            "JAX 0.10, AVX2": {"two rows": 0.85, "one row": 1.79},
+        },
     ),
     Row(
-        "float rows, int8 weight", Case(1), "one loop, 15 bits", ("limbs", "converted"), "limbs", {}
+        "side of the weight",
+        Case(4),
+        "weight left",
+        ("weight right",),
+        "",
+        {
+            "JAX 0.12, AVX2": {"weight left": 0.23, "weight right": 0.23},
+            "JAX 0.10, AVX2": {"weight left": 0.27, "weight right": 0.25},
+        },
     ),
-    Row("float rows, int8 weight", Case(64), "limbs", ("converted",), "", {}),
+    Row(
+        "order of the weight",
+        Case(16),
+        "contracted axis last",
+        ("contracted axis first",),
+        "",
+        {
+            "JAX 0.12, AVX2": {"contracted axis last": 0.24, "contracted axis first": 1.72},
+            "JAX 0.10, AVX2": {"contracted axis last": 0.22, "contracted axis first": 1.53},
+        },
+    ),
+    Row(
+        "float rows, int8 weight",
+        Case(1),
+        "one loop, 15 bits",
+        (
+            "limbs",
+            "converted",
+        ),
+        "limbs",
+        {
+            "JAX 0.12, AVX2": {"one loop, 15 bits": 0.51, "limbs": 0.88, "converted": 1.9},
+            "JAX 0.10, AVX2": {"limbs": 0.93, "converted": 1.84},
+        },
+    ),
+    Row(
+        "float rows, int8 weight",
+        Case(64),
+        "limbs",
+        ("converted",),
+        "",
+        {
+            "JAX 0.12, AVX2": {"limbs": 1.08, "converted": 1.3},
+            "JAX 0.10, AVX2": {"limbs": 1.31, "converted": 0.99},
+        },
+    ),
     Row(
         "int8 rows, 4 bits in groups",
         Case(1, group=128, format="int4"),
         "one loop",
-        ("halves", "loop", "batch", "dequantized"),
+        (
+            "halves",
+            "loop",
+            "batch",
+            "dequantized",
+        ),
         "loop",
-        {},
+        {
+            "JAX 0.12, AVX2": {
+                "one loop": 0.52,
+                "halves": 2.7,
+                "loop": 1.21,
+                "batch": 4.57,
+                "dequantized": 3.46,
+            },
+            "JAX 0.10, AVX2": {"halves": 2.5, "loop": 1.39, "batch": 6.89, "dequantized": 2.5},
+        },
     ),
     Row(
         "int8 rows, 4 bits in groups",
         Case(16, group=128, format="int4"),
         "halves",
-        ("loop", "batch", "dequantized"),
+        (
+            "loop",
+            "batch",
+            "dequantized",
+        ),
         "loop",
-        {},
+        {
+            "JAX 0.12, AVX2": {"halves": 0.43, "loop": 0.35, "batch": 0.97, "dequantized": 1.18},
+            "JAX 0.10, AVX2": {"halves": 0.74, "loop": 0.36, "batch": 1.9, "dequantized": 0.74},
+        },
     ),
     Row(
         "int8 rows, 4 bits in groups",
@@ -106,7 +179,10 @@ TABLE: tuple[Row, ...] = (
         "loop",
         ("dequantized",),
         "",
-        {},
+        {
+            "JAX 0.12, AVX2": {"loop": 1.05, "dequantized": 1.18},
+            "JAX 0.10, AVX2": {"loop": 1.08, "dequantized": 1.04},
+        },
     ),
     Row(
         "scales of a sum over groups",
@@ -114,60 +190,140 @@ TABLE: tuple[Row, ...] = (
         "scales once",
         ("scales each",),
         "",
-        {},
+        {
+            "JAX 0.12, AVX2": {"scales once": 0.84, "scales each": 1.59},
+            "JAX 0.10, AVX2": {"scales once": 0.93, "scales each": 1.36},
+        },
     ),
     Row(
         "float rows, 4 bits in groups",
         Case(1, group=128, format="int4"),
         "one loop, 15 bits",
-        ("whole", "limbs"),
+        (
+            "whole",
+            "limbs",
+        ),
         "limbs",
-        {},
+        {
+            "JAX 0.12, AVX2": {"one loop, 15 bits": 0.55, "whole": 3.44, "limbs": 2.34},
+            "JAX 0.10, AVX2": {"whole": 2.67, "limbs": 1.81},
+        },
     ),
     Row(
         "float rows, 4 bits in groups",
         Case(64, group=128, format="int4"),
         "tiles",
-        ("whole", "limbs"),
-        "",
-        {},
+        (
+            "whole",
+            "limbs",
+        ),
+        "whole",
+        {
+            "JAX 0.12, AVX2": {"tiles": 1.27, "whole": 1.44, "limbs": 1.54},
+            "JAX 0.10, AVX2": {"tiles": 2.22, "whole": 1.16, "limbs": 1.67},
+        },
     ),
     Row(
         "float rows, 3 bits in groups",
         Case(16, group=128, format="int3"),
         "tiles",
         ("whole",),
-        "",
-        {},
+        "whole",
+        {
+            "JAX 0.12, AVX2": {"tiles": 2.74, "whole": 1.16},
+            "JAX 0.10, AVX2": {"tiles": 2.27, "whole": 1.19},
+        },
     ),
     Row(
         "float rows, 2 bits in groups",
         Case(16, group=128, format="int2"),
         "tiles",
         ("whole",),
-        "",
-        {},
+        "whole",
+        {
+            "JAX 0.12, AVX2": {"tiles": 1.03, "whole": 1.12},
+            "JAX 0.10, AVX2": {"tiles": 1.91, "whole": 0.98},
+        },
     ),
-    Row("codebook of a format", Case(1, group=64, format="nf4"), "tiles", ("whole",), "", {}),
-    Row("codebook of a format", Case(16, group=64, format="nf4"), "tiles", ("whole",), "", {}),
-    Row("learned codebook", Case(16, format="palette4"), "tiles", ("whole", "centroids"), "", {}),
-    Row("codes of an activation", Case(256), "in one program", ("apart",), "", {}),
-    Row("int8 convolution", Case(14, 256, 256, window=3), "direct", ("dots",), "", {}),
+    Row(
+        "codebook of a format",
+        Case(1, group=64, format="nf4"),
+        "tiles",
+        ("whole",),
+        "whole",
+        {
+            "JAX 0.12, AVX2": {"tiles": 2.43, "whole": 2.98},
+            "JAX 0.10, AVX2": {"tiles": 9.54, "whole": 3.8},
+        },
+    ),
+    Row(
+        "codebook of a format",
+        Case(16, group=64, format="nf4"),
+        "tiles",
+        ("whole",),
+        "whole",
+        {
+            "JAX 0.12, AVX2": {"tiles": 1.08, "whole": 1.09},
+            "JAX 0.10, AVX2": {"tiles": 1.87, "whole": 0.91},
+        },
+    ),
+    Row(
+        "learned codebook",
+        Case(16, format="palette4"),
+        "tiles",
+        (
+            "whole",
+            "centroids",
+        ),
+        "whole",
+        {
+            "JAX 0.12, AVX2": {"tiles": 0.9, "whole": 1.0, "centroids": 23.88},
+            "JAX 0.10, AVX2": {"tiles": 1.65, "whole": 0.62, "centroids": 14.23},
+        },
+    ),
+    Row(
+        "codes of an activation",
+        Case(256),
+        "in one program",
+        ("apart",),
+        "",
+        {
+            "JAX 0.12, AVX2": {"in one program": 0.77, "apart": 0.75},
+            "JAX 0.10, AVX2": {"in one program": 0.86, "apart": 0.85},
+        },
+    ),
+    Row(
+        "int8 convolution",
+        Case(14, 256, 256, window=3),
+        "direct",
+        ("dots",),
+        "",
+        {
+            "JAX 0.12, AVX2": {"direct": 0.69, "dots": 0.82},
+            "JAX 0.10, AVX2": {"direct": 0.78, "dots": 0.91},
+        },
+    ),
     Row(
         "depthwise convolution",
         Case(28, 128, 128, window=3, depthwise=True),
         "shifted products",
         ("direct",),
         "",
-        {},
+        {
+            "JAX 0.12, AVX2": {"shifted products": 0.06, "direct": 1.09},
+            "JAX 0.10, AVX2": {"shifted products": 0.04, "direct": 1.22},
+        },
     ),
     Row(
         "convolution, packed kernel",
         Case(14, 128, 128, format="int4", window=3),
-        "float",
-        ("direct",),
+        "direct",
+        ("float",),
         "",
-        {},
+        {
+            "JAX 0.12, AVX2": {"direct": 0.73, "float": 1.03},
+            "JAX 0.10, AVX2": {"direct": 1.31, "float": 1.23},
+        },
     ),
 )
 """One row for each choice, or several where it depends on the number of rows."""

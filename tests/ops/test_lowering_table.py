@@ -91,14 +91,15 @@ def has_form(text, row):
             (product,) = products(text)
             tile = re.match(rf"tensor<(\d+)x{k}xf32>, tensor<{rows}x{k}xf32>", product)
             return tile and int(tile[1]) < n and f"tensor<{n}x{k}xf32>" not in text
+        case "whole":
+            (product,) = products(text)
+            return f"tensor<{n}x{k}xf32>" in product
         case "in one program":
             return "optimization_barrier" not in text and products(text)
         case "direct":
             return re.search(r"convolution.*xi8>, tensor<\S*xi8>\) -> tensor<\S*xi32>", text)
         case "shifted products":
             return "stablehlo.convolution" not in text
-        case "float":
-            return re.search(r"convolution.*xf32>, tensor<\S*xf32>\) -> tensor<\S*xf32>", text)
     raise AssertionError(f"no sign is known of {row.chosen}")
 
 
