@@ -10,17 +10,37 @@ else the machine does falls on all alike.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _interleaved import ratios
-from contractions import conv, dense, normal
+from jax import lax
 
 import jaxquant as jq
 from jaxquant.ops import speed
+
+NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+def dense(params: Any, x: jax.Array) -> jax.Array:
+    """A dense layer."""
+    return x @ params["w"]
+
+
+def conv(params: Any, x: jax.Array) -> jax.Array:
+    """A convolution with SAME padding, depthwise where the kernel has one input channel."""
+    groups = x.shape[-1] // params["w"].shape[2]
+    return lax.conv_general_dilated(
+        x, params["w"], (1, 1), "SAME", dimension_numbers=NUMBERS, feature_group_count=groups
+    )
+
+
+def normal(seed: int, shape: Sequence[int]) -> jax.Array:
+    """Reproducible normal data."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def rule(weights: jq.QSpec, activations: jq.QSpec | None = None, **fields: Any) -> jq.Recipe:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.ops import lowering
-from jaxquant.ops.fused_rows import fused_sums, fused_totals, fuses
+from jaxquant.ops.fused_rows import BYTE, fused_sums, fused_totals, fuses
 from jaxquant.ops.nibbles import unpacked
 from jaxquant.ops.operands import Operand, align
 from jaxquant.ops.out_sharding import Sharding
@@ -83,9 +83,12 @@ def contract(
     return default()
 
 
-def form_of(x: Operand, w: Operand, rows: int, narrow: bool) -> str:
-    """How a CPU sums, as far as the operands allow it; `"plain"` is one product without groups."""
-    if lowering.fused_wins(rows, bool(x.groups), narrow) and fuses(x, w):
+def form_of(x: Operand, w: Operand, rows: int, narrow: bool, largest: int = BYTE) -> str:
+    """How a CPU sums, as far as the operands allow it; `"plain"` is one product without groups.
+
+    `largest` is the greatest magnitude that codes of `x` have or will have.
+    """
+    if lowering.fused_wins(rows, bool(x.groups), narrow) and fuses(x, w, largest):
         return "fused"
     if not x.groups:
         return "plain"
@@ -103,19 +106,19 @@ def _on_cpu(cpu: Callable[[], Array], default: Callable[[], Array]) -> Array:
 def integer_sums(x: Operand, w: Operand) -> Array:
     """`sum_k q_x (q_w - z_w)` of int8 codes without groups or batch: int32, exact.
 
-    Zero points of `x` are the caller's matter: `-z_x sum_k (q_w - z_w)` depends on the weight
-    alone and is known beforehand.
+    `w` is not packed. Zero points of `x` are the caller's matter: `-z_x sum_k (q_w - z_w)` depends
+    on the weight alone and is known beforehand.
     """
     count = lowering.static_size(x.values.shape, x.free)
-    fused = lowering.fused_wins(count, False, w.packed is not None) and fuses(x, w)
+    fused = lowering.fused_wins(count, False, False) and fuses(x, w)
     if count == 1 and not fused:
         return lax.index_in_dim(integer_sums(_two_rows(x), w), 0, 0, keepdims=False)
 
     def plain() -> Array:
-        return product(x, unpacked(w))
+        return product(x, w)
 
     def left() -> Array:
-        return swapped(left_product(x, unpacked(w)), 0, len(w.free))
+        return swapped(left_product(x, w), 0, len(w.free))
 
     def one_loop() -> Array:
         return fused_totals(x, w)[..., 0]

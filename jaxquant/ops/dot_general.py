@@ -45,13 +45,14 @@ def dot_general(
     scale of their own.
 
     With `activations=None` the codes are contracted with `x` itself and the result is scaled. On a
-    CPU `x` becomes two int8 numbers of 15 bits together: each result is then within
+    CPU `x` becomes integers of 15 bits where that is faster: each result is then within
     `2^-15 max_k |x_k| sum_k |w_k|`.
 
     The QTensor is dequantized first if the contraction takes a part of axes that are stored as
     one, if scales vary along a contracted axis and a kept one as well, for codebooks (decoded;
-    learned ones on a CPU a tile at a time; the scale still goes last), and where an operand is
-    empty. Activations are rounded to `activations` all the same.
+    the scale still goes last), and where an operand is empty. On a CPU few rows of floats meet
+    weights that are dequantized a tile at a time. Activations are rounded to `activations` all the
+    same.
 
     Args:
       lhs: float array or QTensor.

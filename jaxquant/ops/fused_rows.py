@@ -9,14 +9,21 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.ops.nibbles import halves
-from jaxquant.ops.operands import Operand
+from jaxquant.ops.operands import Operand, integer_range
 
 # Sums run in so many lanes side by side: longer ones the compiler takes apart.
 _LANES = 32
 
 
-def fuses(x: Operand, w: Operand) -> bool:
-    """Whether `fused_sums` can be asked for: one contracted axis, at most in groups; no batch."""
+# Codes of activations: of one byte, and of the two that hold 15 bits.
+BYTE, WIDE = 128, 16319
+
+
+def fuses(x: Operand, w: Operand, largest: int = BYTE) -> bool:
+    """Whether `fused_sums` can be asked for: one contracted axis, at most in groups; no batch.
+
+    `largest` is the greatest magnitude of the activation's codes: each lane's sum is an int32.
+    """
     n, m, by_groups = x.values.ndim, w.values.ndim, len(w.groups)
     if x.batch or x.zero is not None or by_groups > 1 or len(x.groups) != by_groups:
         return False
@@ -24,7 +31,9 @@ def fuses(x: Operand, w: Operand) -> bool:
         return False
     if by_groups and (x.groups, w.groups) != ((n - 2,), (m - 2,)):
         return False
-    return _cut(w.values.shape[-1], w.packed is not None) is not None
+    size = w.values.shape[-1]
+    cut = _cut(size, w.packed is not None)
+    return cut is not None and _terms(w) // cut[2] * largest * _most(w) < 2**31
 
 
 def fused_sums(x: Operand, w: Operand) -> Array:
@@ -39,11 +48,14 @@ def fused_sums(x: Operand, w: Operand) -> Array:
         a = a[..., 0] if x.groups else a
         return a.reshape(*(1,) * before, *a.shape[:-1], *(1,) * after, a.shape[-1])
 
-    out = fused_totals(x, w).astype(jnp.float32)
+    out = fused_totals(x, w)
     if w.zero is not None:
         sums = jnp.sum(x.values, axis=-1, keepdims=True, dtype=jnp.int32)
-        by = spread(sums, 0, outs).astype(jnp.float32)
-        out = out - by * spread(w.zero, rows, 0).astype(jnp.float32)
+        whole = out.dtype == jnp.int32 and jnp.issubdtype(w.zero.dtype, jnp.integer)
+        kind = jnp.int32 if whole else jnp.float32
+        by = spread(sums, 0, outs).astype(kind) * spread(w.zero, rows, 0).astype(kind)
+        out = out.astype(kind) - by
+    out = out.astype(jnp.float32)
     if w.scale is not None:
         out = out * spread(w.scale, rows, 0)
     if x.scale is not None:
@@ -54,7 +66,7 @@ def fused_sums(x: Operand, w: Operand) -> Array:
 def fused_totals(x: Operand, w: Operand) -> Array:
     """`sum_k q_x q_w`, `[free of x, free of w, groups]`: int32, or float32 if that cannot hold it.
 
-    Each lane's sum is an int32 in any case, of which 32 are added up.
+    With room for what a zero point of 8 bits takes off. The 32 sums of lanes are int32 always.
     """
     # what makes the codes would else be computed again for each row of the weight
     x = dataclasses.replace(x, values=lax.optimization_barrier(x.values))
@@ -82,10 +94,22 @@ def fused_totals(x: Operand, w: Operand) -> Array:
         total = lax.optimization_barrier(jnp.sum(total, axis=-2))
     else:
         total = lax.squeeze(total, (total.ndim - 2,))
-    largest = (16319 if x.values.dtype == jnp.int16 else 128) * (8 if w.packed else 128)
-    terms = size * len(pairs)
-    exact = terms * largest < 2**31
+    largest = WIDE if x.values.dtype == jnp.int16 else BYTE
+    exact = _terms(w) * largest * (_most(w) + (0 if w.zero is None else 255)) < 2**31
     return jnp.sum(total if exact else total.astype(jnp.float32), axis=-1)
+
+
+def _terms(w: Operand) -> int:
+    """How many products one sum has."""
+    return w.values.shape[-1] * (1 if w.packed is None else 2)
+
+
+def _most(w: Operand) -> int:
+    """The greatest magnitude of the weight's codes."""
+    if w.packed is None:
+        return 128
+    low, high, _ = integer_range(w.packed) or (-128, 127, 1.0)
+    return max(-low, high)
 
 
 def _cut(size: int, packed: bool) -> tuple[int, int, int] | None:

@@ -2,7 +2,7 @@
 
 The rules are the functions below; `lowering_table.py` has a row for each choice, with what was
 measured of the forms that it is between. Numbers in docstrings are ratios to float32 on two CPU
-cores (AVX512-VNNI), medians of one process.
+cores, medians of one process, with AVX512-VNNI where they do not say AVX2.
 """
 
 from __future__ import annotations
@@ -94,15 +94,15 @@ def group_form(rows: int, group: int, packed: bool = False) -> str:
     Groups of 32 cost the loop one pass over the result each: 128 rows 3.5 / 1.2 (0.10), 0.8 / 1.4;
     4-bit codes, which then have to be unpacked as well (`packed`), 1 row 5.4 / 2.8.
 
-    Packed 4-bit codes of few rows, halves / loop: 4 rows 0.39 / 0.49, 16 rows 0.37 / 0.34, 32 rows
-    0.50 / 0.40 (0.12, AVX2). By 0.10 halves gain nothing: 16 rows 0.74 / 0.36.
+    Packed 4-bit codes of few rows, halves / loop: 4 rows 0.39 / 0.49, 8 rows 0.33 / 0.39, 16 rows
+    0.37 / 0.34 (0.12, AVX2). By 0.10 halves gain nothing: 16 rows 0.74 / 0.36.
 
     A loop takes slices of the codes. If those are sharded along the groups, the compiler gathers
     them, so with several devices groups are a batch.
     """
     if not one_device():
         return "batch"
-    if FUSES_SUMS and packed and rows <= 16 and group >= 32:
+    if FUSES_SUMS and packed and rows <= 8 and group >= 32:
         return "halves"
     return "float" if group < 64 and (packed or rows > 64) else "loop"
 

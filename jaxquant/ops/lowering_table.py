@@ -160,7 +160,7 @@ TABLE: tuple[Row, ...] = (
     ),
     Row(
         "int8 rows, 4 bits in groups",
-        Case(16, group=128, format="int4"),
+        Case(8, group=128, format="int4"),
         "halves",
         (
             "loop",

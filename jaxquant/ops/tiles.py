@@ -34,7 +34,8 @@ def tiling(q: QTensor, at: Placement, rows: int) -> tuple[int, int] | None:
     if q.codebook is None and not at.split and not q.spec.format.packed:
         return None
     s = at.keep[0]
-    if at.padded[s] != at.size[s]:
+    packed_along = q.spec.format.packed and s == len(at.padded) - 1
+    if at.padded[s] != at.size[s] or packed_along:
         return None
     size, block = at.size[s], at.block(s) if at.groups[s] > 1 else 1
     most = min(size, floats * size // max(math.prod(at.padded), 1))

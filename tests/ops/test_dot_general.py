@@ -106,7 +106,9 @@ def test_either_side_any_axes(side, granularity):
         ("int4 group", "loop"),
     ],
 )
-def test_every_form_of_few_and_many_rows(monkeypatch, rows, form, name):
+def test_every_form_of_few_and_many_rows(monkeypatch, request, rows, form, name):
+    jax.clear_caches()  # contractions are jitted by their operands: what is patched is not one
+    request.addfinalizer(jax.clear_caches)
     monkeypatch.setattr(lowering, "group_form", lambda *sizes: form)
     q, x = weights(name), normal(1, rows, K)
     for spec in (None, QSpec("uint8", symmetric=False)):
@@ -175,8 +177,10 @@ def test_float16_does_not_overflow_inside():
 
 @pytest.mark.parametrize("name", ["int4", "uint4", "float4_e2m1fn"])
 @pytest.mark.parametrize("minor", [(0,), (1,)], ids=["", "packed along the result"])
-def test_packed_codes_are_contracted_as_they_lie(monkeypatch, name, minor):
+def test_packed_codes_are_contracted_as_they_lie(monkeypatch, request, name, minor):
     """As a CPU alone does: two products of half the terms, no codes put in order."""
+    jax.clear_caches()
+    request.addfinalizer(jax.clear_caches)
     monkeypatch.setattr(lowering, "one_device", lambda: True)
     x, w = normal(1, 5, 192), normal(0, 192, 16)
     for granularity in (PerChannel(1), PerGroup(64, 0)):

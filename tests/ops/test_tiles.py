@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxquant import dequantize, kmeans, palette
+from jaxquant import PerChannel, PerGroup, QSpec, dequantize, kmeans, palette, quantize
 from jaxquant.ops import dot_general, lowering
-from tests.ops.cases import normal
+from tests.ops.cases import LIMBS, normal
 
 OVER = (((1,), (0,)), ((), ()))
 
@@ -51,3 +51,15 @@ def test_bfloat16_and_a_codebook_on_the_left():
     half = dot_general(x.astype(jnp.bfloat16), q, OVER, preferred_element_type=jnp.float32)
     exact = x.astype(jnp.bfloat16).astype(jnp.float32) @ dequantize(q)
     assert float(jnp.abs(half - exact).max()) < 0.01 * float(jnp.abs(exact).max())
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4", "int3", "uint2"])
+@pytest.mark.parametrize("minor", [(0,), (1,)], ids=["", "packed along the result"])
+@pytest.mark.parametrize("granularity", [PerChannel(1), PerChannel(0), PerGroup(128, 0)], ids=str)
+def test_formats_in_tiles(name, minor, granularity):
+    w, x = normal(0, 640, 1024), normal(1, 3, 640)
+    q = quantize(w, QSpec(name, granularity, symmetric=name != "uint2"), minor=minor)
+    got = jax.jit(lambda x, q: dot_general(x, q, OVER, activations=None))(x, q)
+    expected = lax.dot_general(x, dequantize(q), OVER, precision="highest")
+    reach = float(jnp.abs(x).max() * jnp.abs(dequantize(q)).sum(0).max())
+    np.testing.assert_allclose(got, expected, rtol=0, atol=LIMBS * reach)
