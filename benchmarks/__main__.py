@@ -20,6 +20,10 @@ import sys
 from rich.console import Console
 
 from benchmarks.suite import cases, contenders, measure, report
+from benchmarks.suite.contenders import FORMATS
+
+UNRELATED = 0.9
+"""An output that has nothing to do with float32's is off by more than its own norm."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,7 +67,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.plot:
         report.plot(figures, options.plot)
         console.print(f"drawn: {options.plot}")
-    return 0
+    wrong = [r for r in figures.results if (r.error or 0.0) > UNRELATED and r.contender in FORMATS]
+    for result in wrong:
+        console.print(f"[red]{result.case}: {result.contender} is off by {result.error:.2f}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

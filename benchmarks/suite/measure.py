@@ -31,6 +31,7 @@ class Result:
       tracing: seconds to trace and lower; `None` for peers outside of JAX.
       compiling: seconds to compile, or to make it ready.
       program: characters of the lowered program.
+      error: of its output relative to float32's, in the Euclidean norm; `None` outside of JAX.
       problem: why it could not be measured; all figures are 0 then.
     """
 
@@ -43,6 +44,7 @@ class Result:
     tracing: float | None = None
     compiling: float | None = None
     program: int | None = None
+    error: float | None = None
     problem: str | None = None
 
 
@@ -53,6 +55,7 @@ def measure(
     program = case.make()
     calls: dict[str, Callable[[], Any]] = {}
     found: dict[str, Result] = {}
+    exact: Any = None
     with console.status(case.name) as status:
         for name, make in contenders.items():
             if not _takes_part(case, name, peers):
@@ -63,7 +66,10 @@ def measure(
                 if made is None:
                     continue
                 calls[name], found[name] = _compiled(case.name, name, made)
-                jax.block_until_ready(calls[name]())
+                output = jax.block_until_ready(calls[name]())
+                if isinstance(made, Jitted):
+                    exact = output if name == "float32" else exact
+                    found[name] = dataclasses.replace(found[name], error=_error(output, exact))
             except Exception as error:
                 if name in FORMATS:  # our own are to work
                     raise
@@ -105,6 +111,14 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, n
             jax.block_until_ready(call())
             times[name].append(time.perf_counter() - start)
     return {name: np.asarray(taken) for name, taken in times.items()}
+
+
+def _error(output: Any, exact: Any) -> float:
+    found, want = (
+        np.concatenate([np.ravel(np.asarray(a, np.float64)) for a in jax.tree.leaves(tree)])
+        for tree in (output, exact)
+    )
+    return float(np.linalg.norm(found - want) / np.linalg.norm(want))
 
 
 def _takes_part(case: Case, name: str, peers: bool) -> bool:
