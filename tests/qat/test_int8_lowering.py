@@ -14,6 +14,7 @@ import pytest
 from jax import lax
 
 import jaxquant as jq
+from tests.lowered import inlined
 from tests.qat.programs import normal, weights
 
 pytestmark = pytest.mark.usefixtures("cheap_programs")
@@ -101,7 +102,7 @@ def training(case: Layers, recipe: jq.Recipe) -> tuple[Callable[..., Any], jq.Qu
 
 
 def dots(text: str) -> list[str]:
-    return [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    return [line for line in inlined(text).splitlines() if "stablehlo.dot_general" in line]
 
 
 @pytest.mark.parametrize("name", LAYERS)
