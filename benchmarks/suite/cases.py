@@ -79,7 +79,7 @@ MODEL = (
     "float32",
     "bfloat16",
     "w8a8",
-    "w8a8, float attention",
+    "w8a8 float attention",
     "w8a8 static",
     "w8a16",
     "w4a8",

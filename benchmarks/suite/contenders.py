@@ -88,7 +88,7 @@ FORMATS: dict[str, Contender] = {
     "float32": plain,
     "bfloat16": bfloat16,
     "w8a8": by(jq.w8a8()),
-    "w8a8, float attention": by(jq.w8a8(attention=False)),
+    "w8a8 float attention": by(jq.w8a8(attention=False)),
     "w8a8 static": by(jq.w8a8_static(), calibrated=True),
     "integer": by(jq.w8a8_integer(), calibrated=True),
     "w8a16": by(jq.w8a16()),
