@@ -14,6 +14,9 @@ from jaxquant.ops.operands import Operand, integer_range
 # Sums run in so many lanes side by side: longer ones the compiler takes apart.
 _LANES = 32
 
+# A loop of more steps is slow: at 4096 x 4096, 16 of them, 1.65 of float's time, a product 0.43.
+_STEPS = 9
+
 
 # Codes of activations: of one byte, and of the two that hold 15 bits.
 BYTE, WIDE = 128, 16319
@@ -33,7 +36,9 @@ def fuses(x: Operand, w: Operand, largest: int = BYTE) -> bool:
         return False
     size = w.values.shape[-1]
     cut = _cut(size, w.packed is not None)
-    return cut is not None and _terms(w) // cut[2] * largest * _most(w) < 2**31
+    if cut is None or cut[0] > _STEPS:
+        return False
+    return _terms(w) // cut[2] * largest * _most(w) < 2**31
 
 
 def fused_sums(x: Operand, w: Operand) -> Array:
