@@ -17,14 +17,14 @@ from jax import Array, lax
 import jaxquant as jq
 from benchmarks.suite.cases import normal
 from jaxquant.ops import conv_general_dilated, dot_general, products
-from jaxquant.ops.activations import fake, quantize_activation
+from jaxquant.ops.activations import quantize_activation
 from jaxquant.ops.convolve import Conv
 from jaxquant.ops.dot_codes import int8_operand
 from jaxquant.ops.limbs import contract_limbs
 from jaxquant.ops.lowering_table import Case
 from jaxquant.ops.nibbles import unpacked
 from jaxquant.ops.operands import Operand, arranged, place, weight
-from jaxquant.qtensor import dequantize, storage_codes, storage_values
+from jaxquant.qtensor import storage_codes, storage_values
 from jaxquant.qtensor.storage import from_storage
 
 Form = Callable[[Array, Any], Array]
@@ -228,5 +228,4 @@ def forms_of(case: Case) -> dict[str, Form]:
         "direct": direct(case),
         "dots": as_dots(case),
         "shifted products": convolved(case),
-        "float": lambda x, q: plain(case)(fake(x, INT8, (1, 2, 3)), dequantize(q)),
     }

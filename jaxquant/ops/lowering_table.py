@@ -314,16 +314,5 @@ TABLE: tuple[Row, ...] = (
             "JAX 0.10, AVX2": {"shifted products": 0.04, "direct": 1.22},
         },
     ),
-    Row(
-        "convolution, packed kernel",
-        Case(14, 128, 128, format="int4", window=3),
-        "direct",
-        ("float",),
-        "",
-        {
-            "JAX 0.12, AVX2": {"direct": 0.73, "float": 1.03},
-            "JAX 0.10, AVX2": {"direct": 1.31, "float": 1.23},
-        },
-    ),
 )
 """One row for each choice, or several where it depends on the number of rows."""
