@@ -169,8 +169,7 @@ TABLE: tuple[Row, ...] = (
         ),
         "loop",
         {
-            "JAX 0.12, AVX2": {"halves": 0.43, "loop": 0.35, "batch": 0.97, "dequantized": 1.18},
-            "JAX 0.10, AVX2": {"halves": 0.74, "loop": 0.36, "batch": 1.9, "dequantized": 0.74},
+            "JAX 0.12, AVX2": {"halves": 0.37, "loop": 0.41, "batch": 1.07, "dequantized": 1.47},
         },
     ),
     Row(
@@ -230,7 +229,7 @@ TABLE: tuple[Row, ...] = (
         ("whole",),
         "whole",
         {
-            "JAX 0.12, AVX2": {"tiles": 2.74, "whole": 1.16},
+            "JAX 0.12, AVX2": {"tiles": 0.95, "whole": 1.11},
             "JAX 0.10, AVX2": {"tiles": 2.27, "whole": 1.19},
         },
     ),
