@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.ops import lowering
-from jaxquant.ops.fused_rows import BYTE, fused_sums, fused_totals, fuses
+from jaxquant.ops.fused_rows import fused_sums, fused_totals, fuses
 from jaxquant.ops.nibbles import unpacked
 from jaxquant.ops.operands import Operand, align
 from jaxquant.ops.out_sharding import Sharding
@@ -83,12 +83,9 @@ def contract(
     return default()
 
 
-def form_of(x: Operand, w: Operand, rows: int, narrow: bool, largest: int = BYTE) -> str:
-    """How a CPU sums, as far as the operands allow it; `"plain"` is one product without groups.
-
-    `largest` is the greatest magnitude that codes of `x` have or will have.
-    """
-    if lowering.fused_wins(rows, bool(x.groups), narrow) and fuses(x, w, largest):
+def form_of(x: Operand, w: Operand, rows: int, narrow: bool) -> str:
+    """How a CPU sums, as far as the operands allow it; `"plain"` is one product without groups."""
+    if lowering.fused_wins(rows, bool(x.groups), narrow) and fuses(x, w):
         return "fused"
     if not x.groups:
         return "plain"

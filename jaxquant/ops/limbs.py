@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from jaxquant.ops import lowering
 from jaxquant.ops.contract import contract, first_free, form_of, new_axis
-from jaxquant.ops.fused_rows import WIDE, fused_sums
+from jaxquant.ops.fused_rows import fused_sums
 from jaxquant.ops.operands import Operand, align
 from jaxquant.ops.out_sharding import Sharding
 from jaxquant.qtensor import magnitude
@@ -30,7 +30,7 @@ def contract_limbs(
     tiny = float(jnp.finfo(jnp.float32).tiny)
     scale = jnp.where(amax == 0, 1.0, jnp.maximum(amax / 16319.0, tiny))
     q = jnp.where(finite, jnp.round(v / scale), 0.0)
-    if sharding is None and form_of(x, w, rows, narrow, WIDE) == "fused":
+    if sharding is None and form_of(x, w, rows, narrow) == "fused":
         scale = jnp.where(finite, scale, jnp.nan)
         return fused_sums(dataclasses.replace(x, values=q.astype(jnp.int16), scale=scale), w)
     high = jnp.round(q / 128.0)

@@ -1,5 +1,6 @@
 """One row in one loop: sums stay exact where they are many, large or uneven."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ def served(x, q, spec):
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("int8", 32768), ("int8", 40960), ("int8", 65536), ("uint8", 40960),
+        ("int8", 2304), ("uint8", 2304), ("uint4", 2304), ("float4_e2m1fn", 2304),
+        ("int8", 40960), ("int8", 65536), ("uint8", 40960),
         ("uint4", 16384), ("uint4", 8192), ("float4_e2m1fn", 16384), ("int4", 16384),
     ],
 )  # fmt: skip
@@ -33,6 +35,10 @@ def test_the_largest_sums_do_not_overflow(name, size):
     q = quantize(w, QSpec(name, PerChannel(1), symmetric=symmetric), minor=(0,))
     for spec in (None, QSpec("int8"), QSpec("int8", symmetric=False)):
         y = served(x, q, spec)
+        if size == 2304 and (spec is None or spec.symmetric):  # the longest sums of this form
+            text = jax.jit(lambda x, q, s=spec: dot_general(x, q, MATRIX, activations=s))
+            text = text.lower(x, q).as_text()
+            assert "dot_general" not in text
         np.testing.assert_allclose(y, rounded(x, spec, (1,)) @ dequantize(q), rtol=1e-4)
 
 
