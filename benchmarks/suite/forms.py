@@ -1,7 +1,8 @@
 """Ways to compute one contraction: what `jaxquant/ops/lowering.py` chooses between, each by itself.
 
-`FORMS[row][form](x, q)` computes the same as every other form of the row. The first is what
-`jaxquant.ops` makes of the call, the others are what it might have made.
+`forms_of(case)[name](x, q)` computes the same by every form that a row of
+`jaxquant/ops/lowering_table.py` compares: what `jaxquant.ops` makes of the call, and what it might
+have made.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from jaxquant.qtensor.storage import from_storage
 Form = Callable[[Array, Any], Array]
 
 OVER = (((1,), (0,)), ((), ()))
-INT8, HIGHEST = jq.QSpec("int8"), lax.Precision.HIGHEST
+INT8 = jq.QSpec("int8")
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
