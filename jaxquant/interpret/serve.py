@@ -78,7 +78,8 @@ def serve(
         )
     interpreter = Interpreter(policy, call.param_paths, attention_grids(call))
     # whatever a quantized leaf meets, asking for its gradient is a mistake that must be heard
-    leaves = [ops.constant(leaf) if is_qtensor(leaf) else leaf for leaf in call.leaves]
+    held = iter(ops.constant([leaf for leaf in call.leaves if is_qtensor(leaf)]))
+    leaves = [next(held) if is_qtensor(leaf) else leaf for leaf in call.leaves]
     return call.run(interpreter, leaves), tuple(interpreter.events)
 
 

@@ -2,6 +2,7 @@
 
 from jaxquant.numerics.bitpattern import decode_bits, encode_bits
 from jaxquant.numerics.codec import decode, encode
+from jaxquant.numerics.elementwise import clamp, is_nan, select
 from jaxquant.numerics.formats import ALIASES, FORMATS, codebook_format, get, minifloat
 from jaxquant.numerics.packing import pack, packed_bytes, padded_size, tile_size, unpack
 from jaxquant.numerics.policy import compute_dtype
@@ -13,6 +14,7 @@ __all__ = [
     "FORMATS",
     "BlockFormat",
     "Format",
+    "clamp",
     "codebook_format",
     "compute_dtype",
     "decode",
@@ -20,11 +22,13 @@ __all__ = [
     "encode",
     "encode_bits",
     "get",
+    "is_nan",
     "minifloat",
     "nearest_even",
     "pack",
     "packed_bytes",
     "padded_size",
+    "select",
     "stochastic",
     "tile_size",
     "to_codebook",

@@ -9,6 +9,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxquant.numerics.bitpattern import decode_bits, encode_bits
+from jaxquant.numerics.elementwise import clamp, is_nan, select
 from jaxquant.numerics.formats import get
 from jaxquant.numerics.records import Format
 from jaxquant.numerics.rounding import nearest_even, stochastic, to_codebook
@@ -48,7 +49,7 @@ def encode(x: ArrayLike, format: Any, *, key: Array | None = None) -> Array:
     x = x.astype(jnp.float32)
     if f.codebook is not None:
         return to_codebook(x, f.codebook, key).astype(storage)
-    x = jnp.clip(jnp.where(jnp.isnan(x), 0.0, x), f.min, f.max)
+    x = clamp(f.min, select(is_nan(x), 0.0, x), f.max)
     return (nearest_even(x) if key is None else stochastic(x, key)).astype(storage)
 
 

@@ -24,7 +24,10 @@ def nearest_even(x: ArrayLike) -> Array:
     >>> nearest_even(jnp.array([0.5, 1.5, -2.5])).tolist()
     [0.0, 2.0, -2.0]
     """
-    return jnp.round(x)
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.round(x)
+    return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
 
 
 def bernoulli(probability: Array, key: Array) -> Array:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxquant.numerics import Format, decode, encode
+from jaxquant.numerics import Format, clamp, decode, encode, nearest_even
 from jaxquant.ops.operands import int8_codes, integer_range
 from jaxquant.qtensor import Grid, dequantize, encode_array, scaled_codes, scales_over
 from jaxquant.spec import PerChannel, PerTensor, QSpec
@@ -60,7 +62,15 @@ def quantize_activation(
     >>> codes.tolist(), zero
     ([[64, -128]], None)
     """
-    x, inner, fmt = x.astype(jnp.float32), tuple(shared), spec.format
+    return _quantized(x, key, spec, tuple(a % x.ndim for a in shared))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _quantized(
+    x: Array, key: Array | None, spec: QSpec, inner: tuple[int, ...]
+) -> tuple[Array, Array, Array | None]:
+    """Traced once for activations that are alike, and one function of the lowered program."""
+    x, fmt = x.astype(jnp.float32), spec.format
     scale, zero, total = scales_over(x, inner, spec)
     scale = scale.astype(jnp.float32)
     if total is not None:
@@ -90,9 +100,9 @@ def on_grid(x: Array, grid: Grid, spec: QSpec) -> Array:
         return encode(v, fmt)
     low, high = int8_limits(fmt)
     # within int32 first; on a CPU its way to int8 is faster than that of float32
-    codes = jnp.clip(jnp.round(v), -512.0, 512.0).astype(jnp.int32)
+    codes = clamp(-512.0, nearest_even(v), 512.0).astype(jnp.int32)
     codes = codes if grid.zero_point is None else codes + grid.zero_point
-    return jnp.clip(codes, low, high).astype(jnp.int8)
+    return clamp(low, codes, high).astype(jnp.int8)
 
 
 def grid_of(scale: Array, zero_point: Array | None, spec: QSpec) -> Grid:

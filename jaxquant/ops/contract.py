@@ -20,7 +20,6 @@ from jaxquant.ops.products import (
     by_stacked_halves,
     in_float,
     is_integer,
-    left_product,
     loop,
     product,
     swapped,
@@ -115,7 +114,7 @@ def integer_sums(x: Operand, w: Operand) -> Array:
         return product(x, w)
 
     def left() -> Array:
-        return swapped(left_product(x, w), 0, len(w.free))
+        return swapped(product(x, w, left=True), 0, len(w.free))
 
     def one_loop() -> Array:
         return fused_totals(x, w)[..., 0]

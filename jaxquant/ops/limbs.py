@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxquant.numerics import is_nan, nearest_even, select
 from jaxquant.ops import lowering
 from jaxquant.ops.contract import contract, first_free, form_of, new_axis
 from jaxquant.ops.fused_rows import fused_sums
@@ -25,15 +28,10 @@ def contract_limbs(
     """
     v, over = x.values.astype(jnp.float32), (*x.groups, *x.inner)
     rows = lowering.static_size(x.values.shape, x.free)
-    amax = jnp.max(magnitude(v), axis=over, keepdims=True, initial=0.0)
-    finite = jnp.isfinite(amax)
-    tiny = float(jnp.finfo(jnp.float32).tiny)
-    scale = jnp.where(amax == 0, 1.0, jnp.maximum(amax / 16319.0, tiny))
-    q = jnp.where(finite, jnp.round(v / scale), 0.0)
+    q, scale = _codes(v, over)
     if sharding is None and form_of(x, w, rows, narrow) == "fused":
-        scale = jnp.where(finite, scale, jnp.nan)
         return fused_sums(dataclasses.replace(x, values=q.astype(jnp.int16), scale=scale), w)
-    high = jnp.round(q / 128.0)
+    high = nearest_even(q / 128.0)
     limbs = [high.astype(jnp.int8), (q - 128.0 * high).astype(jnp.int8)]
     first, last = len(x.batch), len(x.batch) + len(x.free)
     if lowering.one_device():  # twice the rows, all in one axis
@@ -49,5 +47,15 @@ def contract_limbs(
         total = contract(two, w, None, spec, on_cpu=True, narrow=narrow)
     high, low = (lax.index_in_dim(total, i, first, keepdims=False) for i in (0, 1))
     whole = dataclasses.replace(x, groups=(), inner=over)
-    scale = jnp.where(finite, scale, jnp.nan)
     return (128.0 * high + low) * align(scale, whole, 0, len(w.free))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _codes(v: Array, over: tuple[int, ...]) -> tuple[Array, Array]:
+    """Codes of 15 bits in float32, and the scale of each row, NaN where one is not finite."""
+    amax = lax.expand_dims(lax.max(lax.reduce_max(magnitude(v), over), 0.0), over)
+    scale = lax.max(lax.div(amax, 16319.0), float(jnp.finfo(jnp.float32).tiny))
+    scale = select(lax.eq(amax, 0.0), 1.0, scale)
+    scale = select(lax.is_finite(amax), scale, jnp.nan)
+    codes = nearest_even(lax.div(v, scale))
+    return select(is_nan(codes), 0.0, codes), scale

@@ -152,7 +152,9 @@ def align(a: Array, op: Operand, before: int, after: int) -> Array:
     """
     lead = len(op.batch) + len(op.groups)
     rank = lead + len(op.free)
-    a = jnp.transpose(a, op.batch + op.groups + op.free + op.inner)
+    order = op.batch + op.groups + op.free + op.inner
+    if order != tuple(range(a.ndim)):
+        a = lax.transpose(a, order)
     a = lax.squeeze(a, range(rank, a.ndim))
     new = [*range(lead, lead + before), *range(rank + before, rank + before + after)]
     return lax.expand_dims(a, new)

@@ -35,34 +35,29 @@ def batched(
     left: bool = False,
 ) -> Array:
     """Groups as batch dimensions of one `dot_general`; the weight is its left side if `left`."""
-    if not left:
-        return _scaled(product(x, w, precision, sharding), x, w, False)
-    out = _scaled(left_product(x, w, precision), x, w, True)
-    return swapped(out, len(x.batch), len(w.free))
+    out = _scaled(product(x, w, precision, sharding, left), x, w, left)
+    return swapped(out, len(x.batch), len(w.free)) if left else out
 
 
 def product(
-    x: Operand, w: Operand, precision: Any = None, sharding: Sharding | None = None
+    x: Operand,
+    w: Operand,
+    precision: Any = None,
+    sharding: Sharding | None = None,
+    left: bool = False,
 ) -> Array:
-    """Products of the values, summed: `[batch, groups, free of x, free of w]`."""
+    """Products of the values, summed: `[batch, groups, free of x, free of w]`.
+
+    With the weight on the `left`, its free axes come before those of `x`.
+    """
+    a, b = (w, x) if left else (x, w)
     return lax.dot_general(
-        x.values,
-        w.values,
-        ((x.inner, w.inner), (x.batch + x.groups, w.batch + w.groups)),
+        a.values,
+        b.values,
+        ((a.inner, b.inner), (a.batch + a.groups, b.batch + b.groups)),
         precision=None if is_integer(x) else precision,
         preferred_element_type=jnp.int32 if is_integer(x) else jnp.float32,
         out_sharding=None if sharding is None else sharding.of(len(x.groups)),
-    )
-
-
-def left_product(x: Operand, w: Operand, precision: Any = None) -> Array:
-    """The same, the weight on the left: `[batch, groups, free of w, free of x]`."""
-    return lax.dot_general(
-        w.values,
-        x.values,
-        ((w.inner, x.inner), (w.batch + w.groups, x.batch + x.groups)),
-        precision=None if is_integer(x) else precision,
-        preferred_element_type=jnp.int32 if is_integer(x) else jnp.float32,
     )
 
 
@@ -96,13 +91,13 @@ def _scaled(total: Array, x: Operand, w: Operand, left: bool) -> Array:
             count = jnp.sum(jnp.ones([x.values.shape[a] for a in x.inner], kind))
             sums = sums - count * of_x(x.zero)
             total = total + count * of_x(x.zero) * of_w(zero)
-    out = total.astype(jnp.float32)
+    out = lax.convert_element_type(total, jnp.float32)
     if rest is not None and sums is not None:
         out = out - of_w(rest) * sums.astype(jnp.float32)
     if w.scale is not None:
-        out = out * of_w(w.scale)
+        out = lax.mul(out, of_w(w.scale))
     if x.scale is not None:
-        out = out * of_x(x.scale)
+        out = lax.mul(out, of_x(x.scale))
     first = len(x.batch)
     if x.groups:
         out = jnp.sum(out, axis=tuple(range(first, first + len(x.groups))))
@@ -137,7 +132,7 @@ def by_stacked_halves(x: Operand, w: Operand) -> Array:
         batch = (0, *moved(a.batch))
         return Operand(values, None, None, batch, moved(a.free), moved(a.groups), moved(a.inner))
 
-    total = jnp.sum(left_product(stacked(x0, x1), stacked(w0, w1)), axis=0)
+    total = jnp.sum(product(stacked(x0, x1), stacked(w0, w1), left=True), axis=0)
     return swapped(_scaled(total, x, w0, True), len(x.batch), len(w.free))
 
 
@@ -155,7 +150,7 @@ def loop(x: Operand, w: Operand) -> Array:
 
     def one(i: Array | int) -> Array:
         a, b = _group(bare, i), low_then_high(_group(w, i))
-        return _scaled(left_product(a, b), a, b, True)
+        return _scaled(product(a, b, left=True), a, b, True)
 
     def step(total: Array, i: Array) -> tuple[Array, None]:
         return total + one(i), None
@@ -179,7 +174,9 @@ def _group(op: Operand, index: Array | int) -> Operand:
         return tuple(a - (a > at) for a in axes)
 
     def one(a: Array) -> Array:
-        return lax.dynamic_index_in_dim(a, 0 if a.shape[at] == 1 else index, at, keepdims=False)
+        if isinstance(index, int) or a.shape[at] == 1:
+            return lax.index_in_dim(a, 0 if a.shape[at] == 1 else index, at, keepdims=False)
+        return lax.dynamic_index_in_dim(a, index, at, keepdims=False, allow_negative_indices=False)
 
     return Operand(
         one(op.values),

@@ -77,7 +77,9 @@ def gather(
             start_index_map=at,
         )
         sizes = tuple(1 if i in at else n for i, n in enumerate(a.shape))
-        picked = jnp.stack([indices[..., i] for i in columns], axis=-1)
+        picked = indices
+        if len(columns) != len(where):
+            picked = jnp.stack([indices[..., i] for i in columns], axis=-1)
         return lax.gather(a, picked, numbers, sizes, mode="clip")
 
     total = len(held)

@@ -62,17 +62,18 @@ def tile(q: QTensor, s: int, start: Array, size: int) -> QTensor:
     shared = q.groups[s] == 1
     block = q.blocks[s]
 
+    def part(a: Array, start: Array, size: int) -> Array:
+        return lax.dynamic_slice_in_dim(a, start, size, axis=s, allow_negative_indices=False)
+
     def scales(a: Array) -> Array:
-        if shared:
-            return a
-        return lax.dynamic_slice_in_dim(a, start // block, size // block, axis=s)
+        return a if shared else part(a, start // block, size // block)
 
     core, blocks = list(q.core), list(q.blocks)
     core[s] = size
     blocks[s] = size if shared else block
     return dataclasses.replace(
         q,
-        codes=lax.dynamic_slice_in_dim(q.codes, start, size, axis=s),
+        codes=part(q.codes, start, size),
         scale=scales(q.scale),
         zero_point=None if q.zero_point is None else scales(q.zero_point),
         codebook=scales(q.codebook)

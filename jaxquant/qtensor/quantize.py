@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxquant.qtensor.calibration import along
 from jaxquant.qtensor.encode import encode_stacked
@@ -107,7 +107,7 @@ def dequantize(q: QTensor, dtype: Any = None) -> Array:
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
     if isinstance(q, Trained) and q.values is not None:
         return q.values.astype(dtype)  # equal, and gradients pass
-    scaled = blocked(q, storage_values(q)) * spread(q, storage_scale(q))
+    scaled = lax.mul(blocked(q, storage_values(q)), spread(q, storage_scale(q)))
     values = from_storage(q, unblocked(q, scaled))
     if q.calibration is not None and q.calibration.divisor is not None:
         values = values / along(q.calibration.divisor, q.calibration.axis, q.ndim)

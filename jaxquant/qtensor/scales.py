@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxquant.numerics import Format, encode
+from jaxquant.numerics import Format, clamp, encode, is_nan, nearest_even, select
 from jaxquant.spec import QSpec
 
 
@@ -30,12 +30,12 @@ def scaled_codes(
             each = lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))
             v = jnp.where(divide, x / each, v)
     else:
-        v = x / scale
+        v = lax.div(x, scale)
     if fmt.is_integer:
         # amax / (amax / (qmax + 1/2)) may fall one ulp short of the tie that rounds out to qmin
-        v = jnp.where(v < -fmt.qmax, v * (1 + 2**-21), v)
+        v = select(lax.lt(v, -float(fmt.qmax)), lax.mul(v, 1 + 2**-21), v)
         if zero is not None:
-            v = v + zero
+            v = lax.add(v, zero)
     return encode(v, fmt, key=key)
 
 
@@ -60,14 +60,15 @@ def scales_over(
     """
     # one reduction where one is enough: activations are quantized at every call
     if amax is None:
-        amax = jnp.max(magnitude(x), axis=inner, keepdims=True, initial=0.0)
+        largest = lax.max(lax.reduce_max(magnitude(x), inner), 0.0)  # of nothing, 0
+        amax = lax.expand_dims(largest, inner)
     if spec.symmetric and spec.range != "signed":
         low, high = -amax, amax
     else:
         high = jnp.max(x, axis=inner, keepdims=True, initial=0.0)
         low = jnp.min(x, axis=inner, keepdims=True, initial=0.0)
     scale, zero, total = scales_of_range(low, high, amax, spec)
-    return jnp.where(jnp.isfinite(amax), scale, jnp.asarray(jnp.nan, scale.dtype)), zero, total
+    return select(lax.is_finite(amax), scale, jnp.nan), zero, total
 
 
 def magnitude(x: Array) -> Array:
@@ -76,7 +77,7 @@ def magnitude(x: Array) -> Array:
     >>> magnitude(jnp.array([-2.0, jnp.nan])).tolist()
     [2.0, inf]
     """
-    return jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
+    return select(is_nan(x), jnp.inf, lax.abs(x))
 
 
 def scales_of_range(
@@ -92,11 +93,11 @@ def scales_of_range(
         steps = fmt.qmax - fmt.qmin
         # halves first: max - min may overflow where each alone does not, and halves are exact, so
         # that it makes no difference whether a compiler fuses a product with the difference
-        scale = store_scale((0.5 * high - 0.5 * low) / (0.5 * steps), spec)
+        scale = store_scale((0.5 * high - 0.5 * low) / (0.5 * steps), spec, signed=False)
         zero = -low / scale.astype(jnp.float32)
         if spec.zero_dtype is None:
-            zero = jnp.round(zero)
-        zero = jnp.clip(fmt.qmin + zero, fmt.qmin, fmt.qmax)
+            zero = nearest_even(zero)
+        zero = clamp(fmt.qmin, fmt.qmin + zero, fmt.qmax)
         if spec.zero_dtype is not None:
             zero = zero.astype(spec.zero_dtype).astype(jnp.float32)
         return scale, zero, None
@@ -106,20 +107,23 @@ def scales_of_range(
             top = float(jnp.finfo(spec.scale_dtype).max)
             total = jnp.max(amax, initial=0.0) / np.float32(largest * top)
             total = jnp.where(total > 0, jnp.maximum(total, _tiny("float32")), 1.0)
-            return store_scale(amax / largest / total, spec), None, total
-        return store_scale(amax / largest, spec), None, None
+            return store_scale(amax / largest / total, spec, signed=False), None, total
+        return store_scale(amax / largest, spec, signed=False), None, None
     if spec.range == "signed" and fmt.signed:
-        extreme = jnp.where(high > -low, high, low)
+        extreme = select(high > -low, high, low)
         return store_scale(extreme / fmt.qmin, spec), None, None
-    return store_scale(amax / (fmt.qmax + (0.5 if spec.range == "half" else 0.0)), spec), None, None
+    most = fmt.qmax + (0.5 if spec.range == "half" else 0.0)
+    return store_scale(lax.div(amax, most), spec, signed=False), None, None
 
 
 def _tiny(dtype: str) -> float:
     return float(jnp.finfo(dtype).tiny)
 
 
-def store_scale(scale: Array, spec: QSpec) -> Array:
+def store_scale(scale: Array, spec: QSpec, signed: bool = True) -> Array:
     """Casts scales to their stored dtype, such that none is zero, subnormal or infinite.
+
+    With `signed=False` none is negative.
 
     A zero range gives scale 1, a subnormal one the smallest normal. Power-of-two scales are
     rounded up, so that no value of a block is cut off: `2^ceil(log2(amax / max))`. OCP
@@ -138,6 +142,8 @@ def store_scale(scale: Array, spec: QSpec) -> Array:
     largest = max(abs(low), high) if spec.symmetric else high - low
     held = float(jnp.finfo(jnp.float32).max) * (1 - 2 * float(info.eps))
     top = min(float(info.max), held / max(largest, 1.0))
-    size = jnp.clip(jnp.abs(scale), float(info.tiny), top)
-    signed = jnp.where(scale < 0, -size, size)
-    return jnp.where(scale == 0, 1.0, signed).astype(spec.scale_dtype)
+    kept = clamp(float(info.tiny), lax.abs(scale) if signed else scale, top)
+    if signed:
+        kept = select(scale < 0, -kept, kept)
+    kept = select(lax.eq(scale, 0.0), 1.0, kept)
+    return lax.convert_element_type(kept, spec.scale_dtype)

@@ -1,0 +1,43 @@
+"""Elementwise steps that are one operation each of the lowered program.
+
+`jnp.where`, `jnp.clip` and `jnp.round` are jitted functions: each use is traced as a call, and each
+shape is one function more in the program. What a model does at every contraction uses these.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jax import Array, lax
+
+
+def select(where: Array, x: Array | float, y: Array | float) -> Array:
+    """`x` where `where` holds, else `y`; arrays have one shape and dtype, a number takes them.
+
+    >>> import jax.numpy as jnp
+    >>> select(jnp.array([True, False]), 0.0, jnp.array([1.0, 2.0])).tolist()
+    [0.0, 2.0]
+    """
+    like = x if isinstance(x, Array) else y
+    assert isinstance(like, Array)
+    a, b = (v if isinstance(v, Array) else lax.full_like(like, v) for v in (x, y))
+    return lax.select(where, a, b)
+
+
+def clamp(low: float, x: Array, high: float) -> Array:
+    """`min(max(x, low), high)`, NaN where `x` is.
+
+    >>> import jax.numpy as jnp
+    >>> clamp(-1.0, jnp.array([-3.0, 0.5, 2.0]), 1.0).tolist()
+    [-1.0, 0.5, 1.0]
+    """
+    return lax.clamp(np.asarray(low, x.dtype), x, np.asarray(high, x.dtype))
+
+
+def is_nan(x: Array) -> Array:
+    """Where `x` is NaN.
+
+    >>> import jax.numpy as jnp
+    >>> is_nan(jnp.array([1.0, jnp.nan])).tolist()
+    [False, True]
+    """
+    return lax.ne(x, x)
