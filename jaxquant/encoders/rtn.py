@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 from jax import Array
 
 from jaxquant.encoders.base import Info
@@ -50,16 +48,10 @@ class RoundToNearest(Called):
             raise ValueError(
                 "rtn(stochastic=True) draws random numbers: pass key=jax.random.key(0)"
             )
-        return _round(w, key if self.stochastic else None, spec, minor, batch_axes)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _round(
-    w: Array, key: Array | None, spec: QSpec, minor: tuple[int, ...], batch_axes: int
-) -> tuple[QTensor, Info]:
-    check_quantizable(w, spec, minor, batch_axes)
-    q, error, signal = encode_measured(w, spec, key=key, minor=minor, batch_axes=batch_axes)
-    return q, Info(error, signal)
+        w = check_quantizable(w, spec, minor, batch_axes)
+        key = key if self.stochastic else None
+        q, error, signal = encode_measured(w, spec, key=key, minor=minor, batch_axes=batch_axes)
+        return q, Info(error, signal)
 
 
 def rtn(stochastic: bool = False) -> RoundToNearest:

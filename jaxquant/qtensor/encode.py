@@ -65,7 +65,6 @@ def _encoded(
     return q, own
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "minor", "batch_axes"))
 def encode_measured(
     w: Array,
     spec: QSpec,
@@ -86,6 +85,23 @@ def encode_measured(
     >>> q.scale.tolist(), error.tolist(), signal.tolist()
     ([4.0], 0.25, 1.25)
     """
+    q, error, signal = _measured_arrays(w, key, spec, minor, batch_axes)
+    how = laid(storage_layout(w.shape[batch_axes:], spec, minor, w.dtype.name))
+    if how.moved:
+        # by a program of its own: beside other uses of the codes a CPU takes four times as long
+        order = (*range(batch_axes), *(batch_axes + a for a in how.order))
+        q = dataclasses.replace(q, codes=_transposed(q.codes, order))
+    return q, error, signal
+
+
+_transposed = jax.jit(jnp.transpose, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _measured_arrays(
+    w: Array, key: Array | None, spec: QSpec, minor: tuple[int, ...], batch_axes: int
+) -> tuple[QTensor, Array, Array]:
+    """`encode_measured`, but for the order of the codes' axes, which is that of `w`."""
     if not batch_axes:
         return _measured(w, key, spec, minor)[:3]
     rows = w.reshape(-1, *w.shape[batch_axes:])
@@ -230,7 +246,8 @@ def _filled(
 ) -> tuple[QTensor, Array]:
     """The QTensor of laid out `x`, and its codes as `x` lies; `scale` and `zero` broadcast.
 
-    With `held`, both are there to be used: neither what packs nor what sums encodes once more.
+    With `held`, both are there to be used: neither what packs nor what sums encodes once more. The
+    codes that are to be stored then stay in the order of `x`.
     """
     blank, fmt = how.blank, how.blank.spec.format
     effective = scale.astype(jnp.float32)
@@ -245,7 +262,7 @@ def _filled(
     zero_dtype = blank.spec.zero_dtype or fmt.storage
     q = dataclasses.replace(
         blank,
-        codes=how.codes(own),
+        codes=how.packed(own) if held else how.codes(own),
         scale=scale,
         zero_point=None if zero is None else how.groups(zero).astype(zero_dtype),
         global_scale=global_scale,

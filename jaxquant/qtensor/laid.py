@@ -63,7 +63,12 @@ class Laid(NamedTuple):
         return jnp.transpose(s, self.order) if self.moved else s
 
     def codes(self, codes: Array) -> Array:
-        """Codes as they are stored: transposed, and packed where the format is."""
+        """Codes as they are stored: packed where the format is, and transposed."""
+        codes = self.packed(codes)
+        return jnp.transpose(codes, self.order) if self.moved else codes
+
+    def packed(self, codes: Array) -> Array:
+        """Codes as they are stored, but for the order of the axes."""
         codes = codes if self.whole else unblocked(self.own, codes)
         fmt = self.blank.spec.format
         if not self.moved:
@@ -72,7 +77,7 @@ class Laid(NamedTuple):
             # packed first, as neighbours along another axis are next to each other in registers;
             # behind barriers, or one loop would do all of it, transposed
             codes = pack(lax.optimization_barrier(codes), fmt.bits, axis=self.order[-1])
-        return jnp.transpose(lax.optimization_barrier(codes), self.order)
+        return lax.optimization_barrier(codes)
 
     def empty(self, x: Array) -> Array:
         """Which groups of a laid out array are zero throughout: `[*groups]` as stored."""
