@@ -27,6 +27,8 @@ from jaxquant.ops import is_integers
 from jaxquant.qtensor import dequantize, is_qtensor
 from jaxquant.report import Event
 
+_NOTHING = contextlib.nullcontext()
+
 
 class Interpreter:
     """One evaluation of one traced function: holds what lasts for that evaluation only."""
@@ -146,7 +148,8 @@ class Interpreter:
                 results = _compat.bind(eqn, data)
         if name == "optimization_barrier":
             return [Value(r, v.facts) for r, v in zip(results, operands, strict=True)]
-        return _valued(results, facts, origin, signs, varies(eqn, operands))
+        over = None if facts.live else varies(eqn, operands)
+        return _valued(results, facts, origin, signs, over)
 
     def _contract(
         self, eqn: Any, operands: list[Value], positive: list[bool], scope: tuple[str, ...]
@@ -205,11 +208,13 @@ class Interpreter:
 
     def _ahead(self, operands: Sequence[Value]) -> contextlib.AbstractContextManager[Any]:
         """Where what follows from known params alone is computed, not traced, if so wished."""
+        if not self.policy.ahead:
+            return _NOTHING
         given = [v for v in operands if not is_integers(v.data)]
         known = not any(v.facts.live or isinstance(v.data, jax.core.Tracer) for v in given)
-        if self.policy.ahead and given and known and not any(is_qtensor(v.data) for v in given):
+        if given and known and not any(is_qtensor(v.data) for v in given):
             return jax.ensure_compile_time_eval()
-        return contextlib.nullcontext()
+        return _NOTHING
 
     def in_float(self, value: Value, scope: tuple[str, ...], name: str, reason: str) -> Value:
         """An activation that is kept as integers, as floats; that an edge ends here is reported."""
@@ -234,9 +239,9 @@ def _valued(
     signs: Sequence[bool],
     over: frozenset[int] | None,
 ) -> list[Value]:
+    live, near = facts.live, facts.near
     return [
-        Value(r, dataclasses.replace(facts, origin=origin, nonneg=s, over=over))
-        for r, s in zip(results, signs, strict=True)
+        Value(r, Facts(origin, live, s, near, over)) for r, s in zip(results, signs, strict=True)
     ]
 
 
