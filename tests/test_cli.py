@@ -75,6 +75,7 @@ def test_unknown_preset_is_a_readable_error():
     assert "got 'w9a9'" in words
 
 
+@pytest.mark.slow
 def test_demo_prints_one_table():
     pytest.importorskip("sklearn")
     from jaxquant import demo

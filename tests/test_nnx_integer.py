@@ -70,6 +70,7 @@ def test_batchnorm_stays_in_integers() -> None:
     np.testing.assert_array_equal(jax.jit(jq.quantized(fn))(qstate, X), y)
 
 
+@pytest.mark.slow
 def test_state_moves_on_in_training_mode() -> None:
     model, recipe = trained(), jq.w8a8(attention=False)
     qmodel, _ = jq.nnx.ptq(model, recipe, X)

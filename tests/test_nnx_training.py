@@ -187,6 +187,7 @@ def test_a_checkpoint_goes_on(trained: Trained, tmp_path: Path) -> None:
     assert same(leaves(whole[0]), leaves(again[0])) and same(leaves(whole[1]), leaves(again[1]))
 
 
+@pytest.mark.slow
 def test_all_else_is_as_with_the_float_model() -> None:
     model = Net(nnx.Rngs(0))
     fmodel = jq.nnx.fake_quantize(model, OBSERVED, x)

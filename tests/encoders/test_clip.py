@@ -90,6 +90,7 @@ def test_any_shape_and_never_worse_than_nearest(shape, axes, spec):
     assert float(info.details["output_error"]) <= 1.001 * float(one.details["output_error"])
 
 
+@pytest.mark.slow
 def test_experts_and_layers_one_by_one():
     w = weights(6 * 40, 8).reshape(2, 3, 40, 8)
     x = np.stack([rows(40, seed) for seed in range(6)]).reshape(2, 3, -1, 40)

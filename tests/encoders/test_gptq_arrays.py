@@ -91,24 +91,29 @@ def test_experts_and_layers_are_encoded_one_by_one(act_order):
         assert error(info)[at] == pytest.approx(float(error(said)), rel=1e-4)
 
 
+SLOW_SPECS = [
+    QSpec("int4", PerChannel(())),
+    QSpec("int4", PerBlock(8, 4)),
+    QSpec("int4", PerGroup(24, 0), range="qmax", scale_dtype="bfloat16"),
+    QSpec("int4", PerGroup(24, 0), scale_dtype="float16"),
+    QSpec("float8_e5m2", PerGroup(24, 0)),
+    QSpec("float6_e2m3fn", PerGroup(24, 0)),
+    QSpec("nf4", PerGroup(24, 0), double=True),
+]
+
+
 @pytest.mark.parametrize(
     "spec",
     [
         QSpec("int4", PerTensor()),
-        QSpec("int4", PerChannel(())),
         QSpec("int4", PerChannel((0, 1))),
         QSpec("int4", PerGroup(4, 1)),
-        QSpec("int4", PerBlock(8, 4)),
         QSpec("int4", PerGroup(24, 0), range="signed"),
-        QSpec("int4", PerGroup(24, 0), range="qmax", scale_dtype="bfloat16"),
-        QSpec("int4", PerGroup(24, 0), scale_dtype="float16"),
         QSpec("float8_e4m3fn", PerChannel(1)),
-        QSpec("float8_e5m2", PerGroup(24, 0)),
-        QSpec("float6_e2m3fn", PerGroup(24, 0)),
         QSpec("mxfp4").at((0,), 2),
         QSpec("nvfp4").at((0,), 2),
-        QSpec("nf4", PerGroup(24, 0), double=True),
         QSpec(jq.codebook_format([-1, -0.3, -0.1, 0.1, 0.2, 0.9], "mine"), PerGroup(24, 0)),
+        *(pytest.param(spec, marks=pytest.mark.slow) for spec in SLOW_SPECS),
     ],
     ids=str,
 )

@@ -150,6 +150,7 @@ def test_a_value_far_out_costs_the_others_nothing():
     assert inertia(w, found[:-1]) <= 1.01 * inertia(w, kmeans_codebook(w, 15))
 
 
+@pytest.mark.slow
 def test_weights_say_what_counts(key):
     w, x = normal(7, 48, 2), normal(8, 300, 48) * (10.0 ** jnp.linspace(-2, 1, 48))[None]
     stats = input_stats(inputs().update(inputs().init(x), x))

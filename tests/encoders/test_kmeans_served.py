@@ -84,7 +84,7 @@ def test_batch_axes_move_too(spec):
     np.testing.assert_array_equal(dequantize(joined), jnp.concatenate([dequantize(q)] * 2))
 
 
-@pytest.mark.parametrize("channels", [None, 4, 6])
+@pytest.mark.parametrize("channels", [None, pytest.param(4, marks=pytest.mark.slow), 6])
 def test_the_forward_pass_is_that_of_the_values(channels):
     params = {
         "table": normal(1, 30, 16),

@@ -96,6 +96,7 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(model):
     assert 2 * weights <= found.optimizer_bytes < 2 * weights + 100
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_what_is_served(model, monkeypatch):
     monkeypatch.setattr(char_lm_qat, "GROUP", 8)
     example = char_lm_text.in_order(TEXT.train, 4, 8)[0, :, :-1]

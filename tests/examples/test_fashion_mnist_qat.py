@@ -106,6 +106,7 @@ def tiny(images):
     return model, jax.jit(model.init)(jax.random.key(0), images.train_x[:1])
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_what_is_served(images, tiny):
     model, variables = tiny
     fmodel = jq.linen.fake_quantized(model, fashion_mnist_qat.recipe_of("LSQ", 2))

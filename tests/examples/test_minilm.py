@@ -180,6 +180,7 @@ def test_table_fits_a_hundred_columns():
         assert figure in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cheap_programs")
 def test_methods_that_look_at_inputs_are_given_the_short_batches():
     pytest.importorskip("tokenizers")

@@ -71,6 +71,7 @@ def made(model, *args, seed=0):
     return randomized(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), params), seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scanned", "rms"), [(False, True), (True, False)])
 def test_pre_norm_transformer(scanned, rms):
     model = Model(rms=rms, act="relu", scanned=scanned)

@@ -86,7 +86,12 @@ def noise(report: jq.Report) -> float:
     return math.sqrt(sum(ratios))
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("LSTM", "LSTM of convolutions")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
+)
 def test_layer(name: str) -> None:
     model, inputs, ints, floats = CASES[name]
     variables = jax.jit(model.init)(jax.random.key(0), inputs)

@@ -175,8 +175,12 @@ def test_float16_does_not_overflow_inside():
         np.testing.assert_allclose(y, 48.0, rtol=0.01)
 
 
-@pytest.mark.parametrize("name", ["int4", "uint4", "float4_e2m1fn"])
-@pytest.mark.parametrize("minor", [(0,), (1,)], ids=["", "packed along the result"])
+@pytest.mark.parametrize(
+    "name", ["int4", "uint4", pytest.param("float4_e2m1fn", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    "minor", [(0,), pytest.param((1,), marks=pytest.mark.slow)], ids=["", "packed along the result"]
+)
 def test_packed_codes_are_contracted_as_they_lie(monkeypatch, request, name, minor):
     """As a CPU alone does: two products of half the terms, no codes put in order."""
     jax.clear_caches()

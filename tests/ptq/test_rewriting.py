@@ -78,8 +78,8 @@ def notes(report: Any) -> dict[str, str]:
     ("online", "sequential", "scan"),
     [
         (True, True, True),
-        (False, True, False),
-        (False, False, True),
+        pytest.param(False, True, False, marks=pytest.mark.slow),
+        pytest.param(False, False, True, marks=pytest.mark.slow),
         (True, False, False),
     ],
 )

@@ -194,6 +194,7 @@ def test_offloading_changes_nothing(stacked: Any) -> None:
     assert same(*(jq.ptq(fn, scanned, rules(), batches=batches, offload=o)[0] for o in (0, 1)))
 
 
+@pytest.mark.slow
 def test_several_passes_within_a_budget_change_nothing(stacked: Any) -> None:
     scanned, _, batches = stacked
     fn, once = Layers(True).apply, {"sequential": False}
@@ -241,7 +242,9 @@ class Failing:
         return repr(jq.gptq())  # what a run is of is told by the recipe's text
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 11])
+@pytest.mark.parametrize(
+    "after", [*(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 11)), 5]
+)
 def test_a_run_goes_on_where_it_stopped(stacked: Any, tmp_path: Any, after: int) -> None:
     scanned, _, batches = stacked
     fn, folder = Layers(True).apply, tmp_path / "run"

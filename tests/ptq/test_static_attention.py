@@ -80,6 +80,7 @@ def attended(q: Any, grids: dict[str, Any], x: np.ndarray) -> np.ndarray:
     return x + on(values[0], weights, unsigned=True) @ on(values[1], heads["v"])
 
 
+@pytest.mark.slow
 def test_attention_in_a_loop_has_the_grids_of_each_layer() -> None:
     x = normal(1, 2, 5, 8) + 0.5
     params = jax.jit(Stack().init)(jax.random.key(0), x)["params"]

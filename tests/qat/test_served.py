@@ -68,6 +68,7 @@ def test_served_equals_trained(name: str, kind: str, kinds: tuple[str, ...] | No
         assert np.abs(served - trained).max() <= 1e-5 * np.abs(trained).max()
 
 
+@pytest.mark.slow
 def test_convert_outside_of_a_program() -> None:
     many, state, *_ = results("decode")
     one, other = jq.convert(many.params, state, many.recipe), many.served(state)
