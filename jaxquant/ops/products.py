@@ -174,8 +174,10 @@ def _group(op: Operand, index: Array | int) -> Operand:
         return tuple(a - (a > at) for a in axes)
 
     def one(a: Array) -> Array:
-        if isinstance(index, int) or a.shape[at] == 1:
-            return lax.index_in_dim(a, 0 if a.shape[at] == 1 else index, at, keepdims=False)
+        if a.shape[at] == 1:
+            return lax.index_in_dim(a, 0, at, keepdims=False)
+        if isinstance(index, int):
+            return lax.index_in_dim(a, index, at, keepdims=False)
         return lax.dynamic_index_in_dim(a, index, at, keepdims=False, allow_negative_indices=False)
 
     return Operand(
