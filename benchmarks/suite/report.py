@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -76,11 +77,13 @@ def read(path: pathlib.Path) -> Figures:
 
 def show(figures: Figures, console: Console) -> None:
     """Prints a table for each family of cases: ratios, and what compiling takes."""
-    families: dict[str, list[Result]] = {}
-    for result in figures.results:
-        families.setdefault(result.case.split("/")[0], []).append(result)
-    for family, results in families.items():
-        console.print(_table(family, results))
+    for family, results in _families(figures).items():
+        table = _table(family, results, _cell)
+        if _width(table, console) > console.width:
+            table = _table(family, results, _short)
+        # a narrow terminal breaks lines; a figure that is cut off says nothing
+        width = max(_width(table, console), console.width)
+        Console(file=console.file, width=width, highlight=False).print(table)
     for result in figures.results:
         if result.problem:
             console.print(f"{result.case}: {result.contender}: {result.problem}", style="dim")
@@ -90,14 +93,11 @@ def show(figures: Figures, console: Console) -> None:
 
 def markdown(figures: Figures) -> str:
     """The same tables for a document: a median to a cell, quartiles left to the JSON."""
-    families: dict[str, list[Result]] = {}
-    for result in figures.results:
-        families.setdefault(result.case.split("/")[0], []).append(result)
     lines: list[str] = []
-    for family, results in families.items():
+    for family, results in _families(figures).items():
         found = {(r.case, r.contender): r for r in results}
         cases = list(dict.fromkeys(r.case for r in results))
-        titles = [case.partition("/")[2] for case in cases]
+        titles = [case.removeprefix(f"{family}/") for case in cases]
         units = found[cases[-1], "float32"]
         lines += [f"| {family} | {' | '.join(titles)} | tracing | compiling | program |"]
         lines += ["|---" * (len(cases) + 4) + "|"]
@@ -111,6 +111,21 @@ def markdown(figures: Figures) -> str:
     return "\n".join([*lines, used, ""])
 
 
+def _width(table: Table, console: Console) -> int:
+    """How many columns a table takes, however many there are."""
+    return console.measure(table, options=console.options.update_width(1000)).maximum
+
+
+def _families(figures: Figures) -> dict[str, list[Result]]:
+    """Results by what they are of: the case's first word, or all but the number of its rows."""
+    families: dict[str, list[Result]] = {}
+    for result in figures.results:
+        first, _, rows = result.case.rpartition("/")
+        family = first if rows.isdigit() else first.partition("/")[0]
+        families.setdefault(family, []).append(result)
+    return families
+
+
 def _short(result: Result | None) -> str:
     return _cell(result).partition(" (")[0]
 
@@ -120,22 +135,24 @@ def _relative(result: Result | None, unit: Result, title: str) -> str:
     return f"{value / of:.2f}" if value is not None and of else ""
 
 
-def _table(family: str, results: list[Result]) -> Table:
+def _table(family: str, results: list[Result], cell: Callable[[Result | None], str]) -> Table:
     cases = list(dict.fromkeys(result.case for result in results))
     table = Table(
-        title=f"{family}: time / float32's (quartiles)",
+        title=f"{family}: time / float32's" + (" (quartiles)" if cell is _cell else ""),
         caption="tracing, compiling, program: relative to float32's, in the last column's case",
         box=box.SIMPLE_HEAD,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for case in cases:
-        table.add_column(case.partition("/")[2], justify="right")
+        table.add_column(case.removeprefix(f"{family}/"), justify="right")
     for title in ("tracing", "compiling", "program"):
         table.add_column(title, justify="right")
     found = {(r.case, r.contender): r for r in results}
     units = found[cases[-1], "float32"]
     for name in dict.fromkeys(result.contender for result in results):
-        row = [_cell(found.get((case, name))) for case in cases]
+        row = [cell(found.get((case, name))) for case in cases]
         last = found.get((cases[-1], name))
         row += [_relative(last, units, t) for t in ("tracing", "compiling", "program")]
         table.add_row(name, *row)
