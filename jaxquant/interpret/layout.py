@@ -15,7 +15,7 @@ from jaxquant import ops
 from jaxquant.interpret import _compat, cuts, moves, placed
 from jaxquant.interpret.runs import factors
 from jaxquant.interpret.values import Origin, Value
-from jaxquant.qtensor import QTensor, dequantize, is_qtensor, is_trained
+from jaxquant.qtensor import Calibration, QTensor, dequantize, is_qtensor, is_trained
 
 Axes = tuple[tuple[int, ...], ...]
 
@@ -169,9 +169,19 @@ def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
         return results or None  # values lie as they did
     # what was made for the values as they lay no longer fits
     return [
-        dataclasses.replace(r, calibration=moves.calibrated(r, lambda a: a)) if is_qtensor(r) else r
+        dataclasses.replace(r, calibration=_still(name, q, r)) if is_qtensor(r) else r
         for r in results
     ]
+
+
+def _still(name: str, q: QTensor, moved: QTensor) -> Calibration | None:
+    """What calibration fixed for `q` and still holds for what it became."""
+    kept, held = moves.calibrated(moved, lambda a: a), q.calibration
+    if kept is None or held is None or held.offset is None or name != "transpose":
+        return kept
+    # one kept axis has one order; a tied embedding is transposed for every token
+    whole = moved.batch == q.batch and held.offset.ndim == len(q.batch) + 1
+    return dataclasses.replace(kept, offset=held.offset) if whole else kept
 
 
 def _trained_results(eqn: Any, operands: list[Value]) -> list[Any] | None:

@@ -2,7 +2,7 @@
 
 from jaxquant.numerics.bitpattern import decode_bits, encode_bits
 from jaxquant.numerics.codec import decode, encode
-from jaxquant.numerics.elementwise import clamp, is_nan, select
+from jaxquant.numerics.elementwise import clamp, is_nan, number, select
 from jaxquant.numerics.formats import ALIASES, FORMATS, codebook_format, get, minifloat
 from jaxquant.numerics.packing import pack, packed_bytes, padded_size, tile_size, unpack
 from jaxquant.numerics.policy import compute_dtype
@@ -25,6 +25,7 @@ __all__ = [
     "is_nan",
     "minifloat",
     "nearest_even",
+    "number",
     "pack",
     "packed_bytes",
     "padded_size",

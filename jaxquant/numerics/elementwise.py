@@ -30,7 +30,7 @@ def clamp(low: float, x: Array, high: float) -> Array:
     >>> clamp(-1.0, jnp.array([-3.0, 0.5, 2.0]), 1.0).tolist()
     [-1.0, 0.5, 1.0]
     """
-    return lax.clamp(np.asarray(low, x.dtype), x, np.asarray(high, x.dtype))
+    return lax.clamp(number(low, x), x, number(high, x))
 
 
 def is_nan(x: Array) -> Array:
@@ -41,3 +41,13 @@ def is_nan(x: Array) -> Array:
     [False, True]
     """
     return lax.ne(x, x)
+
+
+def number(value: float, x: Array) -> np.ndarray:
+    """A number in the dtype of `x`: `lax` promotes nothing, and a float is float64 where it may be.
+
+    >>> import jax.numpy as jnp
+    >>> number(0.5, jnp.ones(2, jnp.bfloat16)).dtype.name
+    'bfloat16'
+    """
+    return np.asarray(value, x.dtype)

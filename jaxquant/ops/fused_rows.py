@@ -90,12 +90,13 @@ def fused_totals(x: Operand, w: Operand) -> Array:
     ]
     total = sum(products[1:], start=products[0])  # [free of x, free of w, groups, steps, lanes]
     if steps > 1:  # the two sums are not to become one, which the compiler would not vectorise
-        total = lax.optimization_barrier(jnp.sum(total, axis=-2))
+        total = lax.optimization_barrier(jnp.sum(total, axis=-2, dtype=jnp.int32))
     else:
         total = lax.squeeze(total, (total.ndim - 2,))
     largest = _WIDE if x.values.dtype == jnp.int16 else _BYTE
     exact = size * len(pairs) * largest * (_most(w) + (0 if w.zero is None else 255)) < 2**31
-    return jnp.sum(total if exact else total.astype(jnp.float32), axis=-1)
+    total = total if exact else total.astype(jnp.float32)
+    return jnp.sum(total, axis=-1, dtype=total.dtype)
 
 
 def _most(w: Operand) -> int:

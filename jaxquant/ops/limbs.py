@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.numerics import is_nan, nearest_even, select
+from jaxquant.numerics import is_nan, nearest_even, number, select
 from jaxquant.ops import lowering
 from jaxquant.ops.contract import contract, first_free, form_of, new_axis
 from jaxquant.ops.fused_rows import fused_sums
@@ -53,9 +53,10 @@ def contract_limbs(
 @functools.partial(jax.jit, static_argnums=1)
 def _codes(v: Array, over: tuple[int, ...]) -> tuple[Array, Array]:
     """Codes of 15 bits in float32, and the scale of each row, NaN where one is not finite."""
-    amax = lax.expand_dims(lax.max(lax.reduce_max(magnitude(v), over), 0.0), over)
-    scale = lax.max(lax.div(amax, 16319.0), float(jnp.finfo(jnp.float32).tiny))
-    scale = select(lax.eq(amax, 0.0), 1.0, scale)
+    zero, tiny = number(0, v), number(jnp.finfo(v.dtype).tiny, v)
+    amax = lax.expand_dims(lax.max(lax.reduce_max(magnitude(v), over), zero), over)
+    scale = lax.max(lax.div(amax, number(16319, v)), tiny)
+    scale = select(lax.eq(amax, zero), 1.0, scale)
     scale = select(lax.is_finite(amax), scale, jnp.nan)
     codes = nearest_even(lax.div(v, scale))
     return select(is_nan(codes), 0.0, codes), scale

@@ -88,7 +88,7 @@ def _scaled(total: Array, x: Operand, w: Operand, left: bool) -> Array:
     if x.zero is not None:
         total = total - of_x(x.zero) * of_w(summed(w))
         if zero is not None and sums is not None:
-            count = jnp.sum(jnp.ones([x.values.shape[a] for a in x.inner], kind))
+            count = jnp.sum(jnp.ones([x.values.shape[a] for a in x.inner], kind), dtype=kind)
             sums = sums - count * of_x(x.zero)
             total = total + count * of_x(x.zero) * of_w(zero)
     out = lax.convert_element_type(total, jnp.float32)
@@ -132,7 +132,8 @@ def by_stacked_halves(x: Operand, w: Operand) -> Array:
         batch = (0, *moved(a.batch))
         return Operand(values, None, None, batch, moved(a.free), moved(a.groups), moved(a.inner))
 
-    total = jnp.sum(product(stacked(x0, x1), stacked(w0, w1), left=True), axis=0)
+    both = product(stacked(x0, x1), stacked(w0, w1), left=True)
+    total = jnp.sum(both, axis=0, dtype=both.dtype)
     return swapped(_scaled(total, x, w0, True), len(x.batch), len(w.free))
 
 

@@ -89,7 +89,8 @@ def zero_offset(q: QTensor, contracted: Sequence[int], zero_point: Array) -> Arr
         return None
     codes, zero = _codes(q, at)
     codes = codes.astype(jnp.int32)
-    sums = jnp.sum(codes if zero is None else codes - zero, axis=at.contract, keepdims=True)
+    codes = codes if zero is None else codes - zero
+    sums = jnp.sum(codes, axis=at.contract, keepdims=True, dtype=jnp.int32)
     return -zero_point * kept_vector(q, at, sums)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxquant.numerics import Format, clamp, encode, is_nan, nearest_even, select
+from jaxquant.numerics import Format, clamp, encode, is_nan, nearest_even, number, select
 from jaxquant.spec import QSpec
 
 
@@ -33,7 +33,7 @@ def scaled_codes(
         v = lax.div(x, scale)
     if fmt.is_integer:
         # amax / (amax / (qmax + 1/2)) may fall one ulp short of the tie that rounds out to qmin
-        v = select(lax.lt(v, -float(fmt.qmax)), lax.mul(v, 1 + 2**-21), v)
+        v = select(lax.lt(v, number(-fmt.qmax, v)), lax.mul(v, number(1 + 2**-21, v)), v)
         if zero is not None:
             v = lax.add(v, zero)
     return encode(v, fmt, key=key)
@@ -60,8 +60,8 @@ def scales_over(
     """
     # one reduction where one is enough: activations are quantized at every call
     if amax is None:
-        largest = lax.max(lax.reduce_max(magnitude(x), inner), 0.0)  # of nothing, 0
-        amax = lax.expand_dims(largest, inner)
+        largest = lax.reduce_max(magnitude(x), inner)
+        amax = lax.expand_dims(lax.max(largest, number(0, x)), inner)  # of nothing, 0
     if spec.symmetric and spec.range != "signed":
         low, high = -amax, amax
     else:
@@ -113,7 +113,7 @@ def scales_of_range(
         extreme = select(high > -low, high, low)
         return store_scale(extreme / fmt.qmin, spec), None, None
     most = fmt.qmax + (0.5 if spec.range == "half" else 0.0)
-    return store_scale(lax.div(amax, most), spec, signed=False), None, None
+    return store_scale(lax.div(amax, number(most, amax)), spec, signed=False), None, None
 
 
 def _tiny(dtype: str) -> float:
@@ -123,7 +123,7 @@ def _tiny(dtype: str) -> float:
 def store_scale(scale: Array, spec: QSpec, signed: bool = True) -> Array:
     """Casts scales to their stored dtype, such that none is zero, subnormal or infinite.
 
-    With `signed=False` none is negative.
+    `signed=False` says that none is negative, which is not looked at then.
 
     A zero range gives scale 1, a subnormal one the smallest normal. Power-of-two scales are
     rounded up, so that no value of a block is cut off: `2^ceil(log2(amax / max))`. OCP
@@ -145,5 +145,5 @@ def store_scale(scale: Array, spec: QSpec, signed: bool = True) -> Array:
     kept = clamp(float(info.tiny), lax.abs(scale) if signed else scale, top)
     if signed:
         kept = select(scale < 0, -kept, kept)
-    kept = select(lax.eq(scale, 0.0), 1.0, kept)
+    kept = select(lax.eq(scale, number(0, scale)), 1.0, kept)
     return lax.convert_element_type(kept, spec.scale_dtype)

@@ -25,7 +25,9 @@ def lowered(fn, *args) -> str:
     return jax.jit(lambda *a: fn(*a)).trace(*args).lower().as_text()
 
 
-@pytest.mark.parametrize("recipe", [jq.w8a8(), jq.w4a16(), jq.w4a8(), jq.w8a16()], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "recipe", [jq.w8a8(), jq.w4a16(), jq.w4a8(), jq.w8a16()], ids=lambda r: r.name
+)
 def test_twelve_layers_take_at_most_half_as_many_lines_again(recipe):
     x = jnp.ones((1, 16, 256))
     layer = Layer()

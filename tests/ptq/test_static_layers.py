@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -252,3 +253,24 @@ def test_casts_and_joins_keep_the_grid_and_its_zero_point() -> None:
     q, _ = jq.ptq(joined, params, rule, batches=[x])
     want = np.concatenate([rounded(q[n], x) for n in "ab"], axis=1)
     np.testing.assert_array_equal(jax.jit(jq.quantized(joined))(q, x), want)
+
+
+def test_what_zero_points_add_is_known_for_a_table_that_is_transposed() -> None:
+    """A tied embedding: else all its codes would be summed for every token."""
+
+    def fn(params: Any, tokens: Any) -> Any:
+        return jnp.tanh(params["table"][tokens] @ params["kernel"]) @ params["table"].T
+
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.normal(size=size), jnp.float32)
+        for name, size in (("table", (50, 16)), ("kernel", (16, 16)))
+    }
+    tokens = jnp.arange(6)
+    qparams, _ = jq.ptq(fn, params, jq.w8a8_static(), batches=[tokens, tokens + 3], progress=False)
+    assert qparams["table"].calibration.offset.shape == (50,)
+    program = jax.jit(jq.quantized(fn)).trace(qparams, tokens).lower().as_text()
+    assert not re.search(r"stablehlo\.reduce\(.*tensor<50x16xi32>", program)
+    expected = fn(params, tokens)
+    error = jax.jit(jq.quantized(fn))(qparams, tokens) - expected
+    assert jnp.linalg.norm(error) < 0.03 * jnp.linalg.norm(expected)
