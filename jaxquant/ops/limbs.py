@@ -53,7 +53,7 @@ def contract_limbs(
 @functools.partial(jax.jit, static_argnums=1)
 def _codes(v: Array, over: tuple[int, ...]) -> tuple[Array, Array]:
     """Codes of 15 bits in float32, and the scale of each row, NaN where one is not finite."""
-    zero, tiny = number(0, v), number(jnp.finfo(v.dtype).tiny, v)
+    zero, tiny = number(0, v), number(float(jnp.finfo(v.dtype).tiny), v)
     amax = lax.expand_dims(lax.max(lax.reduce_max(magnitude(v), over), zero), over)
     scale = lax.max(lax.div(amax, number(16319, v)), tiny)
     scale = select(lax.eq(amax, zero), 1.0, scale)
