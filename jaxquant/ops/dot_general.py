@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxquant.ops.backward import straight_through
 from jaxquant.ops.dot_call import Axes, Call
 from jaxquant.ops.dot_codes import evaluated
-from jaxquant.qtensor import Calibration, QTensor, along, dequantize
+from jaxquant.qtensor import Calibration, QTensor, Use, along, dequantize
 from jaxquant.spec import PerChannel, PerTensor, QSpec
 
 FROM_USE: Any = type("FromUse", (), {"__repr__": lambda _: "q.use.activations"})()
@@ -101,7 +101,17 @@ def dot_general(
     )
     if q.calibration is not None and q.calibration.divisor is not None:
         call, x, q = _divided(call, jnp.asarray(x), q, q.calibration)
-    return _quantized_dot(call, jnp.asarray(x), q)
+    return _quantized_dot(call, jnp.asarray(x), _nameless(q))
+
+
+def _nameless(q: QTensor) -> QTensor:
+    """The tensor without names of grids, by which layers would differ that are computed alike."""
+    held = q.calibration
+    if held is not None:
+        held = Calibration(
+            input=held.input, offset=held.offset, outliers=held.outliers, over=held.over
+        )
+    return dataclasses.replace(q, use=Use(), calibration=held)
 
 
 @functools.partial(jax.jit, static_argnums=0)

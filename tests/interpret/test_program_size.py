@@ -56,3 +56,17 @@ def test_layers_that_share_an_input_share_its_quantization():
     assert text.count("stablehlo.round_nearest_even") == 1
     assert text.count("stablehlo.dot_general") == 1
     assert text.count("call @") == 5  # four contractions, and their common quantization
+
+
+def test_layers_on_calibrated_grids_are_alike_but_for_the_grids():
+    def fn(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return x
+
+    params = [jnp.eye(64)] * 5
+    batches = [jax.random.normal(jax.random.key(n), (4, 64)) for n in range(2)]
+    qparams, _ = jq.ptq(fn, params, jq.w8a8_static(), batches=batches, progress=False)
+    text = lowered(jq.quantized(fn), qparams, batches[0])
+    assert text.count("stablehlo.dot_general") == 1
+    assert text.count("call @_quantized_dot(") == 5
