@@ -58,5 +58,6 @@ def _codes(v: Array, over: tuple[int, ...]) -> tuple[Array, Array]:
     scale = lax.max(lax.div(amax, number(16319, v)), tiny)
     scale = select(lax.eq(amax, zero), 1.0, scale)
     scale = select(lax.is_finite(amax), scale, jnp.nan)
-    codes = nearest_even(lax.div(v, scale))
+    # by the reciprocal: of a division XLA may make this, or not, and sharded results would differ
+    codes = nearest_even(lax.mul(v, lax.div(number(1, v), scale)))
     return select(is_nan(codes), 0.0, codes), scale
