@@ -70,7 +70,7 @@ def test_scikit_learn_is_no_better():
     assert inertia(x, kmeans_codebook(x, 16, exact=True)) <= 1.001 * best
 
 
-@settings(max_examples=8)  # each has shapes, and so programs, of its own
+@settings(max_examples=4)  # each has shapes, and so programs, of its own
 @given(st.integers(1, 5), st.integers(3, 24), st.integers(3, 40), st.integers(1, 3))
 def test_codes_are_the_nearest_values(layers, rows, columns, bits):
     w = normal(rows * columns, layers, rows, columns)
