@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.encoders.columns import Grid, rounded
-from jaxquant.qtensor import magnitude, scales_of_range, scales_over
+from jaxquant.qtensor import largest_magnitude, scales_of_range, scales_over
 from jaxquant.spec import QSpec
 
 
@@ -68,7 +68,7 @@ def total_scale(x: Array, spec: QSpec) -> Array | None:
 def _ends(x: Array, inner: tuple[int, ...]) -> tuple[Array, Array, Array]:
     low = jnp.min(x, axis=inner, keepdims=True, initial=0.0)
     high = jnp.max(x, axis=inner, keepdims=True, initial=0.0)
-    return low, high, jnp.max(magnitude(x), axis=inner, keepdims=True, initial=0.0)
+    return low, high, largest_magnitude(x, inner)
 
 
 def _at(low: Array, high: Array, amax: Array, p: Array, spec: QSpec) -> Grid:

@@ -62,7 +62,7 @@ def quantize_activation(
     >>> codes.tolist(), zero
     ([[64, -128]], None)
     """
-    return _quantized(x, key, spec, tuple(a % x.ndim for a in shared))
+    return _quantized(x, key, spec, tuple(shared))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -15,7 +15,7 @@ from jaxquant.ops.contract import contract, first_free, form_of, new_axis
 from jaxquant.ops.fused_rows import fused_sums
 from jaxquant.ops.operands import Operand, align
 from jaxquant.ops.out_sharding import Sharding
-from jaxquant.qtensor import magnitude
+from jaxquant.qtensor import largest_magnitude
 
 
 def contract_limbs(
@@ -53,10 +53,10 @@ def contract_limbs(
 @functools.partial(jax.jit, static_argnums=1)
 def _codes(v: Array, over: tuple[int, ...]) -> tuple[Array, Array]:
     """Codes of 15 bits in float32, and the scale of each row, NaN where one is not finite."""
-    zero, tiny = number(0, v), number(float(jnp.finfo(v.dtype).tiny), v)
-    amax = lax.expand_dims(lax.max(lax.reduce_max(magnitude(v), over), zero), over)
+    amax = largest_magnitude(v, over)
+    tiny = number(float(jnp.finfo(v.dtype).tiny), v)
     scale = lax.max(lax.div(amax, number(16319, v)), tiny)
-    scale = select(lax.eq(amax, zero), 1.0, scale)
+    scale = select(lax.eq(amax, number(0, v)), 1.0, scale)
     scale = select(lax.is_finite(amax), scale, jnp.nan)
     # by the reciprocal: of a division XLA may make this, or not, and sharded results would differ
     codes = nearest_even(lax.mul(v, lax.div(number(1, v), scale)))

@@ -13,7 +13,14 @@ from jax import Array, lax
 from jaxquant.numerics import decode
 from jaxquant.ops.activations import fake, quantize_activation
 from jaxquant.ops.operands import Operand, Placement
-from jaxquant.qtensor import Outliers, QTensor, magnitude, storage_codes, storage_scale
+from jaxquant.qtensor import (
+    Outliers,
+    QTensor,
+    largest_magnitude,
+    magnitude,
+    storage_codes,
+    storage_scale,
+)
 from jaxquant.spec import QSpec
 
 
@@ -81,7 +88,7 @@ def split(
     chosen = lax.expand_dims(found.chosen, range(lead, rank))
     rest = jnp.where(chosen & (magnitude(v) >= outliers.threshold), 0.0, v)
     if spec.range == "qmax" and spec.format.qmax == 127:
-        amax = jnp.max(magnitude(rest), axis=-1, keepdims=True, initial=0.0)
+        amax = largest_magnitude(rest, (rest.ndim - 1,))
         finite = jnp.isfinite(amax)
         some = finite & (amax > 127 * float(jnp.finfo(jnp.float32).tiny))
         unit = 127.0 / jnp.where(some, amax, 1.0)

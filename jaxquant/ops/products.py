@@ -50,6 +50,7 @@ def product(
 
     With the weight on the `left`, its free axes come before those of `x`.
     """
+    assert sharding is None or not left  # it names axes in the other order
     a, b = (w, x) if left else (x, w)
     return lax.dot_general(
         a.values,

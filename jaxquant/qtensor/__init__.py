@@ -14,6 +14,7 @@ from jaxquant.qtensor.nested import Nested, nest, read_back, with_plain_scales
 from jaxquant.qtensor.outliers import Outliers
 from jaxquant.qtensor.quantize import check_quantizable, dequantize, quantize
 from jaxquant.qtensor.scales import (
+    largest_magnitude,
     magnitude,
     scaled_codes,
     scales_of_range,
@@ -56,6 +57,7 @@ __all__ = [
     "from_storage",
     "is_qtensor",
     "is_trained",
+    "largest_magnitude",
     "magnitude",
     "nest",
     "pad_to",

@@ -60,8 +60,7 @@ def scales_over(
     """
     # one reduction where one is enough: activations are quantized at every call
     if amax is None:
-        largest = lax.reduce_max(magnitude(x), inner)
-        amax = lax.expand_dims(lax.max(largest, number(0, x)), inner)  # of nothing, 0
+        amax = largest_magnitude(x, inner)
     if spec.symmetric and spec.range != "signed":
         low, high = -amax, amax
     else:
@@ -78,6 +77,17 @@ def magnitude(x: Array) -> Array:
     [2.0, inf]
     """
     return select(is_nan(x), jnp.inf, lax.abs(x))
+
+
+def largest_magnitude(x: Array, inner: tuple[int, ...]) -> Array:
+    """`max |x|` over the axes `inner` (kept): 0 of nothing, infinite where something is not finite.
+
+    >>> largest_magnitude(jnp.array([[-2.0, 1.0], [jnp.nan, 1.0]]), (-1,)).tolist()
+    [[2.0], [inf]]
+    """
+    axes = tuple(a % x.ndim for a in inner)
+    largest = lax.reduce_max(magnitude(x), axes)
+    return lax.expand_dims(lax.max(largest, number(0, x)), axes)
 
 
 def scales_of_range(
