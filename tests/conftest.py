@@ -1,8 +1,15 @@
-"""Settings shared by all tests, made before JAX starts a backend."""
+"""Settings shared by all tests, made before JAX starts a backend.
 
-import gc
+Tests run as users' programs do: on one device (but for `tests/sharded/`), fully optimised (but for
+those that ask for `cheap_programs`).
+"""
+
 import os
+import platform
+import resource
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 # Tests run on the CPU unless another platform is asked for by name.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,12 +18,21 @@ import hypothesis
 import jax
 import pytest
 
-# Eight host devices, so that meshes can be tested anywhere. What names no device or sharding still
-# runs on the first one alone.
-jax.config.update("jax_num_cpu_devices", 8)
-
 # A scale that broadcasts by accident is the classic quantization bug: ranks must be made to agree.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compiled programs are kept for the next run, since compiling is most of a run. The folder has the
+# machine's name, as programs are made for its processor. JAX's own variables choose another folder,
+# JAX_COMPILATION_CACHE_DIR, or none, JAX_ENABLE_COMPILATION_CACHE=0.
+CACHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxquant"
+MOST_KEPT = 1 << 30  # bytes
+if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(CACHES / platform.node()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+# A process that has held more forgets its programs after each module.
+MOST_HELD = 4 << 30  # bytes
 
 hypothesis.settings.register_profile(
     "local",
@@ -37,13 +53,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `JAXQUANT_TESTS=1/2`, only the first of every two tests; `2/2` are the others."""
-    part, _, parts = os.environ.get("JAXQUANT_TESTS", "1/1").partition("/")
-    left = [item for n, item in enumerate(items) if n % int(parts) != int(part) - 1]
-    if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for n, item in enumerate(items) if n % int(parts) == int(part) - 1]
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Takes the oldest programs away while more than `MOST_KEPT` are kept."""
+    if hasattr(session.config, "workerinput"):  # the process that started this one has done so
+        return
+    found = [(f.stat(), f) for f in CACHES.glob("*/*") if f.is_file()]
+    kept = sum(stat.st_size for stat, _ in found)
+    for stat, file in sorted(found, key=lambda entry: entry[0].st_mtime):
+        if kept <= MOST_KEPT:
+            break
+        file.unlink(missing_ok=True)
+        kept -= stat.st_size
 
 
 @pytest.fixture(scope="session")
@@ -53,16 +73,22 @@ def key() -> jax.Array:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _forget_compiled_programs() -> Iterator[None]:
-    """Drops compiled programs after each module: over a whole session they add up to gigabytes."""
+def _bounded_memory() -> Iterator[None]:
+    """Drops compiled programs after a module if the process has held much memory."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    unit = 1 if sys.platform == "darwin" else 1024
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit > MOST_HELD:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
 def cheap_programs() -> Iterator[None]:
-    """For programs that run once: compiling them is what takes time."""
+    """For programs that run once, and for those that are to give the same bit for bit.
+
+    Compiling them is what takes time. And where XLA optimises, a CPU contracts a product and a sum
+    to one operation that rounds once, in some programs and not in others: see "What is trained is
+    what is served" in docs/architecture.md.
+    """
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield

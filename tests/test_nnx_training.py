@@ -17,6 +17,8 @@ from flax import nnx
 import jaxquant as jq
 import jaxquant.nnx
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")  # compared bit for bit
+
 LSQ = jq.Rule(
     "**/kernel",
     weights=jq.int4(),

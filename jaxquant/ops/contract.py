@@ -84,11 +84,13 @@ def contract(
 
 def form_of(x: Operand, w: Operand, rows: int, narrow: bool) -> str:
     """How a CPU sums, as far as the operands allow it; `"plain"` is one product without groups."""
-    if lowering.fused_wins(rows, bool(x.groups), narrow) and fuses(x, w):
+    whole = lowering.undivided(x.values, w.values)
+    if whole and lowering.fused_wins(rows, bool(x.groups), narrow) and fuses(x, w):
         return "fused"
     if not x.groups:
         return "plain"
-    form = lowering.group_form(rows, lowering.static_size(x.values.shape, x.inner), narrow)
+    group = lowering.static_size(x.values.shape, x.inner)
+    form = lowering.group_form(rows, group, narrow, whole)
     if form == "halves" and (w.packed is None or x.zero is not None):
         form = "loop"
     return "batch" if form == "loop" and len(x.groups) > 1 else form
@@ -107,6 +109,7 @@ def integer_sums(x: Operand, w: Operand) -> Array:
     """
     count = lowering.static_size(x.values.shape, x.free)
     fused = lowering.fused_wins(count, False, False) and fuses(x, w)
+    fused = fused and lowering.undivided(x.values, w.values)
     if count == 1 and not fused:
         return lax.index_in_dim(integer_sums(_two_rows(x), w), 0, 0, keepdims=False)
 

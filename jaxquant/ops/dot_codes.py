@@ -150,7 +150,7 @@ def _quantized(
         own = _fixed(call, q)
         columns = None if own is None else in_storage(*own, q, at)
         left, floats, found = split(x, spec, call.outliers, columns)
-        right = int8_operand(q, at)
+        right = int8_operand(q, at, x.values)
         whole = contract(left, right, call.precision, None, narrow=q.spec.format.packed)
         return whole + product(floats, q, at, found)
     if grid is None:
@@ -160,7 +160,7 @@ def _quantized(
         grid = jax.tree.map(lambda a: lax.expand_dims(a, rest), grid)
         codes, scale, zero = on_grid(x.values, grid, spec), grid.scale, grid.zero_point
     left = dataclasses.replace(x, values=codes, scale=scale, zero=zero)
-    right = int8_operand(q, at) if _limits(q) else weight(q, at, storage_codes(q))
+    right = int8_operand(q, at, x.values) if _limits(q) else weight(q, at, storage_codes(q))
     narrow = q.spec.format.packed
     sharding = sharding_of(call, x, at)
     return contract(left, right, call.precision, sharding, narrow=narrow)
@@ -196,7 +196,8 @@ def _weight_only(call: Call, x: Operand, q: QTensor, at: Placement) -> Array:
     fits = lowering.fits_int32(terms, False, q.zero_point is not None or has_zero(q.spec))
     if _limits(q) is not None and fits and lowering.limbs_win(rows, group, packed):
         return lowering.by_platform(
-            cpu=lambda: contract_limbs(x, int8_operand(q, at), sharding, narrow), default=converted
+            cpu=lambda: contract_limbs(x, int8_operand(q, at, x.values), sharding, narrow),
+            default=converted,
         )
     cut = None if sharding is not None else tiles.tiling(q, at, rows)
     if cut is None:
@@ -215,11 +216,11 @@ def _weight_only(call: Call, x: Operand, q: QTensor, at: Placement) -> Array:
     )
 
 
-def int8_operand(q: QTensor, at: Placement) -> Operand:
-    """The operand of int8 codes that a QTensor is, packed where its 4-bit codes can stay so."""
+def int8_operand(q: QTensor, at: Placement, x: Array) -> Operand:
+    """The operand of int8 codes that a QTensor is to `x`, packed where 4-bit codes can stay so."""
     limits = _limits(q)
     assert limits is not None
-    if lowering.one_device() and nibbles.fits(q, at):
+    if nibbles.fits(q, at) and lowering.undivided(x, q.codes):
         return weight(q, at, q.codes, limits[2], packed=q.spec.format)
     codes, shift = int8_codes(storage_codes(q), q.spec.format)
     return weight(q, at, codes, limits[2], shift)

@@ -34,7 +34,7 @@ def contract_limbs(
     high = nearest_even(q / 128.0)
     limbs = [high.astype(jnp.int8), (q - 128.0 * high).astype(jnp.int8)]
     first, last = len(x.batch), len(x.batch) + len(x.free)
-    if lowering.one_device():  # twice the rows, all in one axis
+    if lowering.undivided(x.values, w.values):  # twice the rows, all in one axis
         lead, rest = v.shape[:first], v.shape[last:]
         values = jnp.concatenate([a.reshape(*lead, rows, *rest) for a in limbs], axis=first)
         groups, inner = (tuple(a - len(x.free) + 1 for a in axes) for axes in (x.groups, x.inner))

@@ -51,9 +51,28 @@ def by_compute_dtype(dtype: Any, make: Callable[[Any], Array]) -> Array:
     return lax.platform_dependent(default=functools.partial(make, dtype), **changed)
 
 
-def one_device() -> bool:
-    """Whether nothing can be sharded, so that taking parts of an axis moves no data."""
-    return jax.device_count() == 1
+def undivided(*arrays: Array) -> bool:
+    """Whether each device has the whole of all `arrays`, so that taking parts of an axis is free.
+
+    Read from the meshes that the arrays' types name and from the mesh in context: a manual axis
+    divides nothing further, an automatic one may divide any array, and an explicit one divides
+    what the type says. Without a mesh nothing is known while tracing, since what the
+    `in_shardings` of `jax.jit` will divide has none either; then arrays are undivided if the
+    process has one device.
+    """
+    types = [jax.typeof(a).sharding for a in arrays]
+    meshes = [jax.sharding.get_abstract_mesh(), *(t.mesh for t in types)]
+    if all(mesh.empty for mesh in meshes):
+        return jax.device_count() == 1
+    if any(mesh.shape[name] > 1 for mesh in meshes for name in mesh.auto_axes):
+        return False
+    names = [(t.mesh, name) for t in types for axis in t.spec for name in _names(axis)]
+    return all(mesh.shape[name] == 1 for mesh, name in names)
+
+
+def _names(axis: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a `PartitionSpec` names."""
+    return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
 
 
 def fits_int32(terms: Any, x_zero: bool, w_zero: bool, spare: int = 0) -> bool:
@@ -85,7 +104,7 @@ def limbs_win(rows: int, group: int | None = None, packed: bool = False) -> bool
     return packed and rows <= (32 if FUSES_SUMS else 4) and group >= 128
 
 
-def group_form(rows: int, group: int, packed: bool = False) -> str:
+def group_form(rows: int, group: int, packed: bool = False, whole: bool = True) -> str:
     """How a CPU sums int8 products in groups: a name, of which `ops/contract.py` has the code.
 
     At 2048 x 2048, groups of 128, loop / batch / dequantized float: 2 rows 1.0 / 3.2 / 4.0,
@@ -98,9 +117,9 @@ def group_form(rows: int, group: int, packed: bool = False) -> str:
     0.37 / 0.34 (0.12, AVX2). By 0.10 halves gain nothing: 16 rows 0.74 / 0.36.
 
     A loop takes slices of the codes. If those are sharded along the groups, the compiler gathers
-    them, so with several devices groups are a batch.
+    them, so groups of what is not `whole` (see `undivided`) are a batch.
     """
-    if not one_device():
+    if not whole:
         return "batch"
     if FUSES_SUMS and packed and rows <= 8 and group >= 32:
         return "halves"
@@ -115,7 +134,7 @@ def fused_wins(rows: int, in_groups: bool, packed: bool) -> bool:
     0.35 / 0.7 (JAX 0.12, AVX2). Each further row costs the loop as much again.
     """
     most = 2 if in_groups and packed else 1
-    return FUSES_SUMS and one_device() and rows <= most
+    return FUSES_SUMS and rows <= most
 
 
 def weight_first(rows: int) -> bool:

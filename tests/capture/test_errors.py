@@ -148,8 +148,7 @@ def test_resume_wants_statistics_of_the_same_sites() -> None:
 
 
 def test_sites_out_of_which_nothing_can_be_carried() -> None:
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((2,), ("b",), auto, devices=jax.devices()[:2])
+    mesh = jax.make_mesh((1,), ("b",), (jax.sharding.AxisType.Auto,))
     split = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(P("b"), P()), out_specs=P("b"))
     with pytest.raises(ValueError, match="'a' is inside a shard_map, out of which statistics"):
         capture(lambda p, x: split(x, p["a"]), PARAMS, [X], absmax())

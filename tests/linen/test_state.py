@@ -25,6 +25,8 @@ from tests.linen.models import (
     same,
 )
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")  # compared bit for bit
+
 RECIPE = jq.w8a8()
 x = normal(8, 32)
 

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxquant import QSpec, observers
 from jaxquant.observers import (
@@ -129,23 +127,6 @@ def test_stacked_states_are_a_loop(name):
     unseen = {**state, "updates": np.array([2, 0, 2])}
     with pytest.raises(ValueError, match="layer 1: no batches seen"):
         finish_stacked(observer, unseen, spec, 1)
-
-
-@pytest.mark.parametrize("placed", [P("d"), P(None, None, "d")])
-def test_sharded_arrays(placed):
-    """Explicit axes, kept ones among them: the state is that of one device, on all of them."""
-    x = np.random.default_rng(4).normal(size=(4, 3, 8)).astype(np.float32)
-    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
-    for observer in (absmax(-1), OBSERVERS["histogram"](axis=-1), profile(bins=64)):
-
-        @jax.jit
-        def seen(x, observer=observer):
-            return observer.update(observer.init(x), x)
-
-        with jax.set_mesh(mesh):
-            state = seen(jax.device_put(x, NamedSharding(mesh, placed)))
-        assert all(value.sharding.is_fully_replicated for value in state.values())
-        same(state, seen(x))
 
 
 def test_fewer_bins_per_channel():

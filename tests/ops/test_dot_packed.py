@@ -291,14 +291,3 @@ def test_the_measure_of_an_export_sees_a_float_weight():
     text = exported(call, "tpu", x, q).mlir_module()
     assert "stablehlo.dot_general" in text
     assert largest_float(text) == 512 * 256
-
-
-def test_inside_shard_map():
-    x, q = operands(FORMATS["int4"], 8, 128, 32, jnp.float32)
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    split = jax.sharding.PartitionSpec("data")
-    whole = jax.sharding.PartitionSpec()
-    call = jax.shard_map(
-        kernel("tpu"), mesh=mesh, in_specs=(split, whole), out_specs=split, check_vma=False
-    )
-    np.testing.assert_allclose(jit(call)(x, q), kernel("tpu")(x, q), rtol=1e-5, atol=1e-5)

@@ -6,15 +6,10 @@ import numpy as np
 import pytest
 
 from jaxquant import PerChannel, PerGroup, QSpec, dequantize, quantize
-from jaxquant.ops import dot_general, lowering
+from jaxquant.ops import dot_general
 from tests.ops.cases import EXACT, LIMBS, MATRIX, assert_near, jit, normal, rounded
 
-
-@pytest.fixture(autouse=True)
-def chosen(monkeypatch):
-    """The form is for where nothing can be sharded; JAX 0.10 computes it, too, if not as fast."""
-    monkeypatch.setattr(lowering, "one_device", lambda: True)
-    monkeypatch.setattr(lowering, "FUSES_SUMS", True)
+pytestmark = pytest.mark.usefixtures("fused_sums")
 
 
 def served(x, q, spec):

@@ -1,5 +1,6 @@
 """What the compiler is given, for platforms that need not be there."""
 
+import itertools
 import re
 
 import jax
@@ -7,13 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxquant import PerChannel, PerGroup, QSpec, quantize
 from jaxquant.ops import conv_general_dilated, dot_general, dot_general_dynamic, lowering
-from jaxquant.qtensor import dequantize
-from tests.ops.cases import EXACT, LIMBS, MATRIX, K, N, assert_near, jit, normal, weights
+from tests.ops.cases import MATRIX, K, N, jit, normal, weights
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 INT8_DOT = re.compile(
@@ -29,14 +27,24 @@ def dots(program):
     return [line for line in program.splitlines() if "stablehlo.dot_general" in line]
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("rows", [1, 7, 600])
+# A CPU sums groups of less than 64 in float, and rows alone in one loop: test_lowering_table.py.
+LONG_GROUPS = quantize(normal(0, 128, N), QSpec("int4", PerGroup(64, 0)), minor=(0,))
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["int8 channel", "int4 group", "uint8 asymmetric group", "mxfp4", "float6", "int8 block"],
+    ("platform", "rows", "name"),
+    [
+        *itertools.product(PLATFORMS, (7, 600), ("int8 channel", "float6", "int4 long group")),
+        *itertools.product(
+            PLATFORMS[1:],
+            (1, 7, 600),
+            ("int4 group", "uint8 asymmetric group", "mxfp4", "int8 block"),
+        ),
+    ],
 )
 def test_operands_are_int8(platform, rows, name):
-    q, x = weights(name), normal(1, rows, K)
+    q = LONG_GROUPS if name == "int4 long group" else weights(name)
+    x = normal(1, rows, q.shape[0])
     for spec in (QSpec("int8"), QSpec("uint8", symmetric=False)):
         program = text(
             lambda x, q, s=spec: dot_general(x, q, MATRIX, activations=s), x, q, platform=platform
@@ -123,69 +131,6 @@ def test_a_convolution_with_a_symbolic_batch():
     np.testing.assert_allclose(
         exported.call(x, *jax.tree.leaves(q)), call(x, *jax.tree.leaves(q)), rtol=1e-5, atol=1e-5
     )
-
-
-def sharded(q, mesh, spec):
-    """Codes `[n, k]` placed by `spec`, scales alike where they are not shared."""
-
-    def put(a):
-        axes = [s if n > 1 else None for s, n in zip(spec, a.shape, strict=True)]
-        return jax.device_put(a, NamedSharding(mesh, P(*axes)))
-
-    return jax.tree.map(put, q)
-
-
-MESHES = [AxisType.Auto, AxisType.Explicit]
-SHARDS = {
-    # codes [n, k], kernel [k, n], out_sharding under an explicit mesh
-    "columns": (P("model", None), P("data", None), None),
-    "rows": (P(None, "model"), P("data", "model"), P("data", None)),
-    "rows asked for": (P("model", None), P("data", None), P("data", "model")),
-}
-
-
-@pytest.mark.parametrize("kind", MESHES)
-@pytest.mark.parametrize("shard", SHARDS)
-@pytest.mark.parametrize("name", ["int8", "int4 group"])
-def test_sharded_equals_unsharded_and_gathers_no_weight(kind, shard, name):
-    codes, activation, out = SHARDS[shard]
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
-    spec = QSpec("int8", PerChannel(1)) if name == "int8" else QSpec("int4", PerGroup(64, 0))
-    w, x = normal(0, 512, 128), normal(1, 8, 512)
-    q = quantize(w, spec, minor=(0,))
-    with jax.set_mesh(mesh):
-        placed = sharded(q, mesh, codes)
-        px = jax.device_put(x, NamedSharding(mesh, activation))
-        for acts, bound in ((QSpec("int8"), EXACT), (None, LIMBS)):
-
-            @jit
-            def call(x, q, acts=acts):
-                wanted = out if kind is AxisType.Explicit else None
-                return dot_general(x, q, MATRIX, out_sharding=wanted, activations=acts)
-
-            y = call(px, placed)
-            alone = jit(lambda x, q, a=acts: dot_general(x, q, MATRIX, activations=a))(x, q)
-            assert_near(np.asarray(y), x, dequantize(q), np.asarray(alone), bound)
-            if out is not None and kind is AxisType.Explicit:
-                assert y.sharding.is_equivalent_to(NamedSharding(mesh, out), 2)
-            program = call.lower(px, placed).compile().as_text()
-            gathers = [line for line in program.splitlines() if "all-gather" in line]
-            assert not [g for g in gathers if "512" in g and "128" in g], gathers
-
-
-def test_gradients_under_an_explicit_mesh():
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    w, x = normal(0, 64, 32), normal(1, 8, 64)
-    q = quantize(w, QSpec("int8", PerChannel(1)), minor=(0,))
-    expected = jax.grad(lambda x: (jnp.sin(jnp.arange(32.0))[None] * (x @ dequantize(q))).sum())(x)
-    with jax.set_mesh(mesh):
-        placed = sharded(q, mesh, P("model", None))
-        px = jax.device_put(x, NamedSharding(mesh, P("data", None)))
-        g = jax.device_put(jnp.sin(jnp.arange(32.0))[None], NamedSharding(mesh, P(None, "model")))
-        got = jax.jit(
-            jax.grad(lambda x, q: (g * dot_general(x, q, MATRIX, activations=QSpec("int8"))).sum())
-        )(px, placed)
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_sizes_and_sums():

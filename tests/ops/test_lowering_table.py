@@ -18,12 +18,6 @@ FLOAT = ("float rows", "codebook", "learned")  # of a float activation
 LIMBS, EXACT = 2.0**-14, 2.0**-20
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Forms that take slices are for where nothing can be sharded."""
-    monkeypatch.setattr(lowering, "one_device", lambda: True)
-
-
 def small(row):
     """Shapes that compute fast, and large enough to have tiles."""
     case = row.case

@@ -9,17 +9,13 @@ import pytest
 from jax import lax
 
 from jaxquant import PerChannel, PerGroup, QSpec, dequantize, kmeans, palette, quantize
-from jaxquant.ops import dot_general, lowering
+from jaxquant.ops import dot_general
 from tests.ops.cases import LIMBS, normal
 
 OVER = (((1,), (0,)), ((), ()))
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Tiles are slices, which are taken where nothing can be sharded."""
-    monkeypatch.setattr(lowering, "one_device", lambda: True)
-    monkeypatch.setattr(lowering, "FUSES_SUMS", True)  # JAX 0.10 has tiles, too, if not as fast
+pytestmark = pytest.mark.usefixtures("fused_sums")
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.interpret._compat import inner_jaxprs, opened
 from tests.qat.programs import PROGRAMS, Many, mlp, on_integers
+
+pytestmark = pytest.mark.usefixtures("cheap_programs")  # compared bit for bit
 
 
 def moved(state: jq.QuantState) -> jq.QuantState:
@@ -89,6 +92,30 @@ def test_a_recipe_without_a_state_serves_as_ptq() -> None:
     exact = mlp(many.params["w8a8"], *many.args)
     error = np.linalg.norm(exact - trained["w8a8"]) / np.linalg.norm(exact)
     assert 1e-4 < error < 0.03
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_contractions_are_the_same(name: str) -> None:
+    """Of the same types and shapes, in the same order; only how a weight lies may differ."""
+    many = Many(PROGRAMS[name])
+    state = jax.eval_shape(many.state)
+    fake = jq.fake_quantized(many.fn, many.recipe)
+    trained = jax.make_jaxpr(fake)(many.params, *many.args, quant_state=state)
+    qparams = jax.eval_shape(many.served, state)
+    served = jax.make_jaxpr(jq.quantized(many.fn))(qparams, *many.args)
+    assert contractions(served) == contractions(trained) != []
+
+
+def contractions(jaxpr: Any) -> list[str]:
+    """All products and convolutions of a program."""
+    found = []
+    for eqn in opened(jaxpr)[0].eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            left, right = (v.aval.dtype for v in eqn.invars)
+            found.append(f"{eqn.primitive}: {left}, {right} -> {eqn.outvars[0].aval}")
+        for inner in inner_jaxprs(eqn):
+            found += contractions(inner)
+    return found
 
 
 def test_params_that_a_program_closes_over() -> None:
