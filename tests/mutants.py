@@ -45,6 +45,7 @@ from tests.faults import Mutant, all_candidates, named, sample
 STEP_ONE = 40
 LATE = "survived within the limit"
 PYTEST = ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "--no-header", "-m", "not slow"]
+PYTEST += ["-W", "ignore::pytest.PytestCollectionWarning"]  # a file named for its doctests
 LEFT_BEHIND = shutil.ignore_patterns(".git", "__pycache__", "*venv", ".*_cache", ".coverage*")
 
 

@@ -72,7 +72,7 @@ def _floats(x: Array, q: Any, values: bool = False) -> tuple[Operand, Operand]:
     assert at is not None
     moved = arranged(x, (1,), (), at, (0,))
     if not values:
-        return moved, int8_operand(q, at)
+        return moved, int8_operand(q, at, x)
     return moved, dataclasses.replace(weight(q, at, storage_values(q)), zero=None)
 
 

@@ -26,14 +26,11 @@ def dequantize_params(qparams: Any) -> Any:
     )
 
 
-_jitted = jax.jit(dequantize)
-
-
 def _dequantize(q: QTensor) -> Any:
     if isinstance(q.codes, jax.ShapeDtypeStruct):
         return jax.eval_shape(dequantize, q)
     with automatic(q) as placed:
-        w = _jitted(placed)
+        w = dequantize(placed)
     return w if isinstance(w, jax.core.Tracer) else restore(w, q)
 
 

@@ -206,7 +206,7 @@ def _member(
 def piece_of(leaf: Any, piece: Piece) -> Any:
     """One layer of a stacked leaf."""
     if is_qtensor(leaf) and len(leaf.batch) < len(piece):
-        leaf = _dequantized(leaf)  # its layers share scales
+        leaf = dequantize(leaf)  # its layers share scales
     return jax.tree.map(lambda a: a[piece], leaf) if piece else leaf
 
 
@@ -284,14 +284,11 @@ class _Runner:
             return self.consts[var]
         path, piece = self.names[var]
         if (path, piece) in self.encoded:
-            return _dequantized(self.encoded[path, piece].q)
+            return dequantize(self.encoded[path, piece].q)
         if path in self.encoded:
             return _float(piece_of(self.encoded[path].q, piece))
         return _float(piece_of(self.leaves[path], piece))
 
 
 def _float(leaf: Any) -> Any:
-    return _dequantized(leaf) if is_qtensor(leaf) else leaf
-
-
-_dequantized = jax.jit(dequantize)
+    return dequantize(leaf) if is_qtensor(leaf) else leaf

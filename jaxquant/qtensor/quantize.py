@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -107,6 +108,11 @@ def dequantize(q: QTensor, dtype: Any = None) -> Array:
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
     if isinstance(q, Trained) and q.values is not None:
         return q.values.astype(dtype)  # equal, and gradients pass
+    return _dequantized(q, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)  # one program where it is called alone
+def _dequantized(q: QTensor, dtype: Any) -> Array:
     scaled = lax.mul(blocked(q, storage_values(q)), spread(q, storage_scale(q)))
     values = from_storage(q, unblocked(q, scaled))
     if q.calibration is not None and q.calibration.divisor is not None:

@@ -61,7 +61,7 @@ jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def weights(name: str, seed: int = 0, shape: tuple[int, ...] = (K, N), minor=()) -> QTensor:
