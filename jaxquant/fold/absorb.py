@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -117,15 +119,25 @@ def scaled_leaf(leaf: Any, absorber: Absorber, c: Array) -> Any:
         raise ValueError(
             f"{absorber.path}: expected shape {list(absorber.shape)}, got {list(leaf.shape)}"
         )
-    index = jnp.asarray(absorber.index)
-    flat = c.astype(jnp.float32).reshape(-1)
-    by = jnp.where(index < 0, 1.0, flat[jnp.maximum(index, 0)])
-    by = by if absorber.power > 0 else 1.0 / by
+    by = _factors(absorber.index, c, absorber.power)
     if is_qtensor(leaf):
         return _scaled_codes(leaf, by, absorber)
-    by = jnp.broadcast_to(by, leaf.shape)
-    wide = jnp.asarray(leaf).astype(jnp.promote_types(jnp.float32, leaf.dtype))
-    return ((wide + absorber.offset) * by - absorber.offset).astype(leaf.dtype)
+    return _scaled(jnp.asarray(leaf), by, absorber.offset)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _factors(index: Array, c: Array, power: int) -> Array:
+    """The factor of each channel, 1 where the index is negative, or its inverse."""
+    flat = c.astype(jnp.float32).reshape(-1)
+    by = jnp.where(index < 0, 1.0, flat[jnp.maximum(index, 0)])
+    return by if power > 0 else 1.0 / by
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _scaled(w: Array, by: Array, offset: float) -> Array:
+    """`(w + offset) c - offset`."""
+    wide = w.astype(jnp.promote_types(jnp.float32, w.dtype))
+    return ((wide + offset) * jnp.broadcast_to(by, w.shape) - offset).astype(w.dtype)
 
 
 def _scaled_codes(q: QTensor, by: Array, absorber: Absorber) -> QTensor:

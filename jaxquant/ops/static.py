@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -16,6 +18,7 @@ from jaxquant.ops.operands import Placement, arranged, int8_codes, integer_range
 from jaxquant.qtensor import (
     Grid,
     QTensor,
+    Use,
     from_storage,
     storage_codes,
     storage_scale,
@@ -102,13 +105,18 @@ def with_fine_scales(q: QTensor, contracted: Sequence[int]) -> QTensor:
     at = place(q, [a + len(q.batch) for a in contracted], ())
     if at is None or q.nested is not None or q.scale.ndim != len(q.padded) + len(q.batch):
         return q
-    zero = jnp.all(storage_values(q) == 0, axis=at.contract, keepdims=True)
-    if zero.shape != q.scale.shape:
+    if q.scale.shape != tuple(1 if s in at.contract else n for s, n in enumerate(at.padded)):
         return q
+    bare = dataclasses.replace(q, calibration=None, use=Use())  # alike layers compile once
+    return dataclasses.replace(q, scale=_fine_scales(bare, at.contract))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _fine_scales(q: QTensor, contract: tuple[int, ...]) -> Array:
+    zero = jnp.all(storage_values(q) == 0, axis=contract, keepdims=True)
     tail = tuple(range(len(q.batch), zero.ndim))
     least = jnp.min(jnp.where(zero, jnp.inf, q.scale), axis=tail, keepdims=True)
-    scale = jnp.where(zero & jnp.isfinite(least), least, q.scale).astype(q.scale.dtype)
-    return dataclasses.replace(q, scale=scale)
+    return jnp.where(zero & jnp.isfinite(least), least, q.scale).astype(q.scale.dtype)
 
 
 def _codes(q: QTensor, at: Placement) -> tuple[Array, Array | None]:

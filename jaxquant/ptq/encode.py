@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -106,13 +107,16 @@ def _refused(member: Member) -> str:
 def _viewed(member: Member) -> tuple[Array, Any]:
     """A leaf as the matrices `[*batch, K, N]` that contractions make of it, and their spec."""
     assert member.plan.spec is not None
+    matrices = _matrices(member.w, member.axes, member.batched, member.plan.batch_axes)
+    return matrices, matrix_spec(member.plan.spec)
 
-    def view(w: Array) -> Array:
-        return to_matrix(w, member.axes, member.batched)
 
-    for _ in range(member.plan.batch_axes):
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _matrices(w: Array, axes: tuple[int, ...], batched: tuple[int, ...], lead: int) -> Array:
+    view = functools.partial(to_matrix, axes=axes, batched=batched)
+    for _ in range(lead):
         view = jax.vmap(view)
-    return jax.jit(view)(member.w), matrix_spec(member.plan.spec)
+    return view(w)
 
 
 def _encoded(
@@ -151,11 +155,9 @@ def _rescaled(stats: InputStats, c: Array) -> InputStats:
     )
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _times(w: Any, divisor: Array, axes: tuple[int, ...]) -> Array:
-    def product(w: Array, divisor: Array) -> Array:
-        return (w.astype(jnp.float32) * along(divisor, axes, w.ndim)).astype(w.dtype)
-
-    return jax.jit(product)(w, divisor)
+    return (w.astype(jnp.float32) * along(divisor, axes, w.ndim)).astype(w.dtype)
 
 
 def _told(rewrite: Any, details: Any) -> tuple[Found, ...]:

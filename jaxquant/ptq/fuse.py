@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxquant.interpret.plan import Chain, Planner, plan
 from jaxquant.interpret.sites import Site, Sites, path_str
 from jaxquant.ops import folded, zero_offset
 from jaxquant.ptq.static import contractions
-from jaxquant.qtensor import Calibration, Grid, QTensor, is_qtensor
+from jaxquant.qtensor import Calibration, Grid, QTensor, Use, is_qtensor
 from jaxquant.recipe import Recipe
 from jaxquant.report import Edge
 
@@ -29,7 +30,8 @@ def with_offsets(qparams: Any, sites: Sites) -> Any:
         over = {_contracted(q, site) for site in uses}
         if len(over) != 1:
             return q  # each site will find its own
-        offset = _offset(q, held.input.zero_point, *over)
+        bare = dataclasses.replace(q, calibration=None, use=Use())  # alike layers compile once
+        offset = _offset(bare, held.input.zero_point, *over)
         return dataclasses.replace(q, calibration=dataclasses.replace(held, offset=offset))
 
     return jax.tree.map_with_path(one, qparams, is_leaf=is_qtensor)
@@ -40,13 +42,14 @@ def _contracted(q: QTensor, site: Site) -> tuple[int, ...]:
     return tuple(a - len(q.batch) for a in site.contracted)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _offset(q: QTensor, zero_point: Any, over: tuple[int, ...]) -> Any:
     def one(q: QTensor, zero_point: Any) -> Any:
         return zero_offset(q, over, zero_point)
 
     for _ in q.batch:
         one = jax.vmap(one)
-    return jax.jit(one)(dataclasses.replace(q, calibration=None), zero_point)
+    return one(q, zero_point)
 
 
 def fused(qparams: Any, call: Call, recipe: Recipe, sites: Sites) -> tuple[Any, tuple[Edge, ...]]:
