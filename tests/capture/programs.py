@@ -32,11 +32,12 @@ class Program:
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     values = np.random.default_rng(seed).standard_normal(shape) / np.sqrt(shape[-1])
-    return jnp.asarray(values, dtype)
+    return jax.device_put(values.astype(np.float32).astype(dtype))
 
 
 def batches(*shape: int, dtype: Any = jnp.float32) -> list[jax.Array]:
-    return [normal(100 + n, *shape, dtype=dtype) * (1 + n) for n in range(3)]
+    made = [np.asarray(normal(100 + n, *shape, dtype=dtype)) for n in range(3)]
+    return jax.device_put([(a * (1 + n)).astype(dtype) for n, a in enumerate(made)])
 
 
 def dense(p, x):
@@ -226,13 +227,13 @@ def stacked(seed: int, *names: str, lead: tuple[int, ...] = (L,)) -> dict[str, j
 
 HALF = jnp.bfloat16
 KERNELS = {"k": normal(2, 3, 3, 2, D), "l": normal(3, 3, 3, D, 4)}
-IDS = [jnp.array([[1, 5], [0, 2 + n]]) for n in range(3)]
+IDS = jax.device_put([np.array([[1, 5], [0, 2 + n]], np.int32) for n in range(3)])
 
 PROGRAMS: dict[str, Program] = {
     "dense": Program(dense, square(1, "a", "b"), dense_seen, batches(B, D)),
     "bfloat16": Program(
         dense,
-        jax.tree.map(lambda a: a.astype(HALF), square(1, "a", "b")),
+        jax.tree.map(lambda a: jax.device_put(np.asarray(a).astype(HALF)), square(1, "a", "b")),
         dense_seen,
         batches(B, D, dtype=HALF),
     ),
@@ -262,7 +263,10 @@ PROGRAMS: dict[str, Program] = {
     "recurrent": Program(recurrent, square(10, *"xhy"), recurrent_seen, batches(T, B, D)),
     "loop": Program(loop, square(11, "w"), loop_seen, batches(B, D)),
     "branches": Program(
-        branches, square(12, "yes", "no", "out"), branches_seen, [*batches(B, D), -batches(B, D)[0]]
+        branches,
+        square(12, "yes", "no", "out"),
+        branches_seen,
+        [*batches(B, D), jax.device_put(-np.asarray(batches(B, D)[0]))],
     ),
     "rows": Program(rows, square(13, *"wkv"), rows_seen, batches(B, D), (("k", "v"),)),
 }

@@ -46,6 +46,22 @@ def test_one_command_starts_and_goes_on(tmp_path: Any) -> None:
         capture(dense, PARAMS, [X], absmax(), resume=path)
 
 
+def test_what_is_written_aside_lies_beside_the_file(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a rename is atomic; the working directory may be elsewhere, or be gone."""
+    folder, gone = tmp_path / "folder", tmp_path / "gone"
+    folder.mkdir()
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    stats = capture(dense, PARAMS, [X], absmax(), save=folder / "stats.npz")
+    assert Statistics.load(folder / "stats.npz").batches == stats.batches
+    monkeypatch.chdir(folder)
+    stats.save("here.npz")
+    assert sorted(f.name for f in folder.iterdir()) == ["here.npz", "stats.npz"]
+
+
 def test_other_and_damaged_files(tmp_path: Any) -> None:
     good = tmp_path / "stats.npz"
     capture(dense, PARAMS, [X], absmax(), save=good)

@@ -1,6 +1,6 @@
 """Palettes through `ptq` and `quantized`: scans, lookups, and every way to move a codebook."""
 
-import itertools
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -28,60 +28,86 @@ SPECS = {
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def encoded(spec, w=None, **how):
-    return kmeans("linear", iterations=3)(normal(0, *SHAPE) if w is None else w, spec, **how)[0]
+def encode(spec, w, **how):
+    return kmeans("linear", iterations=3)(w, spec, **how)[0]
+
+
+@functools.cache
+def encoded(spec):
+    return encode(SPECS[spec], normal(0, *SHAPE))
 
 
 QUICK = ("one codebook", "channels")
 
 
-@pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize(
     "spec", [s if s in QUICK else pytest.param(s, marks=pytest.mark.slow) for s in SPECS]
 )
-def test_a_moved_codebook_is_the_moved_array(spec, move):
-    q = encoded(SPECS[spec])
+def test_a_moved_codebook_is_the_moved_array(spec):
+    @jax.jit
+    def run(q):
+        every = {name: on_q(q) for name, (on_q, _) in MOVES.items()}
+        moved = {name: m for name, m in every.items() if m is not None}
+        return dequantize(q), moved, {name: dequantize(m) for name, m in moved.items()}
+
+    whole, moved, values = run(encoded(spec))
+    for name, got in values.items():
+        moved[name].validate()
+        want = MOVES[name][1](np.asarray(whole))
+        np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+@pytest.mark.parametrize("move", ["transpose", "slice"])
+def test_a_codebook_may_be_moved_eagerly(move):
+    q = encoded("channels")
     on_q, on_array = MOVES[move]
-    moved = on_q(q)
-    if moved is None:
-        return
-    moved.validate()
-    np.testing.assert_array_equal(dequantize(moved), on_array(dequantize(q)))
+    np.testing.assert_array_equal(dequantize(on_q(q)), on_array(np.asarray(dequantize(q))))
 
 
 def test_most_moves_stay_quantized():
-    kept = [
-        pair
-        for pair in itertools.product(SPECS, MOVES)
-        if MOVES[pair[1]][0](encoded(SPECS[pair[0]])) is not None
-    ]
+    def moved(w, spec):
+        q = encode(spec, w)
+        return [on_q(q) for on_q, _ in MOVES.values()]
+
+    w = normal(0, *SHAPE)
+    every = [jax.eval_shape(functools.partial(moved, spec=spec), w) for spec in SPECS.values()]
+    kept = [m for each in every for m in each if m is not None]
     assert len(kept) >= 0.7 * len(SPECS) * len(MOVES)
 
 
 @pytest.mark.parametrize("spec", ["one codebook", "channels", "blocks"])
 def test_batch_axes_move_too(spec):
     w = normal(0, *SHAPE)
-    q = encoded(SPECS[spec], jnp.stack([w, 2 * w, -w]), batch_axes=1)
-    layer = jax.tree.map(lambda a: a[1], q)
-    np.testing.assert_array_equal(dequantize(layer), dequantize(q)[1])
-    for perm in ((0, 2, 1, 3), (1, 0, 2, 3), (3, 2, 1, 0)):
-        moved = moves.transpose(q, perm)
-        assert moved is not None
-        np.testing.assert_array_equal(dequantize(moved), dequantize(q).transpose(perm))
-    whole = moves.promote(q)
-    assert whole is not None
+    perms = ((0, 2, 1, 3), (1, 0, 2, 3), (3, 2, 1, 0))
+
+    @jax.jit
+    def run(q, alone):
+        moved = [moves.transpose(q, perm) for perm in perms]
+        whole = moves.promote(q)
+        made = {
+            "layer": jax.tree.map(lambda a: a[1], q),
+            "moved": moved,
+            "back": moves.demote(whole),
+            "one": moves.demote(alone),
+            "joined": cuts.concatenate([q, q], 0),
+        }
+        is_q = lambda x: isinstance(x, jq.QTensor)
+        assert all(is_q(x) for x in jax.tree.leaves(made, is_leaf=lambda x: x is None or is_q(x)))
+        return whole, dequantize(q), dequantize(alone), jax.tree.map(dequantize, made, is_leaf=is_q)
+
+    q = encode(SPECS[spec], np.stack([w, 2 * w, -w]), batch_axes=1)
+    whole, *values = run(q, encoded("one codebook"))
     whole.validate()
-    back = moves.demote(whole)
-    assert back is not None
-    np.testing.assert_array_equal(dequantize(back), dequantize(q))
-    one = moves.demote(encoded(SPECS["one codebook"]))
-    np.testing.assert_array_equal(dequantize(one), dequantize(encoded(SPECS["one codebook"])))
-    joined = cuts.concatenate([q, q], 0)
-    assert joined is not None
-    np.testing.assert_array_equal(dequantize(joined), jnp.concatenate([dequantize(q)] * 2))
+    all_, alone, got = jax.tree.map(np.asarray, values)
+    np.testing.assert_array_equal(got["layer"], all_[1])
+    for perm, moved in zip(perms, got["moved"], strict=True):
+        np.testing.assert_array_equal(moved, all_.transpose(perm), err_msg=str(perm))
+    np.testing.assert_array_equal(got["back"], all_)
+    np.testing.assert_array_equal(got["one"], alone)
+    np.testing.assert_array_equal(got["joined"], np.concatenate([all_] * 2))
 
 
 @pytest.mark.parametrize("channels", [None, pytest.param(4, marks=pytest.mark.slow), 6])
@@ -103,12 +129,12 @@ def test_the_forward_pass_is_that_of_the_values(channels):
         heads = jnp.einsum("nd,hdk->nhk", x, p["heads"])
         return heads.reshape(x.shape[0], -1), x @ p["table"].T, x[:, :8] @ p["table"][:10, :8].T
 
-    x, ids = normal(5, 5, 16), jnp.array([0, 29, 7, 7, 3])
+    x, ids = normal(5, 5, 16), np.array([0, 29, 7, 7, 3], np.int32)
     rule = jq.Rule("**", weights=palette(3, channels=channels), encoder=kmeans())
     qparams, report = jq.ptq(fn, params, rule, x, ids)
     assert all(leaf.quantized for leaf in report.leaves)
     assert qparams["layers"]["in"].codebook.shape[0] == 3
-    want = fn(jq.dequantize_params(qparams), x, ids)
+    want = jax.jit(lambda p, x, ids: fn(jq.dequantize_params(p), x, ids))(qparams, x, ids)
     got = jax.jit(jq.quantized(fn))(qparams, x, ids)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
@@ -120,7 +146,7 @@ def test_tables_may_have_another_format():
 
     params = {"table": normal(1, 30, 16), "w": normal(2, 16, 16)}
     rule = jq.Rule("**", weights=palette(3), lookup=jq.int8(), encoder=kmeans())
-    qparams, _ = jq.ptq(fn, params, rule, jnp.arange(4))
+    qparams, _ = jq.ptq(fn, params, rule, np.arange(4, dtype=np.int32))
     assert qparams["table"].spec.format.name == "int8"
     assert qparams["w"].codebook.shape == (8,)
 
@@ -130,9 +156,10 @@ def test_lookups_in_a_palette_take_rows_alone():
         return jnp.take(p, ids, axis=0)
 
     table, _ = kmeans()(normal(1, 300, 16), palette(4))
-    ids = jnp.array([[1, 299], [300, 0]])  # one of them out of bounds
-    np.testing.assert_array_equal(jq.quantized(fn)(table, ids), fn(dequantize(table), ids))
-    text = jax.jit(jq.quantized(fn)).lower(table, ids).as_text()
+    ids = np.array([[1, 299], [300, 0]], np.int32)  # one of them out of bounds
+    run = jax.jit(jq.quantized(fn))
+    np.testing.assert_array_equal(run(table, ids), jax.jit(fn)(dequantize(table), ids))
+    text = run.lower(table, ids).as_text()
     assert "300x16xf32" not in text
 
 

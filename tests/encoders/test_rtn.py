@@ -3,13 +3,16 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxquant as jq
 from jaxquant import PerChannel, PerGroup, PerTensor, QSpec
 from jaxquant.encoders import Encoder, Info, measure, rtn
+
+
+def normal(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 def test_it_is_a_value():
@@ -20,8 +23,8 @@ def test_it_is_a_value():
 
 
 @pytest.mark.parametrize("spec", [QSpec("int8", PerChannel(1)), QSpec("nf4", PerGroup(16, 0))])
-def test_it_quantizes_and_measures(spec, key):
-    w = jax.random.normal(key, (64, 8))
+def test_it_quantizes_and_measures(spec):
+    w = normal(64, 8)
     q, info = rtn()(w, spec, minor=(0,))
     expected = jq.quantize(w, spec, minor=(0,))
     np.testing.assert_array_equal(np.asarray(q.codes), np.asarray(expected.codes))
@@ -30,19 +33,19 @@ def test_it_quantizes_and_measures(spec, key):
     assert info.sqnr_db == pytest.approx(sqnr, abs=1e-3)
 
 
-def test_batch_axes_are_encoded_one_by_one(key):
-    w = jax.random.normal(key, (3, 16, 8)) * jnp.array([1.0, 10.0, 100.0])[:, None, None]
+def test_batch_axes_are_encoded_one_by_one():
+    w = normal(3, 16, 8) * np.float32([1.0, 10.0, 100.0])[:, None, None]
     spec = QSpec("int8", PerTensor())
     q, info = rtn()(w, spec, batch_axes=1)
     assert q.batch == (3,)
     for layer in range(3):
         one = jq.quantize(w[layer], spec)
-        np.testing.assert_array_equal(np.asarray(q.codes[layer]), np.asarray(one.codes))
+        np.testing.assert_array_equal(np.asarray(q.codes)[layer], np.asarray(one.codes))
     assert info.sqnr_db > 35
 
 
 def test_a_key_is_for_stochastic_rounding_only(key):
-    w = jax.random.normal(key, (64, 8))
+    w = normal(64, 8)
     spec = QSpec("int4", PerChannel(1))
     plain, _ = rtn()(w, spec, key=key)
     np.testing.assert_array_equal(np.asarray(plain.codes), np.asarray(rtn()(w, spec)[0].codes))
@@ -54,24 +57,24 @@ def test_a_key_is_for_stochastic_rounding_only(key):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_the_ratio_does_not_depend_on_magnitude(scale, key):
-    w = jax.random.normal(key, (64, 8))
-    _, info = rtn()(w * scale, QSpec("int8", PerChannel(1)))
+def test_the_ratio_does_not_depend_on_magnitude(scale):
+    w = normal(64, 8)
+    _, info = rtn()(w * np.float32(scale), QSpec("int8", PerChannel(1)))
     _, plain = rtn()(w, QSpec("int8", PerChannel(1)))
     assert info.sqnr_db == pytest.approx(plain.sqnr_db, abs=0.05)
 
 
 def test_exact_zero_and_empty_arrays():
     spec = QSpec("int8", PerTensor(), range="qmax")
-    assert rtn()(jnp.arange(-127.0, 128.0), spec)[1].sqnr_db == math.inf
-    assert rtn()(jnp.zeros((4, 4)), spec)[1].sqnr_db == math.inf
-    assert rtn()(jnp.zeros((0, 4)), spec)[1].sqnr_db == math.inf
-    assert Info(jnp.float32(1.0), jnp.float32(0.0)).sqnr_db == -math.inf
+    assert rtn()(np.arange(-127, 128, dtype=np.float32), spec)[1].sqnr_db == math.inf
+    assert rtn()(np.zeros((4, 4), np.float32), spec)[1].sqnr_db == math.inf
+    assert rtn()(np.zeros((0, 4), np.float32), spec)[1].sqnr_db == math.inf
+    assert Info(np.float32(1.0), np.float32(0.0)).sqnr_db == -math.inf
 
 
-def test_it_traces(key):
+def test_it_traces():
     spec = QSpec("int4", PerGroup(16, 0))
-    w = jax.random.normal(key, (64, 8))
+    w = normal(64, 8)
     shapes, _ = jax.eval_shape(lambda w: rtn()(w, spec), jax.ShapeDtypeStruct(w.shape, w.dtype))
     q, _ = jax.jit(lambda w: rtn()(w, spec))(w)
     assert jax.tree.structure(shapes) == jax.tree.structure(q)
@@ -89,8 +92,8 @@ SPECS = [
 
 @pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize(("spec", "minor"), SPECS)
-def test_sums_are_those_of_the_result_and_codes_those_of_quantize(spec, minor, batch, key):
-    w = jax.random.normal(key, (*batch, 64, 40))
+def test_sums_are_those_of_the_result_and_codes_those_of_quantize(spec, minor, batch):
+    w = normal(*batch, 64, 40)
     q, info = rtn()(w, spec, minor=minor, batch_axes=len(batch))
     expected = jq.quantize(w, spec, minor=minor, batch_axes=len(batch))
     jax.tree.map(np.testing.assert_array_equal, q, expected)
@@ -99,12 +102,13 @@ def test_sums_are_those_of_the_result_and_codes_those_of_quantize(spec, minor, b
 
 def test_values_that_came_back_count_as_no_error_whatever_their_magnitude():
     spec = QSpec("nf4", PerGroup(16, 0))
-    w = jq.dequantize(jq.quantize(jnp.linspace(-3e-20, 3e-20, 64)[:, None], spec))
+    w = jq.dequantize(jq.quantize(np.linspace(-3e-20, 3e-20, 64, dtype=np.float32)[:, None], spec))
     assert rtn()(w, spec)[1].sqnr_db == math.inf
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_seen_in_sums_and_scales(value, key):
-    w = jax.random.normal(key, (64, 8)).at[5, 3].set(value)
+def test_what_is_not_finite_is_seen_in_sums_and_scales(value):
+    w = normal(64, 8)
+    w[5, 3] = value
     q, info = rtn()(w, QSpec("int8", PerChannel(1)))
-    assert jnp.isnan(q.scale).all() and math.isnan(info.sqnr_db)
+    assert np.isnan(q.scale).all() and math.isnan(info.sqnr_db)

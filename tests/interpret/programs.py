@@ -34,7 +34,11 @@ class Program:
 
 def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
     values = np.random.default_rng(seed).standard_normal(shape) / np.sqrt(shape[-1])
-    return jnp.asarray(values, dtype)
+    return jax.device_put(values.astype(np.float32).astype(dtype))
+
+
+def half(a: jax.Array) -> jax.Array:
+    return jax.device_put(np.asarray(a).astype(jnp.bfloat16))
 
 
 x = normal(0, B, D)
@@ -42,6 +46,7 @@ w = normal(1, D, F)
 v = normal(2, F, D)
 sq = normal(3, D, D)
 stack = normal(4, L, D, D)
+first = np.asarray(stack)[0]
 
 
 def mlp(p: Any, x: Any) -> Any:
@@ -159,11 +164,14 @@ def attention(p: Any, x: Any) -> Any:
     return jnp.einsum("bshk,hkd->bsd", jax.nn.dot_product_attention(q, k, v), p["o"])
 
 
-PROGRAMS = {
+# what is made here is made by NumPy: by `jnp` it would be a program for each shape at every import
+_PROGRAMS = {
     "mlp": Program(mlp, {"w": w, "v": v}, (x,), 2),
-    "jitted helper": Program(helpers, {f"w{i}": stack[0] * (i + 1) for i in range(4)}, (x,), 1),
+    "jitted helper": Program(helpers, {f"w{i}": first * (i + 1) for i in range(4)}, (x,), 1),
     "weight on the left": Program(lambda p, x: p["w"].T @ x.T, {"w": w}, (x,), 1),
-    "transposed weight": Program(lambda p, x: x @ p["w"].T, {"w": v @ sq}, (normal(5, B, D),), 1),
+    "transposed weight": Program(
+        lambda p, x: x @ p["w"].T, {"w": np.asarray(v) @ np.asarray(sq)}, (normal(5, B, D),), 1
+    ),
     "tied both ways": Program(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, {"w": w}, (x,), 2),
     "several contracted axes": Program(
         lambda p, x: jnp.einsum("bhk,hkd->bd", x, p["w"]),
@@ -189,13 +197,15 @@ PROGRAMS = {
         lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, jnp.moveaxis(p["w"], 1, 0))[
             0
         ],
-        {"w": jnp.moveaxis(stack, 0, 1)},
+        {"w": np.moveaxis(np.asarray(stack), 0, 1)},
         (x,),
         1,
     ),
-    "recurrent": Program(recurrent, {"in": sq, "hidden": sq.T}, (normal(10, 5, B, D),), 2),
+    "recurrent": Program(
+        recurrent, {"in": sq, "hidden": np.asarray(sq).T}, (normal(10, 5, B, D),), 2
+    ),
     "decode loop": Program(decode, {"w": sq}, (x,), 1),
-    "branch": Program(branch, {"w": w, "v": w * 2}, (x,), 2),
+    "branch": Program(branch, {"w": w, "v": 2 * np.asarray(w)}, (x,), 2),
     "custom_jvp beside": Program(lambda p, x: soft(x @ p["w"]), {"w": w}, (x,), 1),
     "custom_jvp around": Program(lambda p, x: jax.jit(jax.nn.relu)(x @ p["w"]), {"w": w}, (x,), 1),
     "custom_vjp with a site": Program(lambda p, x: dense_vjp(x, p["w"]), {"w": w}, (x,), 1),
@@ -209,7 +219,10 @@ PROGRAMS = {
     "fused and split": Program(fused, {"qkv": normal(11, D, 3 * F)}, (x,), 3),
     "fused and reshaped": Program(fused_heads, {"qkv": normal(12, D, 12 * D)}, (x,), 1),
     "joined": Program(
-        lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1), {"w": w, "v": w * 3}, (x,), 1
+        lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1),
+        {"w": w, "v": 3 * np.asarray(w)},
+        (x,),
+        1,
     ),
     "barrier, name, cast": Program(
         lambda p, x: (
@@ -230,11 +243,14 @@ PROGRAMS = {
     "embedding": Program(
         lambda p, i: jnp.take(p["e"], i, axis=0) @ p["w"],
         {"e": normal(13, 50, D), "w": w},
-        (jnp.array([[1, 49], [0, 7]]),),
+        (np.array([[1, 49], [0, 7]], np.int32),),
         1,
     ),
     "tied embedding": Program(
-        lambda p, i: jnp.tanh(p["e"][i]) @ p["e"].T, {"e": normal(13, 50, D)}, (jnp.arange(6),), 1
+        lambda p, i: jnp.tanh(p["e"][i]) @ p["e"].T,
+        {"e": normal(13, 50, D)},
+        (np.arange(6, dtype=np.int32),),
+        1,
     ),
     "experts": Program(experts, {"w": stack}, (x,), 1),
     "callbacks": Program(callbacks, {"w": w}, (x,), 1),
@@ -260,8 +276,8 @@ PROGRAMS = {
     ),
     "bfloat16": Program(
         mlp,
-        {"w": w.astype(jnp.bfloat16), "v": v.astype(jnp.bfloat16)},
-        (x.astype(jnp.bfloat16),),
+        {"w": half(w), "v": half(v)},
+        (half(x),),
         2,
         rounds=True,
     ),
@@ -273,15 +289,19 @@ PROGRAMS = {
             precision="highest",
             preferred_element_type=jnp.float32,
         ),
-        {"w": w.astype(jnp.bfloat16)},
-        (x.astype(jnp.bfloat16),),
+        {"w": half(w)},
+        (half(x),),
         1,
         rounds=True,
     ),
     "nested containers": Program(
         lambda p, x: {"y": (x @ p[0]["a"][1], None), "p": p[0]["b"]},
-        ({"a": [None, w], "b": jnp.arange(3)},),
+        ({"a": [None, w], "b": np.arange(3, dtype=np.int32)},),
         (x,),
         1,
     ),
+}
+PROGRAMS = {
+    name: dataclasses.replace(p, params=jax.device_put(p.params), args=jax.device_put(p.args))
+    for name, p in _PROGRAMS.items()
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +10,7 @@ from jax import lax
 
 from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, dequantize, quantize
 from jaxquant.interpret import cuts, moves
+from jaxquant.qtensor import QTensor
 
 SPECS = {
     "int8 per tensor": QSpec("int8", PerTensor()),
@@ -47,11 +46,11 @@ MOVES = {
     "scale": (lambda q: cuts.rescale(q, -2.0), lambda w: -2.0 * w),
     "rows": (
         lambda q: cuts.rows(q, jnp.array([[[4], [0]]]), 0, lax.GatherScatterMode.CLIP),
-        lambda w: w[jnp.array([[4, 0]])],
+        lambda w: w[np.array([[4, 0]])],
     ),
     "rows of axis 1": (
         lambda q: cuts.rows(q, jnp.array([[3]]), 1, lax.GatherScatterMode.CLIP),
-        lambda w: w[:, jnp.array([3])].swapaxes(0, 1),
+        lambda w: w[:, np.array([3])].swapaxes(0, 1),
     ),
 }
 # what a scale's blocks forbid: groups that the move would cut, or that run over what it parts
@@ -59,56 +58,84 @@ ALWAYS = {"transpose", "unit axes", "scale"}
 
 
 @pytest.fixture(scope="module")
-def weights() -> jax.Array:
-    return jax.random.normal(jax.random.key(7), SHAPE)
+def weights() -> np.ndarray:
+    return np.random.default_rng(7).standard_normal(SHAPE).astype(np.float32)
 
 
-@pytest.mark.parametrize("move", MOVES)
+def moved_all(q: QTensor) -> dict[str, QTensor | None]:
+    return {move: on_q(q) for move, (on_q, _) in MOVES.items()}
+
+
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_moved_tensor_is_the_moved_array(spec: str, move: str, weights: jax.Array) -> None:
+def test_a_moved_tensor_is_the_moved_array(spec: str, weights: np.ndarray) -> None:
+    q = jax.jit(quantize, static_argnums=1)(weights, SPECS[spec])
+
+    @jax.jit
+    def program(q: QTensor) -> tuple[dict[str, QTensor | None], dict[str, jax.Array], jax.Array]:
+        moved = moved_all(q)
+        got = {move: dequantize(m) for move, m in moved.items() if m is not None}
+        return moved, got, dequantize(q)
+
+    moved, got, w = program(q)
+    for move, (_, on_array) in MOVES.items():
+        if moved[move] is None:
+            assert move not in ALWAYS, f"{move} of {spec} must stay quantized"
+            continue
+        moved[move].validate()
+        want = np.asarray(on_array(np.asarray(w)))
+        assert moved[move].shape == want.shape, move
+        np.testing.assert_array_equal(got[move], want, err_msg=move)
+
+
+@pytest.mark.parametrize("spec", ["int8 per channel", "nvfp4"])
+def test_moves_are_alike_outside_of_jit(spec: str, weights: np.ndarray) -> None:
     q = quantize(weights, SPECS[spec])
-    on_q, on_array = MOVES[move]
-    moved = on_q(q)
-    if moved is None:
-        assert move not in ALWAYS, f"{move} of {spec} must stay quantized"
-        return
-    moved.validate()
-    want = on_array(dequantize(q))
-    assert moved.shape == want.shape
-    np.testing.assert_array_equal(dequantize(moved), want)
+    for move in ("merge", "slice", "scale"):
+        moved = MOVES[move][0](q)
+        assert moved is not None
+        want = MOVES[move][1](np.asarray(dequantize(q)))
+        np.testing.assert_array_equal(dequantize(moved.validate()), want, err_msg=move)
 
 
-def test_most_moves_stay_quantized(weights: jax.Array) -> None:
-    kept = [
-        (spec, move)
-        for spec, move in itertools.product(SPECS, MOVES)
-        if MOVES[move][0](quantize(weights, SPECS[spec])) is not None
-    ]
+def test_most_moves_stay_quantized(weights: np.ndarray) -> None:
+    kept: list[tuple[str, str]] = []
+
+    def note(w: jax.Array) -> None:
+        for name, spec in SPECS.items():
+            moved = moved_all(quantize(w, spec))
+            kept.extend((name, move) for move, m in moved.items() if m is not None)
+
+    jax.eval_shape(note, weights)
     assert len(kept) >= 0.7 * len(SPECS) * len(MOVES)
     assert {m for s, m in kept if s == "int8 per channel"} == set(MOVES) - {"flatten"}
 
 
 @pytest.mark.parametrize("spec", ["int8 per channel", "int4 groups", "nf4 groups", "nvfp4"])
-def test_batch_axes_move_too(spec: str, weights: jax.Array) -> None:
-    stacked = jnp.stack([weights, 2 * weights, -weights])
-    q = quantize(stacked, SPECS[spec], batch_axes=1)
-    assert q.batch == (3,)
-    layer = jax.tree.map(lambda a: a[1], q)
-    np.testing.assert_array_equal(dequantize(layer), dequantize(q)[1])
-    for perm in ((0, 2, 1, 3), (1, 0, 2, 3), (3, 2, 1, 0)):
-        moved = moves.transpose(q, perm)
-        assert moved is not None
-        np.testing.assert_array_equal(dequantize(moved), dequantize(q).transpose(perm))
-    whole = moves.promote(q)
-    assert whole is not None
-    assert whole.batch == ()
-    np.testing.assert_array_equal(dequantize(whole), dequantize(q))
-    back = moves.demote(whole)
-    assert back is not None
-    assert back.batch == (3,)
-    np.testing.assert_array_equal(dequantize(back), dequantize(q))
-    one = cuts.cut(q, (2, 0, 0, 0), (1, *SHAPE))
-    assert one is not None
-    bare = moves.squeeze(one, [0])
-    assert bare is not None
-    np.testing.assert_array_equal(dequantize(bare), dequantize(q)[2])
+def test_batch_axes_move_too(spec: str, weights: np.ndarray) -> None:
+    stacked = np.stack([weights, 2 * weights, -weights])
+    perms = (0, 2, 1, 3), (1, 0, 2, 3), (3, 2, 1, 0)
+
+    @jax.jit
+    def program(stacked: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        q = quantize(stacked, SPECS[spec], batch_axes=1)
+        assert q.batch == (3,)
+        whole = moves.promote(q)
+        assert whole is not None
+        assert whole.batch == ()
+        back = moves.demote(whole)
+        assert back is not None
+        assert back.batch == (3,)
+        one = cuts.cut(q, (2, 0, 0, 0), (1, *SHAPE))
+        assert one is not None
+        made = {"layer": jax.tree.map(lambda a: a[1], q), "whole": whole, "back": back}
+        made |= {"bare": moves.squeeze(one, [0])}
+        made |= {str(perm): moves.transpose(q, perm) for perm in perms}
+        assert all(m is not None for m in made.values())
+        return dequantize(q), {name: dequantize(m) for name, m in made.items()}
+
+    w, got = program(stacked)
+    w = np.asarray(w)
+    want = {"layer": w[1], "whole": w, "back": w, "bare": w[2]}
+    want |= {str(perm): w.transpose(perm) for perm in perms}
+    for name, values in want.items():
+        np.testing.assert_array_equal(got[name], values, err_msg=name)

@@ -28,9 +28,16 @@ def run(program: Program, params, recipe):
     return qparams, report, call
 
 
-def plain(program: Program, params):
+def both(program: Program, qparams, dense=None):
+    """The results on codes and on `dense` weights, or on the dequantized ones, by one program."""
     static = dict(program.kwargs)
-    return jax.jit(lambda p, *a: program.fn(p, *a, **static))(params, *program.args)
+
+    @jax.jit
+    def call(q, dense, *args):
+        dense = jq.dequantize_params(q) if dense is None else dense
+        return jq.quantized(program.fn)(q, *args, **static), program.fn(dense, *args, **static)
+
+    return call(qparams, dense, *program.args)
 
 
 def close(got, want, tolerance: float) -> None:
@@ -46,10 +53,9 @@ def close(got, want, tolerance: float) -> None:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_int8_weights_give_what_the_dequantized_ones_give(name: str) -> None:
     program = PROGRAMS[name]
-    qparams, report, call = run(program, program.params, jq.w8a16())
+    qparams, report, _ = run(program, program.params, jq.w8a16())
     # two int8 limbs hold an activation to 2^-15 of its row's largest value
-    want = plain(program, jq.dequantize_params(qparams))
-    close(call(qparams, *program.args), want, 2e-2 if program.rounds else 5e-4)
+    close(*both(program, qparams), 2e-2 if program.rounds else 5e-4)
     met = {event.primitive for event in report.events if event.kind == "dequantized"}
     assert met <= set(program.dequantized)
 
@@ -60,7 +66,7 @@ def test_w8a8_contracts_on_int8_and_stays_close_to_float(name: str) -> None:
     qparams, _, call = run(program, program.params, jq.w8a8())
     text = inlined(call.lower(qparams, *program.args).as_text())
     assert len(INT8_DOT.findall(text)) >= program.dots
-    close(call(qparams, *program.args), plain(program, program.params), 0.04)
+    close(*both(program, qparams, program.params), 0.04)
 
 
 GROUPED = ["mlp", "transposed weight", "tied both ways", "several contracted axes", "batch axis"]
@@ -72,16 +78,16 @@ GROUPED += ["fused and reshaped", "joined", "embedding", "experts", "convolution
 def test_groups_that_do_not_divide(name: str) -> None:
     program = PROGRAMS[name]
     recipe = jq.Recipe([jq.Rule("**", weights=jq.int6(group=12))])
-    qparams, _, call = run(program, program.params, recipe)
-    want = plain(program, jq.dequantize_params(qparams))
-    close(call(qparams, *program.args), want, 2e-2 if program.rounds else 5e-4)
+    qparams, _, _ = run(program, program.params, recipe)
+    close(*both(program, qparams), 2e-2 if program.rounds else 5e-4)
 
 
 @pytest.mark.parametrize("fn", [changed_carry, passed_on])
 def test_what_cannot_stay_quantized_is_dequantized_and_reported(fn) -> None:
-    params = {"w": sq, "v": sq * 2}
+    params = {"w": np.asarray(sq), "v": 2 * np.asarray(sq)}
     q = {k: jq.quantize(a, jq.int8().at((0,), 2), minor=(0,)) for k, a in params.items()}
-    close(jax.jit(jq.quantized(fn))(q, x), jax.jit(fn)(jq.dequantize_params(q), x), 1e-6)
+    served = jax.jit(lambda q, x: (jq.quantized(fn)(q, x), fn(jq.dequantize_params(q), x)))
+    close(*served(q, x), 1e-6)
     events = serve(trace_call(fn, q, (x,), {}))[1]
     assert {e.kind for e in events} == {"dequantized"}
     assert {e.primitive for e in events} <= {"cond", "while", "scan"}

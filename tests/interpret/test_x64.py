@@ -9,6 +9,8 @@ import pytest
 
 import jaxquant as jq
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")  # types, not how they are compiled
+
 CALIBRATED = [jq.w8a8_static(), jq.w8a8_integer()]
 RECIPES = [
     jq.w8a8(),
@@ -26,29 +28,38 @@ def _wide() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("rows", [1, 8, 40])
+ROWS = [1, 8, 40]
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
-def test_a_quantized_program_is_that_of_32_bits(recipe, rows):
-    x, w = (
-        jnp.asarray(np.random.default_rng(n).normal(size=shape), jnp.float32)
-        for n, shape in enumerate([(rows, 64), (64, 16)])
+def test_a_quantized_program_is_that_of_32_bits(recipe):
+    rng = np.random.default_rng(1)
+    w = rng.normal(size=(64, 16)).astype(np.float32)
+    xs = [rng.normal(size=(rows, 64)).astype(np.float32) for rows in ROWS]
+    params, xs, negative = jax.device_put(
+        ({"first": np.tile(w, 4), "second": w}, xs, [-x for x in xs])
     )
 
     def fn(params, x):
         return jnp.tanh(x @ params["first"]) @ params["second"]
 
-    params = {"first": jnp.tile(w, 4), "second": w}
-    given = {"batches": [x, -x], "progress": False} if recipe in CALIBRATED else {}
+    def made(x, negative):
+        if recipe in CALIBRATED:
+            return jq.ptq(fn, params, recipe, batches=[x, negative], progress=False)[0]
+        return jq.ptq(fn, params, recipe, x)[0]
 
-    def result():
-        qparams, _ = jq.ptq(fn, params, recipe, *(() if given else (x,)), **given)
-        return jax.jit(jq.quantized(fn))(qparams, x)
+    def results():
+        qs = [made(*pair) for pair in zip(xs, negative, strict=True)]
+        served = lambda qs, xs: [jq.quantized(fn)(q, x) for q, x in zip(qs, xs, strict=True)]
+        return jax.jit(served)(qs, xs)
 
-    y = result()
+    ys = results()
     with jax.enable_x64(False):
-        expected = result()
-    assert y.dtype == jnp.float32
-    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        expected = results()
+    for rows, y, want in zip(ROWS, ys, expected, strict=True):
+        assert y.dtype == jnp.float32 and y.shape == (rows, 16)
+        most = 1e-5 * np.abs(want).max()
+        np.testing.assert_allclose(y, want, rtol=0, atol=most, err_msg=f"{rows} rows")
 
 
 @pytest.mark.parametrize(
@@ -65,9 +76,10 @@ def test_a_quantized_program_is_that_of_32_bits(recipe, rows):
 )
 def test_codes_are_those_of_32_bits(spec):
     w = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
-    q = jq.quantize(jnp.asarray(w), spec)
+    w = jax.device_put(w)
+    q = jq.quantize(w, spec)
     with jax.enable_x64(False):
-        narrow = jq.quantize(jnp.asarray(w), spec)
+        narrow = jq.quantize(w, spec)
     assert jq.dequantize(q).dtype == jnp.float32
     for a, b in zip(jax.tree.leaves(q), jax.tree.leaves(narrow), strict=True):
         assert a.dtype == b.dtype

@@ -208,7 +208,7 @@ class Transformer(nn.Module):
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 def intercepted(model: nn.Module, recipe: Recipe | None = None) -> Callable[..., Any]:
@@ -223,8 +223,8 @@ def intercepted(model: nn.Module, recipe: Recipe | None = None) -> Callable[...,
 
 def error(y: Any, exact: Any) -> float:
     """`|y - exact| / |exact|`."""
-    y, exact = (jnp.asarray(a, jnp.float32) for a in (y, exact))
-    return float(jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact))
+    y, exact = (np.asarray(a, np.float32) for a in (y, exact))
+    return float(np.linalg.norm(y - exact) / np.linalg.norm(exact))
 
 
 def same(a: Any, b: Any) -> bool:

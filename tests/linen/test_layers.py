@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxquant as jq
@@ -16,9 +18,11 @@ from jaxquant import linen
 from tests.linen import models
 from tests.linen.models import contractions, error, intercepted, normal
 
+pytestmark = pytest.mark.usefixtures("cheap_programs")  # values within a bound, each run once
+
 x, xs = normal(4, 32), normal(2, 5, 32)
 image = normal(2, 8, 8, 16)
-tokens = jnp.arange(8).reshape(2, 4)
+tokens = np.arange(8, dtype=np.int32).reshape(2, 4)
 
 
 class Case(NamedTuple):
@@ -38,7 +42,8 @@ def conv(features: int, *window: int, **options: Any) -> Case:
 CASES = {
     "Dense": Case(nn.Dense(48), x),
     "Dense, bfloat16": Case(
-        nn.Dense(48, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16), x.astype(jnp.bfloat16)
+        nn.Dense(48, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16),
+        np.asarray(x).astype(jnp.bfloat16),
     ),
     "DenseGeneral": Case(nn.DenseGeneral((4, 16)), xs),
     "DenseGeneral, two axes": Case(nn.DenseGeneral(24, axis=(-2, -1)), xs),
@@ -86,6 +91,19 @@ def noise(report: jq.Report) -> float:
     return math.sqrt(sum(ratios))
 
 
+@functools.cache
+def begun(name: str) -> tuple[Any, jax.Array]:
+    """Variables of a case and its float result, by one program."""
+    model, inputs, _, _ = CASES[name]
+
+    @jax.jit
+    def both(key: jax.Array, inputs: jax.Array) -> tuple[Any, jax.Array]:
+        variables = model.init(key, inputs)
+        return variables, model.apply(variables, inputs)
+
+    return both(jax.random.key(0), inputs)
+
+
 SLOW = ("LSTM", "LSTM of convolutions")
 
 
@@ -94,8 +112,7 @@ SLOW = ("LSTM", "LSTM of convolutions")
 )
 def test_layer(name: str) -> None:
     model, inputs, ints, floats = CASES[name]
-    variables = jax.jit(model.init)(jax.random.key(0), inputs)
-    exact = jax.jit(model.apply)(variables, inputs)
+    variables, exact = begun(name)
     for recipe in (jq.w8a8(), jq.w4a16(group=32)):
         qvariables, report = jq.ptq(model.apply, variables, recipe, inputs)
         y = jax.jit(jq.quantized(model.apply))(qvariables, inputs)
@@ -118,7 +135,7 @@ def lowered(fn: Callable[..., Any], *args: Any) -> str:
 @pytest.mark.parametrize("name", ["Embed, tied", "attention", "Partitioned"])
 def test_float_variables_are_quantized_within(name: str) -> None:
     model, inputs, _, _ = CASES[name]
-    variables = jax.jit(model.init)(jax.random.key(0), inputs)
+    variables, _ = begun(name)
     recipe = jq.w8a8()
     qvariables, _ = jq.ptq(model.apply, variables, recipe, inputs)
     stored = jax.jit(jq.quantized(model.apply))(qvariables, inputs)

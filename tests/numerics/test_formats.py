@@ -54,19 +54,30 @@ def reference(f):
     return all_patterns(f).view(dtype_of(f)).astype(np.float32)
 
 
-def assert_same_bits(got, want):
+def assert_same_bits(got, want, name=""):
     """Equal bit by bit, signs of zero included; one NaN is as good as another."""
     got, want = np.asarray(got), np.asarray(want, np.float32)
     assert got.dtype == np.float32
     both_nan = np.isnan(got) & np.isnan(want)
     np.testing.assert_array_equal(
-        np.where(both_nan, 0, got.view(np.uint32)), np.where(both_nan, 0, want.view(np.uint32))
+        np.where(both_nan, 0, got.view(np.uint32)),
+        np.where(both_nan, 0, want.view(np.uint32)),
+        err_msg=name,
     )
 
 
-@partial(jax.jit, static_argnums=1)
+@partial(jax.jit, static_argnums=(0, 2))
+def each_by(run, arrays, formats):
+    """What `run` gives for each array and its format, in one program."""
+    return [run(a, f) for a, f in zip(arrays, formats, strict=True)]
+
+
 def there_and_back(x, f):
     return decode(encode(x, f), f)
+
+
+def back_and_there(codes, f):
+    return encode(decode(codes, f), f)
 
 
 def bits_of(x):
@@ -239,25 +250,30 @@ def test_codebook_facts(n, bits):
 
 @each(NARROW)
 def test_all_patterns_decode_as_in_ml_dtypes(f):
-    patterns = all_patterns(f)
-    assert_same_bits(decode_bits(patterns, f), reference(f))
-    assert_same_bits(jax.jit(partial(decode_bits, format=f))(patterns), reference(f))
+    # eagerly; formats of as many patterns share their programs
+    assert_same_bits(decode_bits(all_patterns(f), f), reference(f))
 
 
-@each(NARROW)
-def test_all_patterns_round_trip(f):
-    patterns = all_patterns(f)
-    values = reference(f)
-    again = np.asarray(jax.jit(partial(encode_bits, format=f))(values))
-    assert again.dtype == patterns.dtype
-    finite = np.isfinite(values)
-    np.testing.assert_array_equal(again[finite], patterns[finite])
-    # Infinities saturate, NaN stays NaN.
-    np.testing.assert_array_equal(
-        again[np.isinf(values)].view(dtype_of(f)).astype(np.float64),
-        np.sign(values[np.isinf(values)]) * f.max,
-    )
-    assert np.isnan(again[np.isnan(values)].view(dtype_of(f)).astype(np.float32)).all()
+def test_all_patterns_decode_as_in_ml_dtypes_when_compiled():
+    got = each_by(decode_bits, [all_patterns(f) for f in NARROW], tuple(NARROW))
+    for f, values in zip(NARROW, got, strict=True):
+        assert_same_bits(values, reference(f), f.name)
+
+
+def test_all_patterns_round_trip():
+    got = each_by(encode_bits, [reference(f) for f in NARROW], tuple(NARROW))
+    for f, again in zip(NARROW, map(np.asarray, got), strict=True):
+        patterns, values = all_patterns(f), reference(f)
+        assert again.dtype == patterns.dtype, f
+        finite = np.isfinite(values)
+        np.testing.assert_array_equal(again[finite], patterns[finite], err_msg=f.name)
+        # Infinities saturate, NaN stays NaN.
+        np.testing.assert_array_equal(
+            again[np.isinf(values)].view(dtype_of(f)).astype(np.float64),
+            np.sign(values[np.isinf(values)]) * f.max,
+            err_msg=f.name,
+        )
+        assert np.isnan(again[np.isnan(values)].view(dtype_of(f)).astype(np.float32)).all(), f
 
 
 def test_float32_patterns():
@@ -308,23 +324,30 @@ def rounding_cases(f):
     return np.concatenate([x, ties, np.nextafter(ties, inf), np.nextafter(ties, -inf), special])
 
 
-@each(NARROW)
-def test_encode_rounds_as_ml_dtypes_and_saturates(f):
-    x = rounding_cases(f)
-    if f.name == "float8_e8m0fnu":
-        # Here alone ml_dtypes is not the nearest: it rounds all between 2^-127 and 2^-126 up.
-        x = x[(x <= 2.0**-127) | (x >= 2.0**-126)]
-    want = np.clip(x, np.float32(f.min), np.float32(f.max)).astype(dtype_of(f))
-    got = np.asarray(jax.jit(partial(encode, format=f))(x))
-    np.testing.assert_array_equal(bits_of(got), bits_of(want))
+def test_encode_rounds_as_ml_dtypes_and_saturates():
+    cases = [rounding_cases(f) for f in NARROW]
+    for f, x, codes in zip(NARROW, cases, each_by(encode, cases, tuple(NARROW)), strict=True):
+        got = np.asarray(codes)
+        if f.name == "float8_e8m0fnu":
+            # Here alone ml_dtypes is not the nearest: it rounds all between 2^-127 and 2^-126 up.
+            known = (x <= 2.0**-127) | (x >= 2.0**-126)
+            x, got = x[known], got[known]
+        want = np.clip(x, np.float32(f.min), np.float32(f.max)).astype(dtype_of(f))
+        np.testing.assert_array_equal(bits_of(got), bits_of(want), err_msg=f.name)
 
 
-@each([*PLAIN, WIDE_CODEBOOK])
-def test_nearest_by_brute_force(f):
-    rng = np.random.default_rng(1)
-    low, high = max(f.min, -1e3), min(f.max, 1e3)
-    x = rng.uniform(low - 1, high + 1, 257).astype(np.float32)
-    got = np.asarray(there_and_back(x, f)).astype(np.float64)
+def test_nearest_by_brute_force():
+    cases = []
+    for f in [*PLAIN, WIDE_CODEBOOK]:
+        rng = np.random.default_rng(1)
+        low, high = max(f.min, -1e3), min(f.max, 1e3)
+        cases.append(rng.uniform(low - 1, high + 1, 257).astype(np.float32))
+    got = each_by(there_and_back, cases, (*PLAIN, WIDE_CODEBOOK))
+    for f, x, values in zip([*PLAIN, WIDE_CODEBOOK], cases, got, strict=True):
+        check_nearest(f, x, np.asarray(values).astype(np.float64))
+
+
+def check_nearest(f, x, got):
     if f.is_integer:
         grid = np.arange(f.qmin, f.qmax + 1, dtype=np.float64)
     elif f.is_codebook:
@@ -336,31 +359,39 @@ def test_nearest_by_brute_force(f):
     grid = np.unique(grid)
     at = np.clip(np.searchsorted(grid, x), 1, len(grid) - 1)
     best = np.minimum(np.abs(grid[at] - x), np.abs(grid[at - 1] - x))
-    np.testing.assert_array_equal(np.abs(got - x), best)
+    np.testing.assert_array_equal(np.abs(got - x), best, err_msg=f.name)
 
 
-@each([*PLAIN, WIDE_CODEBOOK])
-def test_every_code_survives_decode_and_encode(f):
+def every_code(f):
     if f.is_codebook:
-        codes = np.unique(f.codebook, return_index=True)[1].astype(np.uint8)  # fp4 has two zeros
-    elif f.is_integer:
-        codes = np.arange(f.qmin, f.qmax + 1, dtype=f.storage)
-    elif f.bits <= 16:
+        return np.unique(f.codebook, return_index=True)[1].astype(np.uint8)  # fp4 has two zeros
+    if f.is_integer:
+        return np.arange(f.qmin, f.qmax + 1, dtype=f.storage)
+    if f.bits <= 16:
         codes = all_patterns(f)[np.isfinite(reference(f))]
-        codes = codes if f.storage == "uint8" else codes.view(f.storage)
-    else:
-        codes = np.float32([0.0, 1.5, -3.25e-20, f.max, f.min])
-    again = jax.jit(lambda codes: encode(decode(codes, f), f))(codes)
-    assert again.dtype == jnp.dtype(f.storage)
-    np.testing.assert_array_equal(bits_of(again), bits_of(codes))
+        return codes if f.storage == "uint8" else codes.view(f.storage)
+    return np.float32([0.0, 1.5, -3.25e-20, f.max, f.min])
 
 
-@each([f for f in NARROW if f.storage != "uint8"])
-def test_decode_of_stored_dtypes_equals_the_definition(f):
+def test_every_code_survives_decode_and_encode():
+    formats = (*PLAIN, WIDE_CODEBOOK)
+    every = [every_code(f) for f in formats]
+    for f, codes, again in zip(
+        formats, every, each_by(back_and_there, every, formats), strict=True
+    ):
+        assert again.dtype == jnp.dtype(f.storage), f
+        np.testing.assert_array_equal(bits_of(again), bits_of(codes), err_msg=f.name)
+
+
+def test_decode_of_stored_dtypes_equals_the_definition():
     # `decode` uses XLA's conversion here, subnormals and all.
-    patterns = all_patterns(f)
-    for run in (decode, jax.jit(decode, static_argnums=(1, 2))):
-        assert_same_bits(run(patterns.view(f.storage), f, jnp.float32), decode_bits(patterns, f))
+    formats = tuple(f for f in NARROW if f.storage != "uint8")
+    stored = [all_patterns(f).view(f.storage) for f in formats]
+    wants = each_by(decode_bits, [all_patterns(f) for f in formats], formats)
+    compiled = each_by(partial(decode, dtype=jnp.float32), stored, formats)
+    for f, codes, want, got in zip(formats, stored, wants, compiled, strict=True):
+        assert_same_bits(decode(codes, f, jnp.float32), want, f.name)
+        assert_same_bits(got, want, f.name)
 
 
 @each(KINDS)
@@ -368,53 +399,70 @@ def test_jit_equals_eager_and_vmap_equals_loop(f):
     x = np.random.default_rng(2).normal(size=(3, 8)).astype(np.float32) * 3
     codes = encode(x, f)
     assert codes.shape == x.shape
-    np.testing.assert_array_equal(bits_of(jax.jit(encode, static_argnums=1)(x, f)), bits_of(codes))
-    loop = np.stack([bits_of(encode(row, f)) for row in x])
-    np.testing.assert_array_equal(bits_of(jax.vmap(partial(encode, format=f))(x)), loop)
     values = decode(codes, f)
     assert values.dtype == jnp.float32
-    assert_same_bits(jax.vmap(partial(decode, format=f))(codes), values)
+
+    @jax.jit
+    def run(x, codes):
+        one = partial(encode, format=f)
+        loop = [one(row) for row in x]
+        return one(x), jax.vmap(one)(x), loop, jax.vmap(partial(decode, format=f))(codes)
+
+    jitted, mapped, loop, again = run(x, codes)
+    np.testing.assert_array_equal(bits_of(jitted), bits_of(codes))
+    np.testing.assert_array_equal(bits_of(mapped), np.stack([bits_of(row) for row in loop]))
+    assert_same_bits(again, values)
 
 
-@each([*PLAIN, WIDE_CODEBOOK])
-def test_non_finite_input(f):
-    x = np.float32([np.nan, np.inf, -np.inf])
-    got = np.asarray(there_and_back(x, f)).astype(np.float64)
-    assert got[1:].tolist() == [f.max, f.min]
-    if f.has_nan:
-        assert np.isnan(got[0])
-    elif f.is_codebook:
-        assert got[0] == min(f.codebook, key=abs)
-    else:
-        assert got[0] == 0.0
+def test_non_finite_input():
+    x, formats = np.float32([np.nan, np.inf, -np.inf]), (*PLAIN, WIDE_CODEBOOK)
+    values = each_by(there_and_back, [x] * len(formats), formats)
+    for f, got in zip(formats, (np.asarray(v).astype(np.float64) for v in values), strict=True):
+        assert got[1:].tolist() == [f.max, f.min], f
+        if f.has_nan:
+            assert np.isnan(got[0]), f
+        elif f.is_codebook:
+            assert got[0] == min(f.codebook, key=abs), f
+        else:
+            assert got[0] == 0.0, f
 
 
-@each(KINDS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
-def test_half_precision_input_is_read_as_float32(f, dtype):
+def test_half_precision_input_is_read_as_float32(dtype):
     # Every pattern of the input dtype: its subnormals, too, must reach the codes.
     x = all_patterns(get(dtype)).view(dtype)
-    run = jax.jit(partial(encode, format=f))
-    np.testing.assert_array_equal(bits_of(run(x)), bits_of(run(x.astype(np.float32))))
+    formats, n = tuple(KINDS), len(KINDS)
+    narrow = each_by(encode, [x] * n, formats)
+    wide = each_by(encode, [x.astype(np.float32)] * n, formats)
+    for f, got, want in zip(formats, narrow, wide, strict=True):
+        np.testing.assert_array_equal(bits_of(got), bits_of(want), err_msg=f.name)
 
 
-@each(KINDS)
 @pytest.mark.parametrize("shape", [(), (2, 0, 3)])
-def test_shapes_without_elements_or_axes(f, shape, key):
-    for k in (None, key):
-        codes = encode(np.zeros(shape, np.float32), f, key=k)
-        assert codes.shape == shape
-        assert codes.dtype == jnp.dtype(f.storage)
-        assert decode(codes, f).shape == shape
+def test_shapes_without_elements_or_axes(shape, key):
+    x, formats = np.zeros(shape, np.float32), tuple(KINDS)
+    for run in (encode, partial(encode, key=key)):
+        every = each_by(run, [x] * len(formats), formats)
+        values = each_by(decode, every, formats)
+        for f, codes, value in zip(formats, every, values, strict=True):
+            assert codes.shape == shape, f
+            assert codes.dtype == jnp.dtype(f.storage), f
+            assert value.shape == shape, f
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@each([get("int4"), get("float4_e2m1fn"), get("float8_e4m3fn"), get("float8_e8m0fnu"), get("nf4")])
-def test_decode_dtype(f, dtype):
-    x = np.float32([-3.0, -0.3, 0.0, 0.4, 2.0])
-    got = decode(encode(x, f), f, dtype)
-    assert got.dtype == dtype
-    np.testing.assert_array_equal(got, decode(encode(x, f), f).astype(dtype))
+def test_decode_dtype():
+    x, dtypes = np.float32([-3.0, -0.3, 0.0, 0.4, 2.0]), (jnp.float32, jnp.bfloat16, jnp.float16)
+    names = ("int4", "float4_e2m1fn", "float8_e4m3fn", "float8_e8m0fnu", "nf4")
+    formats = tuple(get(name) for name in names)
+    codes = each_by(encode, [x] * len(names), formats)
+    wide = each_by(decode, codes, formats)
+    for dtype in dtypes:
+        for f, got, values in zip(
+            formats, each_by(partial(decode, dtype=dtype), codes, formats), wide, strict=True
+        ):
+            assert got.dtype == dtype, f
+            want = np.asarray(values).astype(dtype)
+            np.testing.assert_array_equal(np.asarray(got), want, err_msg=f"{f.name} {dtype}")
 
 
 def test_wrong_input_is_refused():

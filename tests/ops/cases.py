@@ -64,20 +64,30 @@ def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
+def quantized(w: np.ndarray | jax.Array, spec: QSpec, **rest) -> QTensor:
+    """As `quantize`, in one program that compiles fast."""
+    return jit(lambda w: quantize(w, spec, **rest))(w)
+
+
+@functools.cache
 def weights(name: str, seed: int = 0, shape: tuple[int, ...] = (K, N), minor=()) -> QTensor:
-    spec = WEIGHTS[name]
-    w = normal(seed, *shape)
-    return quantize(jnp.abs(w) if name == "uint8" else w, spec, minor=minor)
+    w = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return quantized(np.abs(w) if name == "uint8" else w, WEIGHTS[name], minor=minor)
 
 
 def rounded(x: jax.Array, spec: QSpec | None, contracted: tuple[int, ...]) -> jax.Array:
     return x if spec is None else fake(x, spec, contracted)
 
 
-def assert_near(y, x, w, expected, bound: float) -> None:
+def matmul(x, w) -> np.ndarray:
+    """`x` `[m, k]` times `w` `[k, n]`, summed in float64 and rounded to float32."""
+    return (np.asarray(x, np.float64) @ np.asarray(w, np.float64)).astype(np.float32)
+
+
+def assert_near(y, x, w, expected, bound: float, case: object = "") -> None:
     """Equal up to `bound` of what a result could reach at most; `w` is `[k, n]`."""
-    assert y.dtype == expected.dtype
-    assert y.shape == expected.shape
+    assert y.dtype == expected.dtype, case
+    assert y.shape == expected.shape, case
     reach = np.abs(np.asarray(x, np.float64)).max() * np.abs(np.asarray(w, np.float64)).sum(0).max()
     error = np.abs(np.asarray(y, np.float64) - np.asarray(expected, np.float64)).max()
-    assert error <= bound * reach, error / reach
+    assert error <= bound * reach, (case, error / reach)

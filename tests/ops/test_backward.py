@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxquant import PerChannel, PerGroup, QSpec, quantize
+from jaxquant import PerChannel, PerGroup, QSpec
 from jaxquant.ops import conv_general_dilated, dot_general, dot_general_dynamic, fake, gather
 from jaxquant.qtensor import dequantize
-from tests.ops.cases import MATRIX, K, N, jit, normal, weights
+from tests.ops.cases import MATRIX, K, N, jit, normal, quantized, weights
 
 
 @pytest.mark.parametrize(
@@ -18,31 +18,36 @@ from tests.ops.cases import MATRIX, K, N, jit, normal, weights
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradient_is_that_of_the_dequantized_contraction(name, dtype):
     q, x, g = weights(name), normal(1, 5, K, dtype=dtype), normal(2, 5, N, dtype=dtype)
-    for spec in (None, QSpec("int8"), QSpec("uint8", symmetric=False)):
+    specs = (None, QSpec("int8"), QSpec("uint8", symmetric=False))
+    flipped = (((0,), (1,)), ((), ()))
 
-        @jit
-        def both(x, q, g, spec=spec):
-            ours = functools.partial(
-                dot_general, dimension_numbers=MATRIX, preferred_element_type=dtype,
-                activations=spec,
-            )  # fmt: skip
-            left = jax.vjp(
-                lambda x: dot_general(
-                    q, x, (((0,), (1,)), ((), ())), None, dtype, activations=spec
-                ), x,
-            )[1](g.T)  # fmt: skip
-            theirs = lambda x: lax.dot_general(
-                x, dequantize(q), MATRIX, preferred_element_type=dtype
-            )
-            return jax.vjp(lambda x: ours(x, q), x)[1](g), left, jax.vjp(theirs, x)[1](g)
+    @jit
+    def every(x, q, g):
+        def pulled(product, g):
+            return jax.vjp(product, x)[1](g)[0]
 
-        (ours,), (left,), (expected,) = both(x, q, g)
-        assert ours.dtype == x.dtype
-        tolerance = 1e-5 if dtype == "float32" else 0.05
-        np.testing.assert_array_equal(ours, expected)
-        np.testing.assert_allclose(
-            left.astype(jnp.float32), expected.astype(jnp.float32), rtol=0, atol=tolerance
+        def ours(x, spec):
+            return dot_general(x, q, MATRIX, None, dtype, activations=spec)
+
+        def left(x, spec):
+            return dot_general(q, x, flipped, None, dtype, activations=spec)
+
+        def theirs(x):
+            return lax.dot_general(x, dequantize(q), MATRIX, preferred_element_type=dtype)
+
+        return (
+            [pulled(functools.partial(ours, spec=spec), g) for spec in specs],
+            [pulled(functools.partial(left, spec=spec), g.T) for spec in specs],
+            pulled(theirs, g),
         )
+
+    *found, expected = every(x, q, g)
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    for spec, ours, left in zip(specs, *found, strict=True):
+        assert ours.dtype == x.dtype, spec
+        np.testing.assert_array_equal(ours, expected, err_msg=str(spec))
+        left, near = np.asarray(left, np.float32), np.asarray(expected, np.float32)
+        np.testing.assert_allclose(left, near, rtol=0, atol=tolerance, err_msg=str(spec))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +72,7 @@ def test_gradients_of_two_activations_see_the_other_rounded(spec):
 
 def test_gradient_of_a_convolution():
     x, w = normal(1, 2, 7, 6, 4), normal(2, 3, 3, 2, 8)
-    q = quantize(w, QSpec("int8", PerChannel(3)))
+    q = quantized(w, QSpec("int8", PerChannel(3)))
     conv = {
         "window_strides": (2, 1), "padding": "SAME", "rhs_dilation": (1, 2),
         "dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 2,
@@ -89,7 +94,8 @@ def test_gradient_of_a_convolution():
 
 
 def test_under_remat_scan_and_vmap():
-    q = quantize(normal(0, 3, K, K) / K, QSpec("int8", PerChannel(1)), batch_axes=1)
+    w = np.asarray(normal(0, 3, K, K)) / K
+    q = quantized(w, QSpec("int8", PerChannel(1)), batch_axes=1)
     x = normal(1, 4, K)
 
     def chain(x, product, layers):
@@ -112,7 +118,7 @@ def test_under_remat_scan_and_vmap():
 def test_a_qtensor_is_not_differentiable():
     q, x = weights("int8 channel"), normal(1, 4, K)
     rows = lax.GatherDimensionNumbers((1,), (0,), (0,))
-    table = quantize(normal(0, 9, 4), QSpec("int8", PerChannel(0)))
+    table = quantized(normal(0, 9, 4), QSpec("int8", PerChannel(0)))
     calls = [
         (lambda q: dot_general(x, q, MATRIX, activations=None).sum(), q),
         (lambda q: dot_general(x, q, MATRIX, activations=QSpec("int8")).sum(), q),

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxquant import PerChannel, PerGroup, PerTensor, QSpec, quantize
+from jaxquant import PerChannel, PerGroup, PerTensor, QSpec
 from jaxquant.ops import conv_general_dilated, fake
 from jaxquant.qtensor import dequantize
-from tests.ops.cases import jit, normal
+from tests.ops.cases import jit, normal, quantized
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 CASES = {
@@ -68,27 +68,21 @@ def test_equals_the_dequantized_convolution(case):
     chosen = WEIGHTS if case in ("same", "depthwise") else ("channel", "asymmetric")
     for i, name in enumerate(chosen):
         specs = ACTIVATIONS if name in ("channel", "asymmetric") else ACTIVATIONS[:2]
-        q = quantize(w, WEIGHTS[name], minor=(0, 1, 2) if i % 2 else ())
+        q = quantized(w, WEIGHTS[name], minor=(0, 1, 2) if i % 2 else ())
 
         @jit
         def every(x, q, specs=specs):
-            return [
-                (
-                    conv_general_dilated(x, q, **conv, dimension_numbers=NHWC, activations=spec),
-                    lax.conv_general_dilated(
-                        x if spec is None else fake(x, spec, (1, 2, 3)),
-                        dequantize(q),
-                        **conv,
-                        dimension_numbers=NHWC,
-                    ),
-                )
-                for spec in specs
-            ]
+            rest = {**conv, "dimension_numbers": NHWC}
+            rows = [x if spec is None else fake(x, spec, (1, 2, 3)) for spec in specs]
+            expected = lax.conv_general_dilated(jnp.concatenate(rows), dequantize(q), **rest)
+            ours = [conv_general_dilated(x, q, **rest, activations=spec) for spec in specs]
+            return ours, jnp.split(expected, len(specs))
 
-        reach = 4.0 * 3.0 * w[..., 0].size
-        for y, expected in every(x, q):
-            assert y.shape == expected.shape
-            np.testing.assert_allclose(y, expected, rtol=0, atol=2e-7 * reach)
+        reach = 4.0 * 3.0 * np.asarray(w)[..., 0].size
+        for y, expected, spec in zip(*every(x, q), specs, strict=True):
+            assert y.shape == expected.shape, (name, spec)
+            close = {"rtol": 0, "atol": 2e-7 * reach}
+            np.testing.assert_allclose(y, expected, **close, err_msg=f"{name}, {spec}")
 
 
 @pytest.mark.parametrize(
@@ -99,29 +93,29 @@ def test_other_layouts_and_dtypes(layout):
     x = normal(1, *(sizes[c] for c in layout[0]), dtype=jnp.bfloat16)
     kernel = {"O": 6, "I": 4, "H": 3}
     w = normal(2, *(kernel[c] for c in layout[1]), dtype=jnp.bfloat16)
-    q = quantize(w, QSpec("int8", PerChannel(layout[1].index("O"))))
+    q = quantized(w, QSpec("int8", PerChannel(layout[1].index("O"))))
     window = [a for a in range(3) if layout[0][a] != "N"]
-    for spec, preferred in itertools.product((None, QSpec("int8")), (None, jnp.float32)):
-        rest = {"dimension_numbers": layout, "preferred_element_type": preferred}
+    cases = [*itertools.product((None, QSpec("int8")), (None, jnp.float32))]
 
-        @jit
-        def both(x, q, spec=spec, rest=rest):
+    @jit
+    def every(x, q):
+        ours, theirs = [], []
+        for spec, preferred in cases:
+            rest = {"dimension_numbers": layout, "preferred_element_type": preferred}
             fx = x if spec is None else fake(x, spec, window)
-            return (
-                conv_general_dilated(x, q, (2,), "SAME", **rest, activations=spec),
-                lax.conv_general_dilated(fx, dequantize(q), (2,), "SAME", **rest),
-            )
+            ours.append(conv_general_dilated(x, q, (2,), "SAME", **rest, activations=spec))
+            theirs.append(lax.conv_general_dilated(fx, dequantize(q), (2,), "SAME", **rest))
+        return ours, theirs
 
-        y, expected = both(x, q)
-        assert y.dtype == expected.dtype
-        np.testing.assert_allclose(
-            y.astype(jnp.float32), expected.astype(jnp.float32), rtol=0.02, atol=0.1
-        )
+    for y, expected, case in zip(*every(x, q), cases, strict=True):
+        assert y.dtype == expected.dtype, case
+        y, expected = np.asarray(y, np.float32), np.asarray(expected, np.float32)
+        np.testing.assert_allclose(y, expected, rtol=0.02, atol=0.1, err_msg=str(case))
 
 
 def test_kernels_on_the_left_and_batch_groups():
     x, w = normal(1, 4, 3, 8), normal(2, 4, 3, 3)
-    q = quantize(w, QSpec("int8", PerChannel(0)))
+    q = quantized(w, QSpec("int8", PerChannel(0)))
     y = conv_general_dilated(q, x, (1,), "SAME", activations=None)
     np.testing.assert_array_equal(y, lax.conv_general_dilated(dequantize(q), x, (1,), "SAME"))
     rest = {"window_strides": (1,), "padding": "SAME", "batch_group_count": 2}
@@ -132,10 +126,10 @@ def test_kernels_on_the_left_and_batch_groups():
 
 
 def test_what_is_not_finite_comes_through():
-    x = normal(1, 2, 8, 4).at[0, 1, 1].set(jnp.nan)
-    q = quantize(normal(2, 3, 4, 6), QSpec("int8", PerChannel(2)))
-    y = conv_general_dilated(
-        x, q, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"), activations=QSpec("int8")
-    )
+    x = np.array(normal(1, 2, 8, 4))
+    x[0, 1, 1] = np.nan
+    q = quantized(normal(2, 3, 4, 6), QSpec("int8", PerChannel(2)))
+    rest = {"dimension_numbers": ("NHC", "HIO", "NHC"), "activations": QSpec("int8")}
+    y = np.asarray(jit(lambda x, q: conv_general_dilated(x, q, (1,), "SAME", **rest))(x, q))
     assert np.isnan(y[0]).all()
     assert np.isfinite(y[1]).all()

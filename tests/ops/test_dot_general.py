@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxquant import PerChannel, PerGroup, PerTensor, QSpec, quantize
+from jaxquant import PerChannel, PerGroup, PerTensor, QSpec
 from jaxquant.ops import dot_general, fake, lowering
 from jaxquant.qtensor import Use, dequantize, with_use
 from tests.ops.cases import (
@@ -19,15 +19,22 @@ from tests.ops.cases import (
     N,
     assert_near,
     jit,
+    matmul,
     normal,
+    quantized,
     rounded,
     weights,
 )
 
 
-def reference(x, q, numbers=MATRIX, spec=None, preferred=None):
-    x = rounded(x, spec, numbers[0][0])
-    return lax.dot_general(x, dequantize(q), numbers, preferred_element_type=preferred)
+def products(specs):
+    """For each spec the contraction and the rounded rows; and the dequantized weight."""
+
+    def call(x, q):
+        ours = [dot_general(x, q, MATRIX, activations=s) for s in specs]
+        return ours, [rounded(x, s, (1,)) for s in specs], dequantize(q)
+
+    return call
 
 
 # Every spec against a weight of each kind, and the common ones against every weight.
@@ -40,16 +47,10 @@ def test_equals_the_dequantized_contraction(name):
     x = normal(1, 7, K)
     q = weights(name, minor=(0,) if len(name) % 2 else ())
 
-    @jit
-    def every(x, q):
-        specs = {a: ACTIVATIONS[a][0] for a in (ACTIVATIONS if name in ALL else COMMON)}
-        return {
-            a: (dot_general(x, q, MATRIX, activations=spec), reference(x, q, spec=spec))
-            for a, spec in specs.items()
-        }
-
-    for a, (y, expected) in every(x, q).items():
-        assert_near(y, x, dequantize(q), expected, ACTIVATIONS[a][1])
+    chosen = ACTIVATIONS if name in ALL else COMMON
+    ours, rows, w = jit(products([ACTIVATIONS[a][0] for a in chosen]))(x, q)
+    for a, y, fx in zip(chosen, ours, rows, strict=True):
+        assert_near(y, x, w, matmul(fx, w), ACTIVATIONS[a][1], a)
 
 
 SIDES = {
@@ -69,33 +70,53 @@ SIDES = {
 GRANULARITIES = {"channel": PerChannel(), "tensor": PerTensor(), "group": PerGroup(16)}
 
 
+def contraction(a, b, numbers):
+    """`lax.dot_general` in float64."""
+    ((ac, bc), (ab, bb)), letters = numbers, iter("abcdefgh")
+    at, bt = [next(letters) for _ in a.shape], [next(letters) for _ in b.shape]
+    for i, j in zip((*ac, *ab), (*bc, *bb), strict=True):
+        bt[j] = at[i]
+    out = [at[i] for i in ab]
+    out += [c for i, c in enumerate(at) if i not in (*ac, *ab)]
+    out += [c for i, c in enumerate(bt) if i not in (*bc, *bb)]
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.einsum(f"{''.join(at)},{''.join(bt)}->{''.join(out)}", a, b)
+
+
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_either_side_any_axes(side, granularity):
+def test_either_side_any_axes(side):
     x_shape, xc, xb, w_shape, wc, wb = SIDES[side]
     x, w = normal(1, *x_shape), normal(2, *w_shape)
-    fmt, minor = ("int4", wc) if granularity == "group" else ("int8", ())
-    q = quantize(w, QSpec(fmt, GRANULARITIES[granularity]).at(wc, w.ndim), minor=minor)
     right, left = ((xc, wc), (xb, wb)), ((wc, xc), (wb, xb))
+    specs = ((QSpec("int8", symmetric=False), EXACT), (None, LIMBS))
+    qs = {}
+    for name, granularity in GRANULARITIES.items():
+        fmt, minor = ("int4", wc) if name == "group" else ("int8", ())
+        qs[name] = quantized(w, QSpec(fmt, granularity).at(wc, w.ndim), minor=minor)
 
     @jit
-    def both(x, q):
-        out = []
-        for spec, bound in ((QSpec("int8", symmetric=False), EXACT), (None, LIMBS)):
-            fx, fq = rounded(x, spec, xc), dequantize(q)
-            y = dot_general(x, q, right, activations=spec)
-            out.append((y, lax.dot_general(fx, fq, right), bound))
-            y = dot_general(q, x, left, activations=spec)
-            out.append((y, lax.dot_general(fq, fx, left), bound))
-        return out
+    def every(x, qs):
+        def both(q, spec):
+            on_the_right = dot_general(x, q, right, activations=spec)
+            return on_the_right, dot_general(q, x, left, activations=spec)
 
-    reach = float(jnp.abs(x).max() * jnp.abs(w).max()) * K
-    for y, expected, bound in both(x, q):
-        assert y.shape == expected.shape
-        np.testing.assert_allclose(y, expected, rtol=0, atol=float(bound) * reach)
+        ours = {name: [both(q, spec) for spec, _ in specs] for name, q in qs.items()}
+        rows = [rounded(x, spec, xc) for spec, _ in specs]
+        return ours, rows, {name: dequantize(q) for name, q in qs.items()}
+
+    ours, rows, values = every(x, qs)
+    reach = float(np.abs(x).max() * np.abs(w).max()) * K
+    for name, got in ours.items():
+        for (y, flipped), fx, (spec, bound) in zip(got, rows, specs, strict=True):
+            close = {"rtol": 0, "atol": bound * reach, "err_msg": f"{name}, {spec}"}
+            for found, expected in (
+                (y, contraction(fx, values[name], right)),
+                (flipped, contraction(values[name], fx, left)),
+            ):
+                assert found.shape == expected.shape, (name, spec)
+                np.testing.assert_allclose(found, expected, **close)
 
 
-@pytest.mark.parametrize("rows", [1, 600])
 @pytest.mark.parametrize(
     ("name", "form"),
     [
@@ -106,15 +127,17 @@ def test_either_side_any_axes(side, granularity):
         ("int4 group", "loop"),
     ],
 )
-def test_every_form_of_few_and_many_rows(monkeypatch, request, rows, form, name):
+def test_every_form_of_few_and_many_rows(monkeypatch, request, form, name):
+    q, x = weights(name), np.asarray(normal(1, 600, K))
     jax.clear_caches()  # contractions are jitted by their operands: what is patched is not one
     request.addfinalizer(jax.clear_caches)
     monkeypatch.setattr(lowering, "group_form", lambda *sizes: form)
-    q, x = weights(name), normal(1, rows, K)
-    for spec in (None, QSpec("uint8", symmetric=False)):
-        y = jit(lambda x, q, s=spec: dot_general(x, q, MATRIX, activations=s))(x, q)
-        bound = EXACT if spec is not None else LIMBS
-        assert_near(y, x, dequantize(q), reference(x, q, spec=spec), bound)
+    call = products((None, QSpec("uint8", symmetric=False)))
+    many, rows, w = jit(call)(x, q)
+    few, row, _ = jit(call)(x[:1], q)
+    for at, ours, given in (("few", few, row), ("many", many, rows)):
+        for y, fx, bound in zip(ours, given, (LIMBS, EXACT), strict=True):
+            assert_near(y, given[0], w, matmul(fx, w), bound, (at, bound))
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
@@ -140,38 +163,51 @@ def test_integers_are_those_of_numpy(asymmetric):
     sums = (qx - zx.astype(np.int64)) @ (qw - zw.astype(np.int64))
     expected = sums * sx.astype(np.float64) * sw.astype(np.float64)
     spec = QSpec("int8", symmetric=not asymmetric, range="qmax")
-    q = quantize(jnp.asarray(w), QSpec("int8", PerChannel(1), not asymmetric, range="qmax"))
+    q = quantized(w, QSpec("int8", PerChannel(1), not asymmetric, range="qmax"))
     y = jit(lambda x, q: dot_general(x, q, MATRIX, activations=spec))(x, q)
     np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
 def test_the_scale_of_a_contracted_axis_goes_to_the_activation():
     """Tied weights: the table is scaled for each row, and rows are summed over."""
-    q, x = quantize(normal(0, K, N), QSpec("int8", PerChannel(0))), normal(1, 7, K)
-    for spec in (QSpec("int8"), None):
-        y = jit(lambda x, q, s=spec: dot_general(x, q, MATRIX, activations=s))(x, q)
-        moved = x * q.scale.reshape(1, K)
-        expected = rounded(moved, spec, (1,)) @ q.codes.astype(jnp.float32)
-        assert_near(y, moved, q.codes, expected, EXACT if spec else LIMBS)
+    q, x = quantized(normal(0, K, N), QSpec("int8", PerChannel(0))), normal(1, 7, K)
+    moved = np.asarray(x) * np.asarray(q.scale).reshape(1, K)
+
+    @jit
+    def both(x, q, moved):
+        specs = (QSpec("int8"), None)
+        ours = [dot_general(x, q, MATRIX, activations=s) for s in specs]
+        return ours, [rounded(moved, s, (1,)) for s in specs]
+
+    for y, fx, bound in zip(*both(x, q, moved), (EXACT, LIMBS), strict=True):
+        assert_near(y, moved, q.codes, matmul(fx, q.codes), bound, bound)
 
 
 @pytest.mark.parametrize("x_dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("preferred", [None, "float32", "bfloat16"])
-def test_dtypes_are_those_of_lax(x_dtype, preferred):
-    q = quantize(normal(0, K, N, dtype=jnp.bfloat16), QSpec("int8", PerChannel(1)))
+def test_dtypes_are_those_of_lax(x_dtype):
+    q = quantized(normal(0, K, N, dtype=jnp.bfloat16), QSpec("int8", PerChannel(1)))
     x = normal(1, 5, K, dtype=x_dtype)
-    for spec in (None, QSpec("int8")):
-        call = functools.partial(dot_general, preferred_element_type=preferred, activations=spec)
-        y = jit(lambda x, q, c=call: c(x, q, MATRIX))(x, q)
-        expected = reference(x, q, spec=spec, preferred=preferred)
-        assert_near(y, x, dequantize(q), expected, 2.0**-6)
+    cases = [(p, s) for p in (None, "float32", "bfloat16") for s in (None, QSpec("int8"))]
+
+    @jit
+    def both(x, q):
+        ours, theirs, w = [], [], dequantize(q)
+        for preferred, spec in cases:
+            rest = {"dimension_numbers": MATRIX, "preferred_element_type": preferred}
+            ours.append(dot_general(x, q, **rest, activations=spec))
+            theirs.append(lax.dot_general(rounded(x, spec, (1,)), w, **rest))
+        return ours, theirs, w
+
+    ours, theirs, w = both(x, q)
+    for case, y, expected in zip(cases, ours, theirs, strict=True):
+        assert_near(y, x, w, expected, 2.0**-6, case)
 
 
 def test_float16_does_not_overflow_inside():
-    q = quantize(jnp.full((K, N), 1e-3, jnp.float16), QSpec("int8", PerChannel(1)))
-    x = jnp.full((3, K), 1e3, jnp.float16)
-    for spec in (None, QSpec("int8")):
-        y = jit(lambda x, q, s=spec: dot_general(x, q, MATRIX, activations=s))(x, q)
+    q = quantized(np.full((K, N), 1e-3, np.float16), QSpec("int8", PerChannel(1)))
+    x = np.full((3, K), 1e3, np.float16)
+    for y in jit(products((None, QSpec("int8"))))(x, q)[0]:
+        assert y.dtype == jnp.float16
         np.testing.assert_allclose(y, 48.0, rtol=0.01)
 
 
@@ -186,33 +222,25 @@ def test_packed_codes_are_contracted_as_they_lie(name, minor):
     x, w = normal(1, 5, 192), normal(0, 192, 16)
     for granularity in (PerChannel(1), PerGroup(64, 0)):
         symmetric = name != "uint4"
-        q = quantize(w, QSpec(name, granularity, symmetric=symmetric), minor=minor)
-        for rows in (x, x[:1]):
-
-            @jit
-            def every(x, q):
-                return [
-                    (dot_general(x, q, MATRIX, activations=s), reference(x, q, spec=s), bound)
-                    for s, bound in (
-                        (QSpec("int8"), EXACT),
-                        (QSpec("uint8", symmetric=False), EXACT),
-                        (None, LIMBS),
-                    )
-                ]
-
-            for y, expected, bound in every(rows, q):
-                assert_near(y, rows, dequantize(q), expected, bound)
+        q = quantized(w, QSpec(name, granularity, symmetric=symmetric), minor=minor)
+        specs = {QSpec("int8"): EXACT, QSpec("uint8", symmetric=False): EXACT, None: LIMBS}
+        for rows in (np.asarray(x), np.asarray(x)[:1]):
+            ours, rounded_rows, values = jit(products(specs))(rows, q)
+            for y, fx, (spec, bound) in zip(ours, rounded_rows, specs.items(), strict=True):
+                case = (granularity, len(rows), spec)
+                assert_near(y, rows, values, matmul(fx, values), bound, case)
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("spec", [None, QSpec("int8"), QSpec("uint8", symmetric=False)])
-def test_what_is_not_finite_comes_through(bad, spec):
-    x = normal(1, 4, K).at[1, 3].set(bad).at[2].set(0.0).at[3].set(1e-42)
-    q = weights("int8 channel")
-    y = jit(lambda x, q: dot_general(x, q, MATRIX, activations=spec))(x, q)
-    assert not np.isfinite(y[1]).any()
-    assert np.isfinite(np.asarray(y)[[0, 2, 3]]).all()
-    np.testing.assert_array_equal(y[2], 0.0)
+def test_what_is_not_finite_comes_through(spec):
+    q, call = weights("int8 channel"), jit(lambda x, q: dot_general(x, q, MATRIX, activations=spec))
+    for bad in (np.nan, np.inf, -np.inf):
+        x = np.array(normal(1, 4, K))
+        x[1, 3], x[2], x[3] = bad, 0.0, 1e-42
+        y = np.asarray(call(x, q))
+        assert not np.isfinite(y[1]).any(), bad
+        assert np.isfinite(y[[0, 2, 3]]).all(), bad
+        np.testing.assert_array_equal(y[2], 0.0)
 
 
 @pytest.mark.parametrize(
@@ -221,31 +249,30 @@ def test_what_is_not_finite_comes_through(bad, spec):
 def test_empty_and_single_axes(shapes):
     x, w = normal(1, *shapes[0]), normal(2, *shapes[1])
     for weight in (QSpec("int8", PerChannel(1)), QSpec("int4", PerGroup(16, 0))):
-        for spec in (None, QSpec("int8")):
-            q = quantize(w, weight)
-            y = jit(lambda x, q, s=spec: dot_general(x, q, MATRIX, activations=s))(x, q)
-            np.testing.assert_allclose(y, reference(x, q, spec=spec), rtol=1e-4, atol=1e-6)
+        q = quantized(w, weight)
+        ours, rows, values = jit(products((None, QSpec("int8"))))(x, q)
+        for y, fx in zip(ours, rows, strict=True):
+            assert y.shape == (len(x), w.shape[1])
+            np.testing.assert_allclose(y, matmul(fx, values), rtol=1e-4, atol=1e-6)
 
 
 def test_the_recipe_s_activations_are_the_default():
     spec, x = QSpec("int4"), normal(1, 4, K)
     q = with_use(weights("int8 channel"), Use(activations=spec))
-    np.testing.assert_array_equal(
-        dot_general(x, q, MATRIX), dot_general(x, q, MATRIX, activations=spec)
-    )
-    assert (
-        jnp.abs(dot_general(x, q, MATRIX) - dot_general(x, q, MATRIX, activations=None)).max() > 0
-    )
+    by_default = np.asarray(dot_general(x, q, MATRIX))
+    np.testing.assert_array_equal(by_default, dot_general(x, q, MATRIX, activations=spec))
+    assert np.abs(by_default - dot_general(x, q, MATRIX, activations=None)).max() > 0
 
 
 def test_two_qtensors():
     a, b = weights("int8 channel", shape=(7, K)), weights("int4 group")
     y = dot_general(a, b, MATRIX, activations=None)
-    assert_near(y, dequantize(a), dequantize(b), dequantize(a) @ dequantize(b), LIMBS)
+    x, w = dequantize(a), dequantize(b)
+    assert_near(y, x, w, matmul(x, w), LIMBS)
 
 
 def test_jit_vmap_and_loop_agree():
-    q = quantize(normal(0, 3, K, N), QSpec("int4", PerGroup(16, 0)), batch_axes=1)
+    q = quantized(normal(0, 3, K, N), QSpec("int4", PerGroup(16, 0)), batch_axes=1)
     x = normal(1, 3, 5, K)
     for spec in (None, QSpec("int8")):
         call = functools.partial(dot_general, dimension_numbers=MATRIX, activations=spec)
@@ -268,4 +295,4 @@ def test_jit_vmap_and_loop_agree():
 
 def test_a_fake_quantized_activation_is_what_the_contraction_sees():
     x = normal(1, 4, K)
-    np.testing.assert_allclose(fake(x, QSpec("int8"), (1,)), x, atol=float(jnp.abs(x).max()) / 250)
+    np.testing.assert_allclose(fake(x, QSpec("int8"), (1,)), x, atol=np.abs(x).max() / 250)

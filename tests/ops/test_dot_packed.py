@@ -3,7 +3,7 @@
 import contextlib
 import re
 import warnings
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxquant.numerics import tile_size
 from jaxquant.ops import dot_general, dot_general_packed
 from jaxquant.ops.packed_kernel import PLATFORMS, Layout, blocks_for
 from jaxquant.qtensor import dequantize, storage_scale
-from tests.ops.cases import MATRIX, jit, normal
+from tests.ops.cases import MATRIX, jit, matmul, normal
 
 FORMATS = {
     "int4": QSpec("int4", PerGroup(64, 0)),
@@ -37,6 +37,7 @@ FORMATS = {
 SUMS, CODEBOOK = 1e-6, 2.0**-9
 
 
+@cache
 def operands(spec, rows, k, n, dtype=jnp.bfloat16):
     """Rows `[rows, k]` and a QTensor of a weight `[k, n]`."""
     make = jit(lambda x, w: (x.astype(dtype), quantize(w, spec, minor=(0,))))
@@ -48,11 +49,24 @@ def kernel(platform):
     return lambda x, q: dot_general_packed(x, q, MATRIX, interpret=platform)
 
 
+@jit
+def held(q):
+    """The dequantized weight and the scales as they are stored."""
+    return dequantize(q), storage_scale(q)
+
+
 def called(call, *args):
     return str(jax.make_jaxpr(call)(*args)).count("pallas_call")
 
 
-def reference(x, q):
+def multiplied(platform, x, q):
+    """The product by one kernel."""
+    traced = jit(kernel(platform)).trace(x, q)
+    assert str(traced.jaxpr).count("pallas_call") == 1
+    return traced.lower().compile()(x, q)
+
+
+def reference(x, q, scale):
     """The contraction in float64 by the documented layout: `x` `[m, k]`, `q` `[k, n]`."""
     fmt, size, k = q.spec.format, q.padded[-1], q.shape[0]
     tile = tile_size(size)
@@ -71,7 +85,7 @@ def reference(x, q):
         return np.repeat(np.asarray(a, np.float64), group, axis=1)
 
     zero = 0.0 if q.zero_point is None else each(q.zero_point)
-    w = each(storage_scale(q)) * (values - zero)
+    w = each(scale) * (values - zero)
     return np.asarray(x, np.float64) @ np.broadcast_to(w, values.shape)[:, :k].T
 
 
@@ -84,12 +98,11 @@ def assert_close(y, expected, x, w, bound):
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_agree_with_the_reference(name):
     x, q = operands(FORMATS[name], 3, 256, 64)
-    w = np.asarray(dequantize(q), np.float64)
+    w, scale = held(q)
     bound = CODEBOOK if q.spec.format.is_codebook else SUMS
-    assert called(kernel("tpu"), x, q) == 1
-    y = jit(kernel("tpu"))(x, q)
+    y = multiplied("tpu", x, q)
     assert y.dtype == jnp.float32
-    assert_close(y, reference(x, q), x, w, bound)
+    assert_close(y, reference(x, q, scale), x, w, bound)
     assert_close(y, np.asarray(x, np.float64) @ w, x, w, bound)
 
 
@@ -97,7 +110,8 @@ def test_formats_agree_with_the_reference(name):
 def test_float32_is_multiplied_in_full(platform, name):
     x, q = operands(FORMATS[name], 3, 128, 32, jnp.float32)
     y = jit(kernel(platform))(x, q)
-    assert_close(y, reference(x, q), x, jit(dequantize)(q), SUMS)
+    w, scale = held(q)
+    assert_close(y, reference(x, q, scale), x, w, SUMS)
 
 
 SHAPES = {
@@ -116,10 +130,10 @@ SHAPES = {
 def test_shapes_agree_with_the_reference(platform, shape):
     rows, k, n, group = SHAPES[shape]
     x, q = operands(QSpec("uint4", PerGroup(group, 0), symmetric=False), rows, k, n)
-    assert called(kernel(platform), x, q) == 1
-    y = jit(kernel(platform))(x, q)
+    y = multiplied(platform, x, q)
     assert y.shape == (rows, n)
-    assert_close(y, reference(x, q), x, jit(dequantize)(q), SUMS)
+    w, scale = held(q)
+    assert_close(y, reference(x, q, scale), x, w, SUMS)
 
 
 def test_axes_and_dtypes_are_those_of_lax():
@@ -130,13 +144,12 @@ def test_axes_and_dtypes_are_those_of_lax():
         yield contract(x, q, left)
         yield contract(q, x, right, None, jnp.bfloat16)
 
-    got = jit(lambda q: [*calls(partial(dot_general_packed, interpret="tpu"), q)])(q)
-    expected = jit(lambda q: [*calls(jax.lax.dot_general, dequantize(q))])(q)
-    for y, plain in zip(got, expected, strict=True):
+    packed = partial(dot_general_packed, interpret="tpu")
+    both = jit(lambda q: ([*calls(packed, q)], [*calls(jax.lax.dot_general, dequantize(q))]))
+    for y, plain in zip(*both(q), strict=True):
         assert (y.shape, y.dtype) == (plain.shape, plain.dtype)
-        np.testing.assert_allclose(
-            y.astype(jnp.float32), plain.astype(jnp.float32), rtol=2e-2, atol=1e-4
-        )
+        y, plain = np.asarray(y, np.float32), np.asarray(plain, np.float32)
+        np.testing.assert_allclose(y, plain, rtol=2e-2, atol=1e-4)
 
 
 def test_a_weight_is_contracted_along_its_last_axis_too():
@@ -144,18 +157,19 @@ def test_a_weight_is_contracted_along_its_last_axis_too():
     q = jit(lambda w: quantize(w, QSpec("int4", PerGroup(64, 1)), minor=(1,)))(w)
     numbers = (((1,), (1,)), ((), ()))
     y = jit(lambda x, q: dot_general_packed(x, q, numbers, interpret="tpu"))(x, q)
-    np.testing.assert_allclose(y, x @ dequantize(q).T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(y, matmul(x, dequantize(q).T), rtol=1e-4, atol=1e-4)
 
 
 def test_jit_vmap_and_scan_equal_a_loop():
     x, w = normal(1, 3, 2, 128), normal(0, 3, 128, 32)
     q = jit(lambda w: quantize(w, QSpec("int4", PerGroup(32, 0)), batch_axes=1))(w)
     call = jax.jit(kernel("tpu"))
-    one = [call(x[i], jax.tree.map(lambda a, i=i: a[i], q)) for i in range(3)]
+    layers = [jax.tree.map(lambda a, i=i: np.asarray(a)[i], (x, q)) for i in range(3)]
+    one = np.stack([call(*layer) for layer in layers])
     mapped = jit(jax.vmap(call))(x, q)
     _, scanned = jit(lambda xq: jax.lax.scan(lambda c, xq: (c, call(*xq)), None, xq))((x, q))
     for got in (mapped, scanned):
-        np.testing.assert_allclose(got, jnp.stack(one), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got, one, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -163,7 +177,7 @@ def test_gradient_is_that_of_the_dequantized_contraction(platform):
     x, q = operands(FORMATS["uint4 asymmetric"], 3, 128, 32, jnp.float32)
     g = normal(2, 3, 32)
     got = jit(jax.grad(lambda x: (g * kernel(platform)(x, q)).sum()))(x)
-    expected = g @ jit(dequantize)(q).T
+    expected = matmul(g, held(q)[0].T)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(TypeError, match="not differentiable"):
         jax.grad(lambda q: kernel(platform)(x, q).sum(), allow_int=True)(q)
@@ -188,23 +202,23 @@ def test_what_does_not_suit_is_contracted_as_ever(name):
         return dot_general_packed(x, q, MATRIX, interpret="tpu")
 
     assert called(call, x, q) == called(lambda x, q: dot_general_packed(x, q, MATRIX), x, q) == 0
-    expected = jit(lambda x, q: dot_general(x, q, MATRIX, activations=None))(x, q)
-    np.testing.assert_array_equal(jit(call)(x, q), expected)
+    ever = lambda x, q: dot_general(x, q, MATRIX, activations=None)
+    np.testing.assert_array_equal(*jit(lambda x, q: (call(x, q), ever(x, q)))(x, q))
 
 
 def test_other_dtypes_and_symbolic_rows_are_contracted_as_ever():
     x, q = operands(FORMATS["int4"], 3, 128, 32)
     assert called(kernel("tpu"), x, q) == 1
-    assert called(kernel("tpu"), x.astype(jnp.float16), q) == 0
+    assert called(kernel("tpu"), np.asarray(x).astype(np.float16), q) == 0
     (b,) = export.symbolic_shape("b")
     assert called(kernel("tpu"), jax.ShapeDtypeStruct((b, 128), jnp.bfloat16), q) == 0
 
 
 def test_a_cpu_contracts_as_ever():
     x, q = operands(FORMATS["int4"], 3, 128, 32, jnp.float32)
-    y = jit(lambda x, q: dot_general_packed(x, q, MATRIX))(x, q)
-    expected = jit(lambda x, q: dot_general(x, q, MATRIX, activations=None))(x, q)
-    np.testing.assert_array_equal(y, expected)
+    packed = lambda x, q: dot_general_packed(x, q, MATRIX)
+    ever = lambda x, q: dot_general(x, q, MATRIX, activations=None)
+    np.testing.assert_array_equal(*jit(lambda x, q: (packed(x, q), ever(x, q)))(x, q))
 
 
 def test_mistakes():

@@ -1,19 +1,37 @@
 """One row in one loop: sums stay exact where they are many, large or uneven."""
 
-import jax
-import jax.numpy as jnp
+import functools
+
 import numpy as np
 import pytest
 
 from jaxquant import PerChannel, PerGroup, QSpec, dequantize, quantize
 from jaxquant.ops import dot_general
-from tests.ops.cases import EXACT, LIMBS, MATRIX, assert_near, jit, normal, rounded
+from tests.ops.cases import (
+    EXACT,
+    LIMBS,
+    MATRIX,
+    assert_near,
+    jit,
+    matmul,
+    normal,
+    quantized,
+    rounded,
+)
 
 pytestmark = pytest.mark.usefixtures("fused_sums")
 
 
-def served(x, q, spec):
-    return jit(lambda x, q: dot_general(x, q, MATRIX, activations=spec))(x, q)
+def served(x, qs, specs):
+    """For each spec the rounded rows and the products with each weight; and what weights hold."""
+    ours = {
+        spec: (
+            rounded(x, spec, (1,)),
+            {name: dot_general(x, q, MATRIX, activations=spec) for name, q in qs.items()},
+        )
+        for spec in specs
+    }
+    return list(ours.values()), {name: dequantize(q) for name, q in qs.items()}
 
 
 @pytest.mark.parametrize(
@@ -25,34 +43,43 @@ def served(x, q, spec):
     ],
 )  # fmt: skip
 def test_the_largest_sums_do_not_overflow(name, size):
-    w, x = jnp.ones((size, 2)).at[0].set(0.0), jnp.ones((1, size))
+    w, x = np.ones((size, 2), np.float32), np.ones((1, size), np.float32)
+    w[0] = 0.0
     symmetric = not name.startswith("u")
-    q = quantize(w, QSpec(name, PerChannel(1), symmetric=symmetric), minor=(0,))
-    for spec in (None, QSpec("int8"), QSpec("int8", symmetric=False)):
-        y = served(x, q, spec)
-        if size == 2304 and (spec is None or spec.symmetric):  # the longest sums of this form
-            text = jax.jit(lambda x, q, s=spec: dot_general(x, q, MATRIX, activations=s))
-            text = text.lower(x, q).as_text()
-            assert "dot_general" not in text
-        np.testing.assert_allclose(y, rounded(x, spec, (1,)) @ dequantize(q), rtol=1e-4)
+    q = quantized(w, QSpec(name, PerChannel(1), symmetric=symmetric), minor=(0,))
+    specs = (None, QSpec("int8")), (QSpec("int8", symmetric=False),)
+    for these in specs if size == 2304 else [specs[0] + specs[1]]:
+        lowered = jit(functools.partial(served, specs=these)).lower(x, {name: q})
+        if these == specs[0]:  # the longest sums of this form
+            assert "dot_general" not in lowered.as_text()
+        ours, values = lowered.compile()(x, {name: q})
+        for (fx, ys), spec in zip(ours, these, strict=True):
+            expected = matmul(fx, values[name])
+            np.testing.assert_allclose(ys[name], expected, rtol=1e-4, err_msg=str(spec))
 
 
 @pytest.mark.parametrize("size", [16, 32, 96, 100, 256, 384, 576, 1056])
-@pytest.mark.parametrize("name", ["int8", "uint8", "int4", "uint4", "float4_e2m1fn"])
 @pytest.mark.parametrize("group", [None, 32, 64])
-def test_uneven_sizes_equal_numpy(size, name, group):
+def test_uneven_sizes_equal_numpy(size, group):
     by = PerChannel(1) if group is None else PerGroup(group, 0)
-    symmetric = not name.startswith("u")
-    w, x = normal(0, size, 6), normal(1, 1, size)
-    q = quantize(w, QSpec(name, by, symmetric=symmetric), minor=(0,))
-    for spec, bound in ((None, LIMBS), (QSpec("int8"), EXACT)):
-        expected = rounded(x, spec, (1,)) @ dequantize(q)
-        assert_near(served(x, q, spec), x, dequantize(q), expected, bound)
+    formats = ("int8", "uint8", "int4", "uint4", "float4_e2m1fn")
+    specs = [QSpec(name, by, symmetric=not name.startswith("u")) for name in formats]
+    w, x, activations = normal(0, size, 6), normal(1, 1, size), {None: LIMBS, QSpec("int8"): EXACT}
+    make = jit(lambda w: [quantize(w, spec, minor=(0,)) for spec in specs])
+    qs = dict(zip(formats, make(w), strict=True))
+    ours, values = jit(functools.partial(served, specs=activations))(x, qs)
+    for (fx, ys), (spec, bound) in zip(ours, activations.items(), strict=True):
+        for name, y in ys.items():
+            w = values[name]
+            assert_near(y, x, w, matmul(fx, w), bound, (name, spec))
 
 
 def test_rows_that_are_not_finite():
-    q = quantize(normal(0, 64, 4), QSpec("int8", PerChannel(1)), minor=(0,))
+    q = quantized(normal(0, 64, 4), QSpec("int8", PerChannel(1)), minor=(0,))
+    specs = (None, QSpec("int8"))
+    call = jit(lambda x, q: [dot_general(x, q, MATRIX, activations=spec) for spec in specs])
     for bad in (np.inf, np.nan):
-        x = jnp.ones((1, 64)).at[0, 3].set(bad)
-        for spec in (None, QSpec("int8")):
-            assert bool(jnp.isnan(served(x, q, spec)).all())
+        x = np.ones((1, 64), np.float32)
+        x[0, 3] = bad
+        for y, spec in zip(call(x, q), specs, strict=True):
+            assert np.isnan(y).all(), (bad, spec)

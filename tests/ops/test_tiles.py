@@ -1,16 +1,16 @@
 """Codebooks looked up in tiles: the same product, and never all values as floats."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
-from jaxquant import PerChannel, PerGroup, QSpec, dequantize, kmeans, palette, quantize
+from jaxquant import PerChannel, PerGroup, QSpec, dequantize, kmeans, palette
 from jaxquant.ops import dot_general
-from tests.ops.cases import LIMBS, normal
+from tests.ops.cases import LIMBS, jit, matmul, normal, quantized
 
 OVER = (((1,), (0,)), ((), ()))
 
@@ -18,13 +18,21 @@ OVER = (((1,), (0,)), ((), ()))
 pytestmark = pytest.mark.usefixtures("fused_sums")
 
 
+@functools.cache
+def learned(bits, channels=None):
+    """A weight `[512, 1024]` of a learned codebook, and its values."""
+    spec = palette(bits, channels=channels).at((0,), 2)
+    make = jit(lambda w: kmeans("linear", iterations=2)(w, spec, minor=(0,))[0])
+    q = make(normal(0, 512, 1024))
+    return q, np.asarray(dequantize(q))
+
+
 @pytest.mark.parametrize("bits", [3, 4, 6])
 @pytest.mark.parametrize("channels", [None, 256])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_tiles_equal_the_whole_and_hold_no_float_of_its_size(bits, channels, rows):
     shape = (512, 1024)
-    spec = palette(bits, channels=channels).at((0,), 2)
-    q, _ = kmeans("linear", iterations=2)(normal(0, *shape), spec, minor=(0,))
+    q, values = learned(bits, channels)
     x = normal(1, rows, 512)
 
     def fn(x, q):
@@ -34,19 +42,19 @@ def test_tiles_equal_the_whole_and_hold_no_float_of_its_size(bits, channels, row
     found = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
     sizes = {int(np.prod([int(n) for n in shape.split(",")])) for shape in found}
     assert max(sizes) <= shape[0] * shape[1] // 2
-    expected = lax.dot_general(x, dequantize(q), OVER, precision="highest")
-    np.testing.assert_allclose(compiled(x, q), expected, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(compiled(x, q), matmul(x, values), rtol=2e-4, atol=2e-4)
 
 
 def test_bfloat16_and_a_codebook_on_the_left():
-    q, _ = kmeans("linear", iterations=2)(normal(0, 512, 1024), palette(4), minor=(0,))
+    q, values = learned(4)
     x = normal(1, 3, 512)
     flipped = (((0,), (1,)), ((), ()))
     got = dot_general(q, x, flipped)
-    np.testing.assert_allclose(got, (x @ dequantize(q)).T, rtol=2e-4, atol=2e-4)
-    half = dot_general(x.astype(jnp.bfloat16), q, OVER, preferred_element_type=jnp.float32)
-    exact = x.astype(jnp.bfloat16).astype(jnp.float32) @ dequantize(q)
-    assert float(jnp.abs(half - exact).max()) < 0.01 * float(jnp.abs(exact).max())
+    np.testing.assert_allclose(got, matmul(x, values).T, rtol=2e-4, atol=2e-4)
+    rows = np.asarray(x).astype(jnp.bfloat16)
+    half = dot_general(rows, q, OVER, preferred_element_type=jnp.float32)
+    exact = matmul(rows, values)
+    assert np.abs(half - exact).max() < 0.01 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("name", ["nf4", "int4", "int3", "uint2"])
@@ -54,8 +62,8 @@ def test_bfloat16_and_a_codebook_on_the_left():
 @pytest.mark.parametrize("granularity", [PerChannel(1), PerChannel(0), PerGroup(128, 0)], ids=str)
 def test_formats_in_tiles(name, minor, granularity):
     w, x = normal(0, 640, 1024), normal(1, 3, 640)
-    q = quantize(w, QSpec(name, granularity, symmetric=name != "uint2"), minor=minor)
-    got = jax.jit(lambda x, q: dot_general(x, q, OVER, activations=None))(x, q)
-    expected = lax.dot_general(x, dequantize(q), OVER, precision="highest")
-    reach = float(jnp.abs(x).max() * jnp.abs(dequantize(q)).sum(0).max())
-    np.testing.assert_allclose(got, expected, rtol=0, atol=LIMBS * reach)
+    q = quantized(w, QSpec(name, granularity, symmetric=name != "uint2"), minor=minor)
+    call = jit(lambda x, q: (dot_general(x, q, OVER, activations=None), dequantize(q)))
+    got, values = map(np.asarray, call(x, q))
+    reach = float(np.abs(x).max() * np.abs(values).sum(0).max())
+    np.testing.assert_allclose(got, matmul(x, values), rtol=0, atol=LIMBS * reach)

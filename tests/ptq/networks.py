@@ -1,8 +1,9 @@
 """Small networks, each as a JAX function and as the integer equations it has to become."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,14 +32,16 @@ MODES = ("float32", "fixed_point")
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 def spread(*shapes: tuple[str, tuple[int, ...]]) -> dict[str, jax.Array]:
     """Weights and biases of layers named so; a bias is a vector named `<layer>_b`."""
     out = {}
     for n, (name, shape) in enumerate(shapes):
-        out[name] = normal(n + 10, *shape) / np.sqrt(max(np.prod(shape[:-1]), 1)) + 0.05
+        w = np.random.default_rng(n + 10).standard_normal(shape)
+        w = w / np.sqrt(max(np.prod(shape[:-1]), 1)) + 0.05
+        out[name] = jax.device_put(w.astype(np.float32))
     return out
 
 
@@ -68,7 +71,8 @@ class Network:
         return rules
 
     def quantized(self, rules: Any) -> tuple[Any, Any]:
-        return jq.ptq(self.fn, self.params, rules, batches=[self.x, 0.75 * self.x])
+        batches = [self.x, np.float32(0.75) * np.asarray(self.x)]
+        return jq.ptq(self.fn, self.params, rules, batches=batches)
 
     def layers(self, qparams: Any) -> dict[str, ref.Layer]:
         return {
@@ -301,9 +305,18 @@ NETWORKS = {"images": IMAGES, "signals": SIGNALS, "rows": ROWS}
 @functools.cache
 def made(name: str) -> tuple[Any, Any]:
     """Quantized params and the report of a network, each layer with rules of its own."""
-    network, option = NETWORKS[name], "jax_disable_most_optimizations"
-    jax.config.update(option, True)  # dozens of small programs, each run once
-    try:
+    network = NETWORKS[name]
+    with cheaply():
         return network.quantized(network.recipe())
+
+
+@contextlib.contextmanager
+def cheaply() -> Iterator[None]:
+    """For what quantizes a network: dozens of small programs, each run once."""
+    option = "jax_disable_most_optimizations"
+    before = jax.config.read(option)
+    jax.config.update(option, True)
+    try:
+        yield
     finally:
-        jax.config.update(option, False)
+        jax.config.update(option, before)

@@ -11,12 +11,12 @@ import jaxquant as jq
 pytestmark = pytest.mark.usefixtures("cheap_programs")
 
 RNG = np.random.default_rng(0)
-X = [jnp.asarray(RNG.normal(size=(24, 16)), jnp.float32) for _ in range(2)]
+X = [jax.device_put(RNG.normal(size=(24, 16)).astype(np.float32)) for _ in range(2)]
 W4 = jq.Rule("**", weights=jq.int4(group=8))
 
 
 def drawn(*shape):
-    return jnp.asarray(RNG.normal(size=shape) / 4, jnp.float32)
+    return jax.device_put((RNG.normal(size=shape) / 4).astype(np.float32))
 
 
 def mlp(p, x):
@@ -32,7 +32,7 @@ def using(encoder=None, rewrite=None):
 
 def test_arguments_to_trace_with_are_those_of_the_batches():
     with pytest.raises(ValueError, match=r"argument 0: expected float32\[24, 16\] as in batch 0"):
-        jq.ptq(mlp, PARAMS, using(jq.gptq()), X[0][:1], batches=X)
+        jq.ptq(mlp, PARAMS, using(jq.gptq()), np.asarray(X[0])[:1], batches=X)
 
 
 def test_statistics_do_not_serve_ranges_that_rewrites_change():
@@ -104,7 +104,8 @@ def test_leaves_that_take_in_factors_say_so():
     def fn(p, x):
         return (x * p["scale"][None]) @ p["w"]
 
-    params = {"scale": jnp.ones(16), "w": drawn(16, 8) * jnp.arange(1.0, 17.0)[:, None]}
+    grown = np.asarray(drawn(16, 8)) * np.arange(1, 17, dtype=np.float32)[:, None]
+    params = {"scale": np.ones(16, np.float32), "w": grown}
     _, report = jq.ptq(fn, params, using(None, jq.smoothquant()), batches=X)
     assert report["w"].notes[-1] == "factors folded into scale"
     assert report["scale"].notes == ("took in the factors of w",)
@@ -155,7 +156,7 @@ def test_tables_that_meet_no_inputs_are_clustered_without_weights():
     fn = lambda p, tokens: p["table"][tokens] @ p["w"]
     params = {"table": drawn(32, 16), "w": drawn(16, 8)}
     rule = jq.Rule("**", weights=jq.palette(3), encoder=jq.kmeans(weighted=True))
-    _, report = jq.ptq(fn, params, rule, batches=[jnp.arange(8), jnp.arange(8)])
+    _, report = jq.ptq(fn, params, rule, batches=[np.arange(8, dtype=np.int32)] * 2)
     assert report["table"].sqnr_db > 10
     assert any("meets no inputs: kmeans()" in note for note in report["table"].notes)
     assert any("Huffman-coded: bits per weight" in note for note in report["w"].notes)

@@ -1,5 +1,6 @@
 """Networks that run on integers throughout, against the equations in NumPy, bit for bit."""
 
+import functools
 import re
 
 import jax
@@ -11,11 +12,31 @@ from jax import export, lax
 import jaxquant as jq
 from tests.ops import integer_reference as ref
 from tests.ops.cases import jit
-from tests.ptq.networks import ACTIVATIONS, MODES, NETWORKS, ROWS, WEIGHTS, made, normal, rule
+from tests.ptq.networks import (
+    ACTIVATIONS,
+    MODES,
+    NETWORKS,
+    ROWS,
+    WEIGHTS,
+    cheaply,
+    made,
+    normal,
+    rule,
+)
+
+
+@functools.cache
+def served(fn):
+    return jax.jit(jq.quantized(fn))
+
+
+def quantized(*args, **kwargs):
+    with cheaply():
+        return jq.ptq(*args, **kwargs)
 
 
 def check(network, qparams, x):
-    fn = jax.jit(jq.quantized(network.fn))
+    fn = served(network.fn)
     y, expected = fn(qparams, x), network.expected(network.layers(qparams), network.params, x)
     np.testing.assert_array_equal(y, expected, strict=True)
     np.testing.assert_array_equal(fn(qparams, x), y)
@@ -30,7 +51,7 @@ def test_a_network_is_its_equations(name):
     assert taken <= {(edge.source, edge.target) for edge in report.edges}
     check(network, qparams, network.x)
     # a quarter of the values lies beyond the grids: the integers saturate alike
-    check(network, qparams, 3 * network.x)
+    check(network, qparams, 3 * np.asarray(network.x))
 
 
 def test_every_pair_of_formats_is_tried():
@@ -44,7 +65,7 @@ def test_every_pair_of_formats_is_tried():
 def test_one_row():
     # one row takes another way through the contraction than many
     qparams, _ = made("rows")
-    check(ROWS, qparams, ROWS.x[:1])
+    check(ROWS, qparams, np.asarray(ROWS.x)[:1])
 
 
 CONTRACTION = re.compile(
@@ -79,12 +100,12 @@ def test_nothing_is_float_between_layers(name, platform):
 
 def test_transforms():
     qparams, _ = made("rows")
-    fn = jax.jit(jq.quantized(ROWS.fn))
+    fn = served(ROWS.fn)
     y = fn(qparams, ROWS.x)
-    each = jit(jax.vmap(lambda x: jq.quantized(ROWS.fn)(qparams, x)))(ROWS.x[:, None])
-    np.testing.assert_array_equal(each[:, 0], y)
+    each = jit(jax.vmap(lambda x: jq.quantized(ROWS.fn)(qparams, x)))(np.asarray(ROWS.x)[:, None])
+    np.testing.assert_array_equal(np.asarray(each)[:, 0], y)
     leaves, tree = jax.tree.flatten(qparams)
-    again = jax.tree.unflatten(tree, [jnp.asarray(np.asarray(a)) for a in leaves])
+    again = jax.tree.unflatten(tree, [jax.device_put(np.array(a)) for a in leaves])
     np.testing.assert_array_equal(fn(again, ROWS.x), y)
     held = export.export(fn)(qparams, ROWS.x)
     held = export.deserialize(held.serialize())
@@ -127,7 +148,7 @@ def test_layers_in_a_loop(mode):
         rule("up", "int8 asymmetric", "uint8 asymmetric", mode),
         rule("down", "int4", "int8 asymmetric", mode),
     ]
-    qparams, report = jq.ptq(fn, params, rules, batches=[x])
+    qparams, report = quantized(fn, params, rules, batches=[x])
     assert "up -> down: int8" in map(str, report.edges)
     for name in ("up", "down"):
         held = qparams[name].calibration
@@ -135,9 +156,10 @@ def test_layers_in_a_loop(mode):
         assert len(set(held.input.scale.tolist())) == count
     assert qparams["up"].calibration.offset.shape == (count, 7)
     _, ys = jax.jit(jq.quantized(fn))(qparams, x)
+    ys, host = np.asarray(ys), jax.tree.map(np.asarray, (qparams, params))
     one = jax.jit(jq.quantized(lambda p, x: body(x, p)))
     for n in range(count):
-        q, p = (jax.tree.map(lambda a, n=n: a[n], t) for t in (qparams, params))
+        q, p = jax.tree.map(lambda a, n=n: a[n], host)
         np.testing.assert_array_equal(ys[n], block_expected(q, p, np.asarray(x)))
         x, y = one(q, x)
         np.testing.assert_array_equal(ys[n], y)
@@ -157,7 +179,7 @@ def test_a_jitted_helper_for_every_layer():
             x = helper(x, p[f"w{n}"], p[f"b{n}"])
         return x
 
-    qparams, report = jq.ptq(
+    qparams, report = quantized(
         fn, params, rule("w?", "int8", "int8 asymmetric", "fixed_point"), batches=[x]
     )
     assert [str(e) for e in report.edges] == ["w0 -> w1: int8", "w1 -> w2: int8"]
@@ -173,16 +195,16 @@ def test_a_jitted_helper_for_every_layer():
 
 
 def test_bfloat16():
-    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), ROWS.params)
-    x = ROWS.x.astype(jnp.bfloat16)
-    some = {n: params[n] for n in ("plain", "plain_b", "flipped")}
+    names = ("plain", "plain_b", "flipped")
+    some = {n: np.asarray(ROWS.params[n]).astype(jnp.bfloat16) for n in names}
+    some, x = jax.device_put((some, np.asarray(ROWS.x).astype(jnp.bfloat16)))
 
     def fn(p, x):
         x = jax.nn.relu(x @ p["plain"] + p["plain_b"][None])
         return jnp.einsum("nk,ok->no", x, p["flipped"])
 
     rules = rule("*[nd]", "int8 asymmetric", "int8 asymmetric", "float32")
-    qparams, _ = jq.ptq(fn, some, rules, batches=[x])
+    qparams, _ = quantized(fn, some, rules, batches=[x])
     y = jit(jq.quantized(fn))(qparams, x)
     first, second = ref.layer(qparams["plain"], qparams["flipped"]), ref.layer(qparams["flipped"])
     total = ref.dense(first.x.whole(first.x.code(x)), first.w, "nk,ko->no")
@@ -195,15 +217,15 @@ def test_bfloat16():
 
 
 def test_a_channel_without_a_gain_is_its_bias():
-    params = {"w": normal(1, 5, 4), "v": normal(2, 4, 3), "gain": jnp.array([1.5, 0.0, -0.5, 0.0])}
-    params["bias"] = jnp.array([0.1, 0.7, 0.3, 0.0])
-    x = normal(3, 6, 5)
+    params = {"w": normal(1, 5, 4), "v": normal(2, 4, 3), "gain": np.float32([1.5, 0.0, -0.5, 0.0])}
+    params["bias"] = np.float32([0.1, 0.7, 0.3, 0.0])
+    params, x = jax.device_put(params), normal(3, 6, 5)
 
     def fn(p, x):
         return jax.nn.relu((x @ p["w"]) * p["gain"][None] + p["bias"][None]) @ p["v"]
 
     rules = rule("[wv]", "int8", "int8 asymmetric", "fixed_point")
-    qparams, report = jq.ptq(fn, params, rules, batches=[x])
+    qparams, report = quantized(fn, params, rules, batches=[x])
     assert report.edges[0].integer
     y = jit(jq.quantized(fn))(qparams, x)
     first, second = ref.layer(qparams["w"], qparams["v"]), ref.layer(qparams["v"])
