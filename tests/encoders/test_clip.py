@@ -90,18 +90,23 @@ def test_any_shape_and_never_worse_than_nearest(shape, axes, spec):
 
 
 @pytest.mark.slow
-def test_experts_and_layers_one_by_one():
+@pytest.mark.parametrize(
+    ("gran", "of_one"),
+    [(PerGroup(16, 1), PerGroup(16, 0)), (PerChannel((0, 2)), PerChannel(1))],
+    ids=["groups", "channels"],
+)
+def test_experts_and_layers_one_by_one(gran, of_one):
     w = weights(6 * 40, 8).reshape(2, 3, 40, 8)
     x = np.stack([rows(40, seed) for seed in range(6)]).reshape(2, 3, -1, 40)
     stats = moments(x, (-2,), (-3,))
-    encode = jax.jit(lambda w, s: clip()(w, QSpec("int3", PerGroup(16, 1)), batch_axes=1, stats=s))
+    encode = jax.jit(lambda w, s: clip()(w, QSpec("int3", gran), batch_axes=1, stats=s))
     q, info = encode(jnp.asarray(w, jnp.bfloat16), stats)
     assert q.validate().batch == (2,) and info.details["factor"].shape == (2,)
     assert q.dtype == "bfloat16"
     near = w.astype(jnp.bfloat16).astype(np.float32)
     values = np.asarray(jq.dequantize(q, jnp.float32))
     for at in np.ndindex(2, 3):
-        one, _ = clip()(near[at], QSpec("int3", PerGroup(16, 0)), stats=moments(x[at]))
+        one, _ = clip()(near[at], QSpec("int3", of_one), stats=moments(x[at]))
         np.testing.assert_allclose(values[at], jq.dequantize(one), rtol=1e-5, atol=1e-6)
 
 

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import jaxquant as jq
+from jaxquant.interpret.values import known_nonneg
 
 from .programs import normal, stack, w, x
 
@@ -49,6 +50,12 @@ def test_softmax_gets_unsigned_codes_which_are_finer() -> None:
     _, _, got = call(fn, {"w": w}, jq.w8a8(), x)
     _, _, want = call(fn, {"w": w}, jq.w8a8(attention=False), x)
     assert np.linalg.norm(got - want) <= 0.02 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(("value", "known"), [(0.0, True), (2.0, True), (-1.0, False)])
+def test_the_sign_of_a_literal(value: float, known: bool) -> None:
+    (eqn,) = jax.make_jaxpr(lambda x: lax.max(x, value))(1.0).eqns
+    assert [known_nonneg({}, v) for v in eqn.invars] == [False, known]
 
 
 @pytest.mark.parametrize("index", [-40, -4, -1, 1, 9])

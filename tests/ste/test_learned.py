@@ -72,6 +72,15 @@ def test_where_activations_begin():
             assert float(got[name]) == pytest.approx(value, rel=1e-5), (estimator, spec)
 
 
+@pytest.mark.parametrize("estimator", [lsq(), lsq_plus(), pact()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("name", ["int4", "uint4"])
+def test_what_is_small_begins_in_proportion(estimator, name):
+    spec = QSpec(name, PerTensor())
+    small = estimator.init_activation(Moments(*(a * np.float32(2.0**-9) for a in MOMENTS)), spec)
+    for key, value in estimator.init_activation(MOMENTS, spec).items():
+        assert float(small[key]) == float(value) * 2.0**-9
+
+
 def test_a_weight_of_zeros_begins_at_one():
     w, zero = np.zeros((4, 3), np.float32), Moments(*(np.float32(0.0),) * 5)
     for estimator in (lsq(), lsq_plus(), pact()):
