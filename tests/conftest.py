@@ -1,9 +1,10 @@
 """Settings shared by all tests, made before JAX starts a backend.
 
 Tests run as users' programs do: on one device (but for `tests/sharded/`), fully optimised (but for
-those that ask for `cheap_programs`).
+those marked `cheap`).
 """
 
+import contextlib
 import gc
 import os
 import platform
@@ -24,13 +25,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compiled programs are kept for the next run, since compiling is most of a run. The folder has the
 # machine's name, as programs are made for its processor. JAX's own variables choose another folder,
-# JAX_COMPILATION_CACHE_DIR, or none, JAX_ENABLE_COMPILATION_CACHE=0.
-CACHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxquant"
+# JAX_COMPILATION_CACHE_DIR, which is not bounded here, or none, JAX_ENABLE_COMPILATION_CACHE=0.
+CACHES = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "jaxquant"
 MOST_KEPT = 1 << 30  # bytes
 if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(CACHES / platform.node()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 # A process that has held more forgets its programs after each module.
 MOST_HELD = 3 << 30  # bytes
@@ -61,13 +62,33 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Takes the oldest programs away while more than `MOST_KEPT` are kept."""
     if hasattr(session.config, "workerinput"):  # the process that started this one has done so
         return
-    found = [(f.stat(), f) for f in CACHES.glob("*/*") if f.is_file()]
-    kept = sum(stat.st_size for stat, _ in found)
-    for stat, file in sorted(found, key=lambda entry: entry[0].st_mtime):
-        if kept <= MOST_KEPT:
-            break
-        file.unlink(missing_ok=True)
-        kept -= stat.st_size
+    with contextlib.suppress(OSError):  # another run may do the same
+        found = [(f.stat(), f) for f in CACHES.glob("*/*") if f.is_file()]
+        kept = sum(stat.st_size for stat, _ in found)
+        for stat, file in sorted(found, key=lambda entry: entry[0].st_mtime):
+            if kept <= MOST_KEPT:
+                break
+            file.unlink()
+            kept -= stat.st_size
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cheap` first: each change of mode drops what is compiled."""
+    items.sort(key=lambda item: item.get_closest_marker("cheap") is None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compiles with few optimisations where the test is marked `cheap`, else as users do.
+
+    Compiling is what takes time of programs that run once. And where XLA optimises, a CPU contracts
+    a product and a sum to one operation that rounds once, in some programs and not in others: see
+    "What is trained is what is served" in docs/architecture.md.
+    """
+    cheap = item.get_closest_marker("cheap") is not None
+    if cheap != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", cheap)
+        jax.clear_caches()  # JAX does not tell apart what either mode compiled
 
 
 @pytest.fixture(scope="session")
@@ -83,17 +104,3 @@ def _bounded_memory() -> Iterator[None]:
     unit = 1 if sys.platform == "darwin" else 1024
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit > MOST_HELD:
         jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def cheap_programs() -> Iterator[None]:
-    """For programs that run once, and for those that are to give the same bit for bit.
-
-    Compiling them is what takes time. And where XLA optimises, a CPU contracts a product and a sum
-    to one operation that rounds once, in some programs and not in others: see "What is trained is
-    what is served" in docs/architecture.md.
-    """
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)

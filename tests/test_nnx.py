@@ -16,7 +16,7 @@ from flax import nnx
 import jaxquant as jq
 import jaxquant.nnx
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")  # values within a bound, each run once
+pytestmark = pytest.mark.cheap  # values within a bound, each run once
 
 W8A8, W4A16 = jq.w8a8(), jq.w4a16(group=32)
 

@@ -17,7 +17,7 @@ from flax import nnx
 import jaxquant as jq
 import jaxquant.nnx
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")  # compared bit for bit
+pytestmark = pytest.mark.cheap  # compared bit for bit
 
 LSQ = jq.Rule(
     "**/kernel",

@@ -199,7 +199,8 @@ def _weight_only(call: Call, x: Operand, q: QTensor, at: Placement) -> Array:
             cpu=lambda: contract_limbs(x, int8_operand(q, at, x.values), sharding, narrow),
             default=converted,
         )
-    cut = None if sharding is not None else tiles.tiling(q, at, rows)
+    whole = sharding is None and lowering.undivided(x.values, q.codes)
+    cut = tiles.tiling(q, at, rows) if whole else None
     if cut is None:
         return converted()
 

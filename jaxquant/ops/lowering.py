@@ -56,9 +56,9 @@ def undivided(*arrays: Array) -> bool:
 
     Read from the meshes that the arrays' types name and from the mesh in context: a manual axis
     divides nothing further, an automatic one may divide any array, and an explicit one divides
-    what the type says. Without a mesh nothing is known while tracing, since what the
-    `in_shardings` of `jax.jit` will divide has none either; then arrays are undivided if the
-    process has one device.
+    what the type says. Where no mesh is, nothing is known while tracing: an array on one device
+    looks like one that the `in_shardings` of `jax.jit` will divide. Then the process must have one
+    device.
     """
     types = [jax.typeof(a).sharding for a in arrays]
     meshes = [jax.sharding.get_abstract_mesh(), *(t.mesh for t in types)]

@@ -29,7 +29,7 @@ def tiling(q: QTensor, at: Placement, rows: int) -> tuple[int, int] | None:
     True
     """
     floats = lowering.tile_floats(rows, math.prod(at.padded))
-    if floats is None or q.batch or at.batch or not at.keep or not lowering.undivided(q.codes):
+    if floats is None or q.batch or at.batch or not at.keep:
         return None
     if q.codebook is None and not at.split and not q.spec.format.packed:
         return None

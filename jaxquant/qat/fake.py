@@ -40,9 +40,9 @@ def fake_quantized(
     """The function that computes `fn` with float params as it will be served quantized.
 
     Params and activations are rounded as the recipe's rules say, and contractions run on their
-    codes: the result is that of `quantized(fn)` with the params that `convert` makes. Codes, scales
-    and integer sums are the same bit for bit; float steps are the same, rounded as XLA compiles
-    them. Gradients pass each rounding straight through, or as the rules'
+    codes: those that `quantized(fn)` runs with the params that `convert` makes, on the same codes
+    and scales of weights. Float steps between them are the same, too, but XLA may round them
+    otherwise in another program. Gradients pass each rounding straight through, or as the rules'
     estimators have it, to the float params. It works under `jit`, `grad`, `vmap` and in any loop.
 
     The signature is `fn`'s own, with one more keyword, `quant_state`: what `init_quant_state` made

@@ -14,7 +14,7 @@ from jaxquant.encoders import Encoder, from_matrix, gptq, rtn, to_matrix
 from jaxquant.observers import Inputs, input_stats, inputs
 from tests.encoders.test_gptq import moments, rows, weights
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 
 def error(info):

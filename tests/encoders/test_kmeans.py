@@ -13,7 +13,7 @@ from jaxquant.encoders import Encoder, kmeans_codebook
 from jaxquant.observers import input_stats, inputs
 from tests.encoders.kmeans_reference import inertia, lloyd, optimum
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 STARTS = ("coarse", "linear", "quantile", "density", "kmeans++")
 

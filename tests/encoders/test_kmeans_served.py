@@ -14,7 +14,7 @@ from jaxquant.encoders import huffman_bits
 from jaxquant.interpret import cuts, moves
 from tests.interpret.test_moves import MOVES, SHAPE
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 FORMAT = palette(2).format
 SPECS = {

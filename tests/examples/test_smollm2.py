@@ -32,7 +32,7 @@ import smollm2_reference  # noqa: E402
 import smollm2_text  # noqa: E402
 import smollm2_weights  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 MERGES = ["t h", "th e", "Ġ the"]
 SPECIAL = ["<|im_start|>", "<|im_end|>"]

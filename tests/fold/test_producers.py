@@ -10,7 +10,7 @@ from jax import lax
 from jaxquant.fold.rescale import rescale
 from tests.fold.producing import X, check, drawn, find
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 
 # Small functions, one for each rule

@@ -14,7 +14,7 @@ from jaxquant.fold.rescale import rescale
 from jaxquant.observers.inputs import InputStats
 from tests.fold.producing import X, check, drawn, find, names, randomized
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 
 # Models

@@ -11,7 +11,7 @@ from tests.ops import integer_reference as ref
 from tests.ops.cases import jit
 from tests.ptq.networks import ACTIVATIONS, TENSOR, normal
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")  # compared bit for bit
+pytestmark = pytest.mark.cheap  # compared bit for bit
 
 relu = jax.nn.relu
 PARAMS = {name: normal(n, 6, 6) for n, name in enumerate("abcd")} | {"v": normal(9, 6)}

@@ -9,7 +9,7 @@ import pytest
 
 import jaxquant as jq
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")  # types, not how they are compiled
+pytestmark = pytest.mark.cheap  # types, not how they are compiled
 
 CALIBRATED = [jq.w8a8_static(), jq.w8a8_integer()]
 RECIPES = [

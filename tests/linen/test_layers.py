@@ -18,7 +18,7 @@ from jaxquant import linen
 from tests.linen import models
 from tests.linen.models import contractions, error, intercepted, normal
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")  # values within a bound, each run once
+pytestmark = pytest.mark.cheap  # values within a bound, each run once
 
 x, xs = normal(4, 32), normal(2, 5, 32)
 image = normal(2, 8, 8, 16)

@@ -19,7 +19,7 @@ import jaxquant as jq
 from jaxquant import linen
 from tests.linen.models import Stateful, error, normal, same
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")  # compared bit for bit
+pytestmark = pytest.mark.cheap  # compared bit for bit
 
 LSQ = jq.Rule(
     "**",

@@ -132,6 +132,7 @@ def test_every_form_of_few_and_many_rows(monkeypatch, request, form, name):
     jax.clear_caches()  # contractions are jitted by their operands: what is patched is not one
     request.addfinalizer(jax.clear_caches)
     monkeypatch.setattr(lowering, "group_form", lambda *sizes: form)
+    monkeypatch.setattr(lowering, "fused_wins", lambda *sizes: False)
     call = products((None, QSpec("uint8", symmetric=False)))
     many, rows, w = jit(call)(x, q)
     few, row, _ = jit(call)(x[:1], q)

@@ -12,7 +12,7 @@ from jaxquant import Outliers, PerChannel, PerGroup, QSpec, ops
 from jaxquant.qtensor import Calibration, Use, with_use
 from tests.encoders import bnb_reference as ref
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 ROWS = jq.int8(range="qmax")
 

@@ -15,7 +15,7 @@ from jaxquant.qtensor import Calibration, Grid, Use
 from tests.ops import integer_reference as ref
 from tests.ops.cases import jit, normal
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 GRIDS = {"symmetric": None, "asymmetric": 17, "least": -128}
 LAYOUTS = {  # spec of a `[6, 4, 10]` weight, axes to store last, axes to sum over

@@ -14,7 +14,7 @@ from jax import lax
 import jaxquant as jq
 from jaxquant.observers import absmax, minmax, percentile
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 CHANNELS = jq.int8(granularity=jq.PerChannel(-1))
 SHIFTED = jq.int8(granularity=jq.PerChannel((-1,)), symmetric=False)
@@ -67,7 +67,7 @@ def forms(p: Any, x: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def served(cheap_programs: None) -> tuple[Any, Any, Any, jax.Array, Any]:
+def served() -> tuple[Any, Any, Any, jax.Array, Any]:
     params = {name: normal(n, *shape) for n, (name, (shape, *_)) in enumerate(FORMS.items())}
     rules = [rule("shifted", SHIFTED, observer=minmax(axis=-1))]
     rules += [rule(name, weights=spec) for name, spec in WEIGHTS.items()]

@@ -8,7 +8,7 @@ from jax import lax
 
 import jaxquant as jq
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 RNG = np.random.default_rng(0)
 X = [jax.device_put(RNG.normal(size=(24, 16)).astype(np.float32)) for _ in range(2)]

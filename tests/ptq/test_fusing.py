@@ -14,7 +14,7 @@ from jax import lax
 
 import jaxquant as jq
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")  # values within a bound, each run once
+pytestmark = pytest.mark.cheap  # values within a bound, each run once
 
 RECIPE = jq.w8a8_integer(jq.observers.minmax())
 relu = jax.nn.relu

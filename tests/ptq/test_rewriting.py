@@ -13,7 +13,7 @@ import jaxquant as jq
 from jaxquant.observers import absmax
 from jaxquant.qtensor import is_qtensor
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 # with weights that are hardly rounded, what is left of a difference is the rewrite's
 FINE = jq.QSpec("float32", jq.PerChannel())

@@ -26,7 +26,7 @@ from jaxquant.observers import Inputs, InputStats, input_stats, inputs
 from jaxquant.qtensor import QTensor
 
 pytestmark = [
-    pytest.mark.usefixtures("cheap_programs"),
+    pytest.mark.cheap,
     pytest.mark.filterwarnings("ignore:gptq. .* calibration rows"),
 ]
 

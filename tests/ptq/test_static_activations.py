@@ -32,7 +32,7 @@ from tests.ptq.static import (
     normal,
 )
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 SIZES = {"b": 5, "k": 16, "n": 6, "h": 3, "d": 4, "e": 3}
 
@@ -116,7 +116,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(cheap_programs: None) -> Served:
+def served() -> Served:
     params = {
         name: normal(n, *case.shape(case.axes[1])) for n, (name, case) in enumerate(CASES.items())
     }

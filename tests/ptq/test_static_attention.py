@@ -25,7 +25,7 @@ from tests.ptq.static import (
     rounded,
 )
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 ATTENTION = [
     jq.Rule("**", weights=W8, activations=INT8, observer=minmax()),

@@ -32,7 +32,7 @@ from tests.ptq.static import (
     rounded,
 )
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 CONV = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 

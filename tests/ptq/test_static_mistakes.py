@@ -21,7 +21,7 @@ from tests.ptq.static import (
     normal,
 )
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 STATIC = jq.Rule("**", weights=W8, activations=INT8, observer=minmax())
 PARAMS = {"a": normal(1, 8, 6), "b": normal(2, 6, 4)}

@@ -13,7 +13,7 @@ import jaxquant as jq
 from jaxquant.observers import absmax, minmax
 from tests.ptq.static import INT8, W8, mlp, normal
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 PARAMS = {"a": normal(1, 8, 6), "b": normal(2, 6, 4)}
 X = normal(3, 5, 8)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from flax.core import freeze
 
 import jaxquant as jq
-from tests.qat.programs import KINDS, Many, Program, normal, on_integers, weights
+from tests.qat.programs import KINDS, Many, Program, normal, on_integers, rule, weights
 
 D, N = 64, 24
 ROUNDINGS = 2.0**-22  # four of float32: of the scales, of the bias, of a sum of groups
@@ -43,3 +46,34 @@ def test_served_equals_trained_up_to_roundings(rows: int) -> None:
         reach = jnp.abs(many.args[0]) @ jnp.abs(w) + jnp.abs(bias)[None]
         apart = np.abs(np.asarray(served[kind]) - np.asarray(trained[kind]))
         assert (apart <= ROUNDINGS * np.asarray(reach)).all(), kind
+
+
+def test_doors_up_to_roundings() -> None:
+    """Linen from a frozen tree, a state given by itself, and NNX."""
+    x, recipe = normal(9, 6, D), jq.Recipe([rule("lsq 4")])
+    model = nn.Dense(N)
+    fmodel = jq.linen.fake_quantized(model, recipe)
+    variables = jax.jit(fmodel.init)(jax.random.key(0), x)
+    float_params = {"params": variables["params"]}
+    fake = jax.jit(jq.fake_quantized(model.apply, recipe))
+    qvariables = fmodel.convert(variables, x)
+    float_model = nnx.Linear(D, N, rngs=nnx.Rngs(0))
+    trained = jq.nnx.fake_quantize(float_model, recipe, x)
+    served = jq.nnx.convert(trained)[0]
+    forward = nnx.jit(lambda model, x: model(x))
+    kernel = jq.dequantize(qvariables["params"]["kernel"])
+    for one, other, w in (
+        (
+            jax.jit(fmodel.apply)(freeze(variables), x),
+            fake(float_params, x, quant_state=fmodel.state(variables, x))[0],
+            kernel,
+        ),
+        (
+            jax.jit(fmodel.apply)(variables, x),
+            jax.jit(jq.quantized(model.apply))(qvariables, x),
+            kernel,
+        ),
+        (forward(trained, x), forward(served, x), float_model.kernel[...]),
+    ):
+        reach = np.abs(np.asarray(x)) @ np.abs(np.asarray(w)) * 1.5
+        assert (np.abs(np.asarray(one) - np.asarray(other)) <= ROUNDINGS * reach).all()

@@ -15,7 +15,7 @@ from jaxquant import PerChannel, PerTensor, QSpec, ste
 from tests import reference
 from tests.qat.programs import LEVELS, normal, weights
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 PARAMS = {
     "dense": weights(0, 16, 6, fan=16),

@@ -15,7 +15,7 @@ from tests import reference
 from tests.qat.programs import KINDS, LSQ, normal, rule, tensor, weights
 from tests.qat.rounding import by_step, gain, near, on_scale
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 ROWS, D, N = 6, 40, 5
 DENSE = (

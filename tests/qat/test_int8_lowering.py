@@ -17,7 +17,7 @@ import jaxquant as jq
 from tests.lowered import inlined
 from tests.qat.programs import normal, weights
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 INT8_DOT = re.compile(r"\(tensor<[\dx]*xi8>, tensor<[\dx]*xi8>\) -> tensor<[\dx]*xi32>")

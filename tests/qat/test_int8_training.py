@@ -17,7 +17,7 @@ from jaxquant import PerTensor, QSpec
 from tests.qat.programs import NHWC, normal, weights
 from tests.qat.rounding import codes, near
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 NEAREST = jq.int8_training(jq.Gradients(stochastic=False))
 

@@ -15,7 +15,7 @@ import jaxquant as jq
 from jaxquant import Gradients, PerChannel, PerTensor, QSpec, Rule, Schedule, ste
 from tests.qat.programs import LSQ, normal, rule, tensor, weights
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 GRID = tensor("int8")
 SIXTEEN = QSpec(jq.codebook_format(range(-8, 8), name="sixteen"), PerTensor())

@@ -14,7 +14,7 @@ import jaxquant as jq
 from jaxquant import ste
 from tests.qat.programs import LSQ, normal, tensor, weights
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 START, NARROW, END = 2, 4, 6
 BITS = 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import jaxquant as jq
 from jaxquant.interpret._compat import inner_jaxprs, opened
 from tests.qat.programs import PROGRAMS, Many, mlp, on_integers
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")  # compared bit for bit
+pytestmark = pytest.mark.cheap  # compared bit for bit
 
 
 def moved(state: jq.QuantState) -> jq.QuantState:
@@ -96,7 +97,7 @@ def test_a_recipe_without_a_state_serves_as_ptq() -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_contractions_are_the_same(name: str) -> None:
-    """Of the same types and shapes, in the same order; only how a weight lies may differ."""
+    """In the same order, of the same types; only how a weight lies may differ."""
     many = Many(PROGRAMS[name])
     state = jax.eval_shape(many.state)
     fake = jq.fake_quantized(many.fn, many.recipe)
@@ -107,12 +108,17 @@ def test_contractions_are_the_same(name: str) -> None:
 
 
 def contractions(jaxpr: Any) -> list[str]:
-    """All products and convolutions of a program."""
+    """All products and convolutions of a program: types, and how many terms a sum has."""
     found = []
     for eqn in opened(jaxpr)[0].eqns:
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            left, right = (v.aval.dtype for v in eqn.invars)
-            found.append(f"{eqn.primitive}: {left}, {right} -> {eqn.outvars[0].aval}")
+            left, right = (v.aval for v in eqn.invars)
+            terms = ""
+            if eqn.primitive.name == "dot_general":
+                summed = eqn.params["dimension_numbers"][0][0]
+                terms = f" over {math.prod(left.shape[a] for a in summed)}"
+            types = f"{left.dtype}, {right.dtype} -> {eqn.outvars[0].aval}"
+            found.append(f"{eqn.primitive}: {types}{terms}")
         for inner in inner_jaxprs(eqn):
             found += contractions(inner)
     return found

@@ -27,7 +27,7 @@ from tests.qat.programs import (
     weights,
 )
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 
 def same(a: Any, b: Any) -> bool:

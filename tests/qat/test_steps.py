@@ -13,7 +13,7 @@ import pytest
 import jaxquant as jq
 from tests.qat.test_mistakes import LEARNS, PARAMS, X, fn, with_step
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tests import reference
 from tests.qat.programs import PROGRAMS, Many, normal, rule, weights
 from tests.qat.rounding import near, on_scale
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 
 def test_vmap_and_remat_and_loops() -> None:

@@ -16,6 +16,7 @@ from jaxquant.ops import lowering
 from tests.ops.cases import EXACT, LIMBS, assert_near, normal
 
 K, N = 256, 96
+WIDE = 2048  # values enough for tiles
 PRESETS = {
     "w8a8": (jq.w8a8(), EXACT),
     "w8a16": (jq.w8a16(), LIMBS),
@@ -92,10 +93,11 @@ def test_without_a_mesh_devices_are_counted() -> None:
 
 
 @pytest.fixture(scope="module")
-def qparams(cheap_programs: None) -> Any:
+def qparams() -> Any:
     """A weight for each preset: one program has them all."""
     rules = [dataclasses.replace(r.rules[0], pattern=n) for n, (r, _) in PRESETS.items()]
-    params = {name: normal(i, K, N) for i, name in enumerate(PRESETS)}
+    wide = {"nf4": WIDE}
+    params = {name: normal(i, K, wide.get(name, N)) for i, name in enumerate(PRESETS)}
     return jq.ptq(fn, params, jq.Recipe(rules), normal(1, 1, K))[0]
 
 
@@ -103,12 +105,13 @@ def placed(tree: Any, mesh: jax.sharding.Mesh, axis: str | None) -> Any:
     """Arrays on a mesh, a weight's kept axis, the first that it stores, along `axis`."""
 
     def put(a: jax.Array) -> jax.Array:
-        divides = axis is not None and a.ndim and a.shape[0] == N
+        divides = axis is not None and a.ndim and a.shape[0] in (N, WIDE)
         return jax.device_put(a, NamedSharding(mesh, P(axis) if divides else P()))
 
     return jax.tree.map(put, tree)
 
 
+@pytest.mark.cheap
 @pytest.mark.parametrize("rows", [1, 2, 16, 70])
 def test_one_device_and_eight_agree(qparams: Any, rows: int) -> None:
     x, call = normal(1, rows, K), jax.jit(jq.quantized(fn))

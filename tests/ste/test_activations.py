@@ -11,7 +11,7 @@ from jaxquant import PerTensor, QSpec
 from jaxquant.ste import Moments, lsq, lsq_plus, pact, straight_through
 from tests.ste import cases
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 SPECS = [
     QSpec(name, PerTensor(), symmetric)

@@ -10,7 +10,7 @@ from jaxquant import PerGroup, PerTensor, QSpec
 from jaxquant.ste import Estimator, Moments, kmeans, lsq, lsq_plus, pact, straight_through
 from tests.ste import cases
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 ALL = [straight_through(), straight_through(clip=False), lsq(), lsq_plus(), pact()]
 ALL += [kmeans(), kmeans(reassign=True)]

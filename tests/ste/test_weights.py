@@ -12,7 +12,7 @@ from jaxquant import PerChannel, PerTensor, QSpec
 from jaxquant.ste import lsq, lsq_plus, pact, straight_through
 from tests.ste import cases
 
-pytestmark = pytest.mark.usefixtures("cheap_programs")
+pytestmark = pytest.mark.cheap
 
 W, G = cases.normal(seed=1), cases.normal(seed=2)
 
