@@ -73,7 +73,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `cheap` first: each change of mode drops what is compiled."""
+    """Doctests are cheap; tests that are come first, as a change of mode drops what is compiled."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker("cheap")
     items.sort(key=lambda item: item.get_closest_marker("cheap") is None)
 
 

@@ -15,6 +15,9 @@ from jax import lax
 import jaxquant as jq
 from jaxquant.interpret import cuts, moves
 from jaxquant.qtensor import Calibration, Folded, Grid, Use
+from tests.arrays import array
+
+pytestmark = pytest.mark.cheap
 
 L, K, N = 3, 8, 6
 SPEC = jq.QSpec("int8", jq.PerChannel(-1))
@@ -22,8 +25,11 @@ SPEC = jq.QSpec("int8", jq.PerChannel(-1))
 
 def grid(seed: int, *batch: int, zero: bool = True) -> Grid:
     rng = np.random.default_rng(seed)
-    scale = jnp.asarray(rng.uniform(0.01, 1, batch), jnp.float32)
-    return Grid(scale, jnp.asarray(rng.integers(-128, 127, batch), jnp.int32) if zero else None)
+    scale = array(rng.uniform(0.01, 1, batch))
+    return Grid(
+        scale,
+        array(rng.integers(-128, 127, batch), jnp.int32) if zero else None,
+    )
 
 
 def calibration(*batch: int) -> Calibration:
@@ -38,7 +44,7 @@ def calibration(*batch: int) -> Calibration:
 
 
 def tensor(*batch: int, seed: int = 0) -> jq.QTensor:
-    w = jnp.asarray(np.random.default_rng(seed).standard_normal((*batch, K, N)), jnp.float32)
+    w = array(np.random.default_rng(seed).standard_normal((*batch, K, N)))
     q = jq.quantize(w, SPEC, batch_axes=len(batch))
     use = Use(jq.int8(granularity=jq.PerTensor()), grid="a: int8", requantize="float32")
     return dataclasses.replace(q, use=use, calibration=calibration(*batch))
@@ -144,7 +150,7 @@ def test_moves_keep_the_grids_that_still_hold() -> None:
 
 
 def test_what_is_divided_is_not_joined_and_comes_back_in_any_stack() -> None:
-    divisor = jnp.asarray(np.random.default_rng(5).uniform(0.1, 1, (L, K)), jnp.float32)
+    divisor = array(np.random.default_rng(5).uniform(0.1, 1, (L, K)))
     held = dataclasses.replace(calibration(L), divisor=divisor, axis=(-2,))
     plain = dataclasses.replace(tensor(L), calibration=None)
     q = dataclasses.replace(plain, calibration=held)
@@ -174,11 +180,8 @@ def test_a_moved_parameter_is_contracted_on_its_grid() -> None:
         return {n: x @ f(p[n]) for n, f in MOVED.items()}
 
     rng = np.random.default_rng(0)
-    params = {
-        n: jnp.asarray(rng.standard_normal((N, K) if n == "turned" else (K, N)), jnp.float32)
-        for n in MOVED
-    }
-    x = jnp.asarray(rng.standard_normal((5, K)) + 0.5, jnp.float32)
+    params = {n: array(rng.standard_normal((N, K) if n == "turned" else (K, N))) for n in MOVED}
+    x = array(rng.standard_normal((5, K)) + 0.5)
     q, report = jq.ptq(fn, params, jq.w8a8_static(jq.observers.minmax()), batches=[x])
     y = jax.jit(jq.quantized(fn))(q, 1.5 * x)
     assert not [e for e in report.events if e.kind in ("dequantized", "contracted in float")]

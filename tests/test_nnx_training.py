@@ -16,6 +16,7 @@ from flax import nnx
 
 import jaxquant as jq
 import jaxquant.nnx
+from tests.arrays import array
 
 pytestmark = pytest.mark.cheap  # compared bit for bit
 
@@ -77,7 +78,7 @@ class Scanned(nnx.Module):
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return array(np.random.default_rng(seed).standard_normal(shape))
 
 
 x = normal(16, 16)

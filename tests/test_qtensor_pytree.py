@@ -15,6 +15,8 @@ import jaxquant as jq
 from jaxquant import PerChannel, PerGroup, PerTensor, QSpec
 from jaxquant.qtensor import Use, with_use
 
+pytestmark = pytest.mark.cheap
+
 SPECS = [
     QSpec("int8", PerChannel(1)),
     QSpec("int4", PerGroup(8, 0)),

@@ -13,6 +13,9 @@ from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, ops
 from jaxquant.encoders import Encoder, hqq, rtn
 from jaxquant.ops.activations import fake
 from jaxquant.qtensor import Use, storage_codes, with_use
+from tests.arrays import array
+
+pytestmark = pytest.mark.cheap
 
 codes_of = jax.jit(storage_codes)
 rounded = jax.jit(fake, static_argnums=(1, 2))
@@ -236,7 +239,7 @@ def test_convolutions_with_float_zero_points():
 @pytest.mark.parametrize("recipe", ["dynamic", "static", "integer"])
 def test_models_with_float_zero_points(recipe):
     rng = np.random.default_rng(10)
-    params = {n: jnp.asarray(rng.normal(size=(32, 32)) * 0.2, jnp.float32) for n in "ab"}
+    params = {n: array(rng.normal(size=(32, 32)) * 0.2) for n in "ab"}
     x = rng.normal(size=(8, 32)).astype(np.float32)
 
     def fn(params, x):

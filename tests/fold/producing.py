@@ -8,9 +8,10 @@ from jaxquant.fold.graph import graph_of
 from jaxquant.fold.producers import absorbers
 from jaxquant.fold.rescale import rescale
 from jaxquant.interpret.calls import trace_call
+from tests.arrays import array
 
 # what small functions are called with
-X = jnp.asarray(np.random.default_rng(9).normal(size=(5, 6)), jnp.float32)
+X = array(np.random.default_rng(9).normal(size=(5, 6)))
 
 
 def randomized(params, seed=0):
@@ -42,7 +43,7 @@ def check(fn, params, args, paths, expected, seed=0):
     found = find(fn, params, args, *paths)
     assert names(found) == expected
     shape = (*found.layers, found.channels)
-    c = jnp.asarray(np.exp(np.random.default_rng(seed).normal(size=shape)), jnp.float32)
+    c = array(np.exp(np.random.default_rng(seed).normal(size=shape)))
     new, _ = rescale(fn, params, {paths: c}, *args)
     before, after = (np.asarray(jax.jit(fn)(p, *args)) for p in (params, new))
     assert np.abs(after - before).max() <= 1e-5 * np.abs(before).max()

@@ -12,6 +12,7 @@ import jaxquant as jq
 from jaxquant.fold.absorb import Absorber, absorb, scaled_leaf
 from jaxquant.fold.rescale import rescale
 from jaxquant.observers.inputs import InputStats
+from tests.arrays import array
 from tests.fold.producing import X, check, drawn, find, names, randomized
 
 pytestmark = pytest.mark.cheap
@@ -178,7 +179,7 @@ def test_llama_with_grouped_heads():
         assert found.tied.tolist() == classes
     # statistics that are tied give factors that are
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 50, 12)) * rng.uniform(0.1, 9, 12), jnp.float32)
+    x = array(rng.normal(size=(2, 50, 12)) * rng.uniform(0.1, 9, 12))
     moments = jnp.einsum("lnk,lnj->lkj", x, x) / 50
     stats = InputStats(jnp.full(2, 50.0), abs(x).max(1), abs(x).mean(1), moments, (-2,))
     c, details = jq.awq()(
@@ -242,7 +243,10 @@ class Convs(nn.Module):
 
 @pytest.mark.slow
 def test_convolutions_and_batchnorm():
-    model, x = Convs(), jnp.asarray(np.random.default_rng(3).normal(size=(2, 8, 8, 3)), jnp.float32)
+    model, x = (
+        Convs(),
+        array(np.random.default_rng(3).normal(size=(2, 8, 8, 3))),
+    )
     params = made(model, x)
     bn = {"params/bn/scale": "norm", "params/bn/bias": "bias"}
     found = check(model.apply, params, (x,), "params/two/kernel", bn)
@@ -348,7 +352,7 @@ def test_several_factors_at_once():
         groups += [(f"{layer}/{m}/kernel",) for m in ("attn/out", "up", "down")]
         for paths in groups:
             width = find(model.apply, params, (IDS,), *paths).channels
-            factors[paths] = jnp.asarray(np.exp(rng.normal(size=width)), jnp.float32)
+            factors[paths] = array(np.exp(rng.normal(size=width)))
     new, found = rescale(model.apply, params, factors, IDS)
     a, b = (np.asarray(jax.jit(model.apply)(p, IDS)) for p in (params, new))
     assert set(found) == set(factors) and np.abs(a - b).max() <= 1e-5 * np.abs(a).max()

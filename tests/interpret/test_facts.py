@@ -10,8 +10,11 @@ from jax import lax
 
 import jaxquant as jq
 from jaxquant.interpret.values import known_nonneg
+from tests.arrays import array
 
 from .programs import normal, stack, w, x
+
+pytestmark = pytest.mark.cheap
 
 
 def call(fn, params, recipe, *args):
@@ -145,8 +148,8 @@ def test_very_large_and_small_weights_keep_their_precision(spec: str, size: floa
 def test_float16_does_not_overflow_where_a_scale_is_rounded_up(name: str) -> None:
     fn = lambda p, x: x @ p["w"]
     rng = np.random.default_rng(0)
-    big = jnp.asarray(rng.uniform(0.1, 1, (256, 8)) * 65000, jnp.float16)
-    small = jnp.asarray(rng.standard_normal((4, 256)) * 1e-3, jnp.float16)
+    big = array(rng.uniform(0.1, 1, (256, 8)) * 65000, jnp.float16)
+    small = array(rng.standard_normal((4, 256)) * 1e-3, jnp.float16)
     recipe = jq.Recipe([jq.Rule("**", weights=jq.QSpec(name))])
     qparams, _, got = call(fn, {"w": big}, recipe, small)
     want = small.astype(jnp.float32) @ jq.dequantize(qparams["w"], jnp.float32)

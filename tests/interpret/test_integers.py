@@ -7,9 +7,13 @@ import pytest
 from jax import lax
 
 import jaxquant as jq
+from tests.arrays import normal
 from tests.ops import integer_reference as ref
 from tests.ops.cases import jit
-from tests.ptq.networks import ACTIVATIONS, TENSOR, normal
+from tests.ptq.networks import (
+    ACTIVATIONS,
+    TENSOR,
+)
 
 pytestmark = pytest.mark.cheap  # compared bit for bit
 

@@ -25,6 +25,8 @@ from tests.linen.models import (
     same,
 )
 
+pytestmark = pytest.mark.cheap
+
 x = normal(4, 32)
 
 

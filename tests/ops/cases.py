@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, quantize
@@ -58,10 +57,6 @@ WEIGHTS = {
 # Many small programs, each run once: compiling them is what takes time.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
-
-
-def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def quantized(w: np.ndarray | jax.Array, spec: QSpec, **rest) -> QTensor:

@@ -9,7 +9,15 @@ from jax import lax
 from jaxquant import PerChannel, PerGroup, QSpec
 from jaxquant.ops import conv_general_dilated, dot_general, dot_general_dynamic, fake, gather
 from jaxquant.qtensor import dequantize
-from tests.ops.cases import MATRIX, K, N, jit, normal, quantized, weights
+from tests.arrays import normal
+from tests.ops.cases import (
+    MATRIX,
+    K,
+    N,
+    jit,
+    quantized,
+    weights,
+)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,11 @@ from jax import lax
 from jaxquant import PerChannel, PerGroup, PerTensor, QSpec
 from jaxquant.ops import conv_general_dilated, fake
 from jaxquant.qtensor import dequantize
-from tests.ops.cases import jit, normal, quantized
+from tests.arrays import normal
+from tests.ops.cases import (
+    jit,
+    quantized,
+)
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 CASES = {

@@ -9,6 +9,7 @@ from jax import lax
 from jaxquant import PerChannel, PerGroup, PerTensor, QSpec
 from jaxquant.ops import dot_general, fake, lowering
 from jaxquant.qtensor import Use, dequantize, with_use
+from tests.arrays import normal
 from tests.ops.cases import (
     ACTIVATIONS,
     EXACT,
@@ -20,7 +21,6 @@ from tests.ops.cases import (
     assert_near,
     jit,
     matmul,
-    normal,
     quantized,
     rounded,
     weights,

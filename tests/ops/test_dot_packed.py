@@ -17,7 +17,12 @@ from jaxquant.numerics import tile_size
 from jaxquant.ops import dot_general, dot_general_packed
 from jaxquant.ops.packed_kernel import PLATFORMS, Layout, blocks_for
 from jaxquant.qtensor import dequantize, storage_scale
-from tests.ops.cases import MATRIX, jit, matmul, normal
+from tests.arrays import normal
+from tests.ops.cases import (
+    MATRIX,
+    jit,
+    matmul,
+)
 
 FORMATS = {
     "int4": QSpec("int4", PerGroup(64, 0)),

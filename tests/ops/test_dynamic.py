@@ -5,7 +5,11 @@ from jax import lax
 
 from jaxquant import PerGroup, PerTensor, QSpec
 from jaxquant.ops import dot_general_dynamic, fake
-from tests.ops.cases import EXACT, jit, normal
+from tests.arrays import normal
+from tests.ops.cases import (
+    EXACT,
+    jit,
+)
 
 SPECS = {
     "int8": (QSpec("int8"), QSpec("int8")),

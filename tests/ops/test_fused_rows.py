@@ -7,6 +7,7 @@ import pytest
 
 from jaxquant import PerChannel, PerGroup, QSpec, dequantize, quantize
 from jaxquant.ops import dot_general
+from tests.arrays import normal
 from tests.ops.cases import (
     EXACT,
     LIMBS,
@@ -14,7 +15,6 @@ from tests.ops.cases import (
     assert_near,
     jit,
     matmul,
-    normal,
     quantized,
     rounded,
 )

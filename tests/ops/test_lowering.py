@@ -11,7 +11,14 @@ from jax import export
 
 from jaxquant import PerChannel, PerGroup, QSpec, quantize
 from jaxquant.ops import conv_general_dilated, dot_general, dot_general_dynamic, lowering
-from tests.ops.cases import MATRIX, K, N, jit, normal, weights
+from tests.arrays import normal
+from tests.ops.cases import (
+    MATRIX,
+    K,
+    N,
+    jit,
+    weights,
+)
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 INT8_DOT = re.compile(

@@ -10,6 +10,7 @@ import pytest
 import jaxquant as jq
 from jaxquant import Outliers, PerChannel, PerGroup, QSpec, ops
 from jaxquant.qtensor import Calibration, Use, with_use
+from tests.arrays import array
 from tests.encoders import bnb_reference as ref
 
 pytestmark = pytest.mark.cheap
@@ -43,7 +44,7 @@ def llm_int8(x, codes, scale, threshold, capacity):
 
 
 def kernel(rng, k, n, outliers, spec=None):
-    w = jnp.asarray(rng.normal(size=(k, n)).astype(np.float32))
+    w = jax.device_put(rng.normal(size=(k, n)).astype(np.float32))
     spec = jq.int8(range="qmax", granularity=PerChannel(1)) if spec is None else spec
     q = jq.quantize(w, spec, minor=(0,))
     return w, with_use(q, Use(ROWS, outliers=outliers))
@@ -134,7 +135,7 @@ def test_other_weights(spec):
 def test_several_axes_batches_and_half_precision():
 
     rng = np.random.default_rng(4)
-    w = jnp.asarray(rng.normal(size=(3, 4, 8, 10)).astype(np.float32))
+    w = jax.device_put(rng.normal(size=(3, 4, 8, 10)).astype(np.float32))
     spec = jq.int8(range="qmax", granularity=PerChannel((0, 3)))
     q = with_use(jq.quantize(w, spec, minor=(1, 2)), Use(ROWS, outliers=Outliers(6.0, 4)))
     x = activations(rng, 3, 5, 4, 8)
@@ -158,7 +159,7 @@ def test_several_axes_batches_and_half_precision():
 
 def test_transformations():
     rng = np.random.default_rng(5)
-    x = jnp.asarray(activations(rng, 4, 6, 32, columns=(7,)))
+    x = jax.device_put(activations(rng, 4, 6, 32, columns=(7,)))
     _, q = kernel(rng, 32, 8, Outliers(6.0, 4))
     each = jnp.stack([dot(one, q) for one in x])
     np.testing.assert_allclose(jax.vmap(lambda x: dot(x, q))(x), each, rtol=1e-5, atol=1e-4)
@@ -182,8 +183,8 @@ def test_fixed_columns():
 
 def test_a_model():
     rng = np.random.default_rng(7)
-    params = {n: jnp.asarray(rng.normal(size=(3, 32, 32)) * 0.15, jnp.float32) for n in "ab"}
-    x = jnp.asarray(activations(rng, 6, 32, columns=(1,)))
+    params = {n: array(rng.normal(size=(3, 32, 32)) * 0.15) for n in "ab"}
+    x = jax.device_put(activations(rng, 6, 32, columns=(1,)))
 
     def fn(params, x):
         def layer(x, p):
@@ -206,8 +207,8 @@ def test_a_model():
 
 def test_calibrated_columns_of_a_model():
     rng = np.random.default_rng(8)
-    params = {n: jnp.asarray(rng.normal(size=(32, 32)).astype(np.float32)) for n in "ab"}
-    x = jnp.asarray(activations(rng, 6, 32, columns=(1, 30)))
+    params = {n: jax.device_put(rng.normal(size=(32, 32)).astype(np.float32)) for n in "ab"}
+    x = jax.device_put(activations(rng, 6, 32, columns=(1, 30)))
 
     def fn(params, x):
         return jnp.tanh(x @ params["a"]) @ params["b"]

@@ -7,7 +7,11 @@ from jax import lax
 from jaxquant import PerChannel, PerGroup, PerTensor, QSpec, quantize
 from jaxquant.ops import fake, ragged_dot_general
 from jaxquant.qtensor import dequantize
-from tests.ops.cases import jit, normal, quantized
+from tests.arrays import normal
+from tests.ops.cases import (
+    jit,
+    quantized,
+)
 
 NUMBERS = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), (0,), (0,))
 SPECS = {

@@ -12,8 +12,11 @@ from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, quantize
 from jaxquant.ops.convolve import conv_of
 from jaxquant.ops.static import conv_static, dot_static, zero_offset
 from jaxquant.qtensor import Calibration, Grid, Use
+from tests.arrays import normal
 from tests.ops import integer_reference as ref
-from tests.ops.cases import jit, normal
+from tests.ops.cases import (
+    jit,
+)
 
 pytestmark = pytest.mark.cheap
 

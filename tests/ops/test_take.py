@@ -7,7 +7,12 @@ from jax import lax
 from jaxquant import PerChannel, PerGroup, PerTensor, QSpec, quantize
 from jaxquant.ops import gather
 from jaxquant.qtensor import dequantize
-from tests.ops.cases import jit, normal
+from tests.arrays import normal
+from tests.ops.cases import (
+    jit,
+)
+
+pytestmark = pytest.mark.cheap
 
 ROWS = lax.GatherDimensionNumbers((2,), (0,), (0,))
 SPECS = {

@@ -10,7 +10,13 @@ import pytest
 
 from jaxquant import PerChannel, PerGroup, QSpec, dequantize, kmeans, palette
 from jaxquant.ops import dot_general
-from tests.ops.cases import LIMBS, jit, matmul, normal, quantized
+from tests.arrays import normal
+from tests.ops.cases import (
+    LIMBS,
+    jit,
+    matmul,
+    quantized,
+)
 
 OVER = (((1,), (0,)), ((), ()))
 

@@ -11,10 +11,13 @@ from jax import lax
 from jaxquant.encoders import to_matrix
 from jaxquant.interpret.record import dimensions
 from jaxquant.ops import unfold
+from tests.arrays import array
+
+pytestmark = pytest.mark.cheap
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return array(np.random.default_rng(seed).standard_normal(shape))
 
 
 def product(fn, x, w, weight="rhs", rest=()):

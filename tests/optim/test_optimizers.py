@@ -14,6 +14,8 @@ from jaxquant.optim import Blocks, adam8bit, adamw8bit, is_blocks, lion8bit, mom
 from jaxquant.optim.blocks import decode, encode, tile_of, zero_blocks
 from tests.ptq.networks import cheaply
 
+pytestmark = pytest.mark.cheap
+
 PAIRS = {
     "adam": (adam8bit, optax.adam),
     "adamw": (adamw8bit, optax.adamw),

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 import jaxquant as jq
+from tests.arrays import normal
 from tests.ops import integer_reference as ref
 
 TENSOR = jq.PerTensor()
@@ -29,10 +30,6 @@ ACTIVATIONS = {
     "uint8 asymmetric": jq.uint8(granularity=TENSOR),
 }
 MODES = ("float32", "fixed_point")
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 def spread(*shapes: tuple[str, tuple[int, ...]]) -> dict[str, jax.Array]:

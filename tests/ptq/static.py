@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,10 +21,6 @@ POSITIVE = jq.uint8(symmetric=True, granularity=TENSOR)
 INT4 = jq.int4(symmetric=False, granularity=TENSOR)
 FLOAT8 = jq.QSpec("float8_e4m3fn", TENSOR)
 W8, W8A, W4 = jq.int8(), jq.int8(symmetric=False), jq.int4()
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def expected_grid(spec: jq.QSpec, batches: list[Any]) -> tuple[np.float32, int, int, int]:

@@ -13,6 +13,7 @@ from jax import lax
 
 import jaxquant as jq
 from jaxquant.observers import absmax, minmax, percentile
+from tests.arrays import normal
 
 pytestmark = pytest.mark.cheap
 
@@ -22,10 +23,6 @@ TENSOR = jq.int8(granularity=jq.PerTensor())
 W8 = jq.int8()
 # of 8 channels one is 40 times the others, one a fiftieth, and one is never used
 SPREAD = np.array([1, 1, 40, 1, 0.02, 1, 0, 1], np.float32)
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def spread(x: jax.Array) -> jax.Array:

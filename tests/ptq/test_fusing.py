@@ -13,15 +13,12 @@ import pytest
 from jax import lax
 
 import jaxquant as jq
+from tests.arrays import normal
 
 pytestmark = pytest.mark.cheap  # values within a bound, each run once
 
 RECIPE = jq.w8a8_integer(jq.observers.minmax())
 relu = jax.nn.relu
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 X, IMAGES = normal(0, 16, 12), normal(20, 2, 6, 6, 4)

@@ -10,6 +10,7 @@ import pytest
 from jax import export, lax
 
 import jaxquant as jq
+from tests.arrays import normal
 from tests.ops import integer_reference as ref
 from tests.ops.cases import jit
 from tests.ptq.networks import (
@@ -20,7 +21,6 @@ from tests.ptq.networks import (
     WEIGHTS,
     cheaply,
     made,
-    normal,
     rule,
 )
 

@@ -12,6 +12,7 @@ from flax import linen as nn
 import jaxquant as jq
 from jaxquant.observers import absmax
 from jaxquant.qtensor import is_qtensor
+from tests.arrays import normal
 
 pytestmark = pytest.mark.cheap
 
@@ -19,10 +20,6 @@ pytestmark = pytest.mark.cheap
 FINE = jq.QSpec("float32", jq.PerChannel())
 SKIP = jq.Rule("scale", skip=True)
 SPREAD = np.array([1, 30, 1, 0.1, 1, 1, 8, 1], np.float32)
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 class Attention(nn.Module):

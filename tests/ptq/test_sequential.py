@@ -24,6 +24,7 @@ import jaxquant as jq
 from jaxquant.encoders import Info
 from jaxquant.observers import Inputs, InputStats, input_stats, inputs
 from jaxquant.qtensor import QTensor
+from tests.arrays import normal
 
 pytestmark = [
     pytest.mark.cheap,
@@ -31,10 +32,6 @@ pytestmark = [
 ]
 
 SPEC = jq.int3(group=4)
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 def rules(**kwargs: Any) -> list[jq.Rule]:
@@ -304,8 +301,8 @@ SCRIPT = """
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
 
     rng = np.random.default_rng(0)
-    params = {"w": jnp.asarray(rng.standard_normal((40, 32, 32)), jnp.float32)}
-    batches = [jnp.asarray(rng.standard_normal((64, 32)), jnp.float32) for _ in range(2)]
+    params = {"w": array(rng.standard_normal((40, 32, 32)))}
+    batches = [array(rng.standard_normal((64, 32))) for _ in range(2)]
     rule = jq.Rule("**", weights=jq.int3(group=16), encoder=jq.gptq())
     folder = sys.argv[1] or None
     q, _ = jq.ptq(fn, params, rule, batches=batches, save=folder, resume=folder)

@@ -14,6 +14,7 @@ import pytest
 import jaxquant as jq
 from jaxquant.observers import minmax
 from jaxquant.ops import lowering
+from tests.arrays import normal
 from tests.ops import integer_reference as ref
 from tests.ptq.static import (
     ASYM,
@@ -29,7 +30,6 @@ from tests.ptq.static import (
     W8A,
     equations,
     expected_grid,
-    normal,
 )
 
 pytestmark = pytest.mark.cheap

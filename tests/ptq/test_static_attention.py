@@ -15,13 +15,13 @@ from jax import lax
 
 import jaxquant as jq
 from jaxquant.observers import absmax, minmax
+from tests.arrays import normal
 from tests.lowered import inlined
 from tests.ops import integer_reference as ref
 from tests.ptq.static import (
     F32,
     INT8,
     W8,
-    normal,
     rounded,
 )
 

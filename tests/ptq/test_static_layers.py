@@ -16,6 +16,7 @@ from jax import lax
 
 import jaxquant as jq
 from jaxquant.observers import minmax, percentile
+from tests.arrays import array, normal
 from tests.ops import integer_reference as ref
 from tests.ptq.static import (
     ASYM,
@@ -28,7 +29,6 @@ from tests.ptq.static import (
     equations,
     expected_grid,
     mlp,
-    normal,
     rounded,
 )
 
@@ -263,7 +263,7 @@ def test_what_zero_points_add_is_known_for_a_table_that_is_transposed() -> None:
 
     rng = np.random.default_rng(0)
     params = {
-        name: jnp.asarray(rng.normal(size=size), jnp.float32)
+        name: array(rng.normal(size=size))
         for name, size in (("table", (50, 16)), ("kernel", (16, 16)))
     }
     tokens = jnp.arange(6)

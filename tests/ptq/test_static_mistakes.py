@@ -14,11 +14,11 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.observers import absmax, minmax
+from tests.arrays import normal
 from tests.ptq.static import (
     INT8,
     W8,
     mlp,
-    normal,
 )
 
 pytestmark = pytest.mark.cheap

@@ -11,7 +11,12 @@ import pytest
 
 import jaxquant as jq
 from jaxquant.observers import absmax, minmax
-from tests.ptq.static import INT8, W8, mlp, normal
+from tests.arrays import normal
+from tests.ptq.static import (
+    INT8,
+    W8,
+    mlp,
+)
 
 pytestmark = pytest.mark.cheap
 

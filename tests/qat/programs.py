@@ -17,6 +17,7 @@ from jax import lax
 
 import jaxquant as jq
 from jaxquant import PerGroup, PerTensor, QSpec, ste
+from tests.arrays import normal
 
 LSQ = {"weight_estimator": ste.lsq(), "activation_estimator": ste.lsq()}
 LEVELS = jq.codebook_format(range(-8, 8), name="sixteen")
@@ -94,11 +95,6 @@ def on_integers(kind: str) -> bool:
     """Whether both operands are integers: sums are exact then."""
     specs = [KINDS[kind].get(name) for name in ("weights", "activations")]
     return all(spec is not None and spec.format.is_integer for spec in specs)
-
-
-def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
-    values = np.random.default_rng(seed).standard_normal(shape)
-    return jnp.asarray(values, dtype)
 
 
 def weights(seed: int, *shape: int, fan: int, dtype: Any = jnp.float32) -> jax.Array:

@@ -18,7 +18,15 @@ from flax import nnx
 from flax.core import freeze
 
 import jaxquant as jq
-from tests.qat.programs import KINDS, Many, Program, normal, on_integers, rule, weights
+from tests.arrays import normal
+from tests.qat.programs import (
+    KINDS,
+    Many,
+    Program,
+    on_integers,
+    rule,
+    weights,
+)
 
 D, N = 64, 24
 ROUNDINGS = 2.0**-22  # four of float32: of the scales, of the bias, of a sum of groups

@@ -11,6 +11,9 @@ from jax import Array, lax
 
 import jaxquant as jq
 from jaxquant.ops import training
+from tests.arrays import normal
+
+pytestmark = pytest.mark.cheap
 
 TENSOR = jq.QSpec("int8", jq.PerTensor())
 AVERAGE = jq.observers.moving_average()
@@ -20,10 +23,6 @@ STATIC = jq.Rule("**", weights=jq.int8(), activations=TENSOR, observer=AVERAGE)
 
 def fn(params: Any, x: Array) -> Array:
     return jnp.tanh(x @ params["a"]) @ params["b"]
-
-
-def normal(seed: int, *shape: int) -> Array:
-    return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 def changed(a: Array, at: Any, value: float) -> Array:

@@ -13,7 +13,11 @@ import pytest
 import jaxquant as jq
 from jaxquant import PerChannel, PerTensor, QSpec, ste
 from tests import reference
-from tests.qat.programs import LEVELS, normal, weights
+from tests.arrays import normal
+from tests.qat.programs import (
+    LEVELS,
+    weights,
+)
 
 pytestmark = pytest.mark.cheap
 

@@ -12,7 +12,14 @@ import pytest
 import jaxquant as jq
 from jaxquant import PerGroup, QSpec
 from tests import reference
-from tests.qat.programs import KINDS, LSQ, normal, rule, tensor, weights
+from tests.arrays import normal
+from tests.qat.programs import (
+    KINDS,
+    LSQ,
+    rule,
+    tensor,
+    weights,
+)
 from tests.qat.rounding import by_step, gain, near, on_scale
 
 pytestmark = pytest.mark.cheap

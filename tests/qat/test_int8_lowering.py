@@ -14,8 +14,11 @@ import pytest
 from jax import lax
 
 import jaxquant as jq
+from tests.arrays import normal
 from tests.lowered import inlined
-from tests.qat.programs import normal, weights
+from tests.qat.programs import (
+    weights,
+)
 
 pytestmark = pytest.mark.cheap
 

@@ -14,7 +14,11 @@ from jax import lax
 
 import jaxquant as jq
 from jaxquant import PerTensor, QSpec
-from tests.qat.programs import NHWC, normal, weights
+from tests.arrays import normal
+from tests.qat.programs import (
+    NHWC,
+    weights,
+)
 from tests.qat.rounding import codes, near
 
 pytestmark = pytest.mark.cheap

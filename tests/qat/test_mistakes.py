@@ -13,7 +13,13 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import Gradients, PerChannel, PerTensor, QSpec, Rule, Schedule, ste
-from tests.qat.programs import LSQ, normal, rule, tensor, weights
+from tests.arrays import normal
+from tests.qat.programs import (
+    LSQ,
+    rule,
+    tensor,
+    weights,
+)
 
 pytestmark = pytest.mark.cheap
 

@@ -12,7 +12,12 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import ste
-from tests.qat.programs import LSQ, normal, tensor, weights
+from tests.arrays import normal
+from tests.qat.programs import (
+    LSQ,
+    tensor,
+    weights,
+)
 
 pytestmark = pytest.mark.cheap
 

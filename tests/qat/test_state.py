@@ -15,13 +15,13 @@ import pytest
 from jax import lax
 
 import jaxquant as jq
+from tests.arrays import normal
 from tests.qat.programs import (
     LSQ,
     Many,
     Program,
     mlp,
     mlp_params,
-    normal,
     rule,
     tensor,
     weights,

@@ -13,7 +13,13 @@ from jax import lax
 
 import jaxquant as jq
 from tests import reference
-from tests.qat.programs import PROGRAMS, Many, normal, rule, weights
+from tests.arrays import normal
+from tests.qat.programs import (
+    PROGRAMS,
+    Many,
+    rule,
+    weights,
+)
 from tests.qat.rounding import near, on_scale
 
 pytestmark = pytest.mark.cheap

@@ -10,7 +10,14 @@ from jax.sharding import PartitionSpec as P
 from jaxquant import PerChannel, PerGroup, QSpec, quantize
 from jaxquant.ops import dot_general
 from jaxquant.qtensor import dequantize
-from tests.ops.cases import EXACT, LIMBS, MATRIX, assert_near, jit, normal
+from tests.arrays import normal
+from tests.ops.cases import (
+    EXACT,
+    LIMBS,
+    MATRIX,
+    assert_near,
+    jit,
+)
 
 
 def sharded(q, mesh, spec):

@@ -13,7 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from jaxquant.ops import lowering
-from tests.ops.cases import EXACT, LIMBS, assert_near, normal
+from tests.arrays import normal
+from tests.ops.cases import (
+    EXACT,
+    LIMBS,
+    assert_near,
+)
 
 K, N = 256, 96
 WIDE = 2048  # values enough for tiles

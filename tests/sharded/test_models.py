@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
+from tests.arrays import array
 
 D, F, L = 64, 256, 2
 RECIPES = {
@@ -50,7 +51,7 @@ def dense(p, h):
 def params():
     rng = np.random.default_rng(0)
     shapes = {"emb": (128, D), "up": (L, D, F), "down": (L, F, D)}
-    return {k: jnp.asarray(rng.standard_normal(s) / 8, jnp.float32) for k, s in shapes.items()}
+    return {k: array(rng.standard_normal(s) / 8) for k, s in shapes.items()}
 
 
 def place(params, mesh):
@@ -97,7 +98,7 @@ def codes_of(tree):
 @pytest.mark.parametrize("name", RECIPES)
 def test_explicit_mesh(name: str, params) -> None:
     layers = {k: params[k] for k in ("up", "down")}
-    h = jnp.asarray(np.random.default_rng(1).standard_normal((16, D)), jnp.float32)
+    h = array(np.random.default_rng(1).standard_normal((16, D)))
 
     def plain(p, h):
         block = lambda h, q: (h + jnp.tanh(h @ q["up"]) @ q["down"], None)
@@ -124,7 +125,7 @@ def test_explicit_mesh(name: str, params) -> None:
 def test_inside_shard_map(params) -> None:
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
     weights = {"up": params["up"][0], "down": params["down"][0]}
-    h = jnp.asarray(np.random.default_rng(2).standard_normal((4, D)), jnp.float32)
+    h = array(np.random.default_rng(2).standard_normal((4, D)))
 
     def plain(p, h):
         return jnp.tanh(h @ p["up"]) @ p["down"]

@@ -102,7 +102,7 @@ def test_a_weight_of_zeros_begins_at_one():
     ids=repr,
 )
 def test_steps_of_zero_and_below_leave_finite_values(estimator, spec):
-    w = jnp.asarray(cases.normal((3, 4), seed=53))
+    w = jax.device_put(cases.normal((3, 4), seed=53))
     names = {n: a.shape for n, a in estimator.init(w, spec).items()}
 
     def run(value):
