@@ -301,8 +301,8 @@ SCRIPT = """
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
 
     rng = np.random.default_rng(0)
-    params = {"w": array(rng.standard_normal((40, 32, 32)))}
-    batches = [array(rng.standard_normal((64, 32))) for _ in range(2)]
+    params = {"w": jnp.asarray(rng.standard_normal((40, 32, 32)), jnp.float32)}
+    batches = [jnp.asarray(rng.standard_normal((64, 32)), jnp.float32) for _ in range(2)]
     rule = jq.Rule("**", weights=jq.int3(group=16), encoder=jq.gptq())
     folder = sys.argv[1] or None
     q, _ = jq.ptq(fn, params, rule, batches=batches, save=folder, resume=folder)
