@@ -73,7 +73,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Doctests are cheap; tests that are come first, as a change of mode drops what is compiled."""
+    """Doctests and tests marked `cheap` come first: a change of mode drops what is compiled."""
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker("cheap")
