@@ -110,6 +110,12 @@ def test_experts_and_layers_one_by_one(gran, of_one):
         np.testing.assert_allclose(values[at], jq.dequantize(one), rtol=1e-5, atol=1e-6)
 
 
+def test_axes_count_within_a_layer():
+    w, stats = weights(2 * 40, 8).reshape(2, 40, 8), moments(np.stack([rows(40), rows(40, 1)]))
+    encode = lambda w, s: clip()(w, QSpec("int4", PerChannel(1)), batch_axes=1, stats=s)[0]
+    assert jax.eval_shape(encode, w, stats).scale.shape == (2, 1, 8)
+
+
 def test_refusals():
     assert isinstance(clip(), Encoder) and clip() == clip() and len({clip(), clip(5)}) == 2
     w, stats = weights(40, 8), moments(rows(40))
