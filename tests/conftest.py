@@ -80,18 +80,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("cheap") is None)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Compiles with few optimisations where the test is marked `cheap`, else as users do.
+class Compiling:
+    """Compiles with few optimisations where a test is marked `cheap`, else as users do.
 
     Compiling is what takes time of programs that run once. And where XLA optimises, a CPU contracts
     a product and a sum to one operation that rounds once, in some programs and not in others: see
     "What is trained is what is served" in docs/architecture.md.
     """
-    cheap = item.get_closest_marker("cheap") is not None
-    if cheap != jax.config.read("jax_disable_most_optimizations"):
-        jax.config.update("jax_disable_most_optimizations", cheap)
-        jax.clear_caches()  # JAX does not tell apart what either mode compiled
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        cheap = item.get_closest_marker("cheap") is not None
+        if cheap != jax.config.read("jax_disable_most_optimizations"):
+            jax.config.update("jax_disable_most_optimizations", cheap)
+            jax.clear_caches()  # JAX does not tell apart what either mode compiled
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """As a plugin, which sees doctests in `jaxquant/`, too: hooks here see this folder alone."""
+    config.pluginmanager.register(Compiling())
 
 
 @pytest.fixture(scope="session")

@@ -124,10 +124,10 @@ class Bench:
 
     def run(self, copy: Path, args: list[str], seconds: float) -> tuple[int | None, str, float]:
         """`(exit status or None for out of time, output, seconds since the last output)`."""
-        env = {k: v for k, v in os.environ.items() if k != "JAXQUANT_TESTS"}
         # No .pyc: one of the same second and size would hide a fault. CI: Hypothesis's fixed seeds.
         # Unbuffered: each dot of pytest is seen at once.
-        env |= dict.fromkeys(("PYTHONDONTWRITEBYTECODE", "CI", "PYTHONUNBUFFERED"), "1")
+        flags = ("PYTHONDONTWRITEBYTECODE", "CI", "PYTHONUNBUFFERED")
+        env = dict(os.environ) | dict.fromkeys(flags, "1")
         env["PYTHONPATH"] = str(copy)
         with tempfile.TemporaryFile() as out:
             with self.lock:
