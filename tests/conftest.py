@@ -1,7 +1,7 @@
 """Settings shared by all tests, made before JAX starts a backend.
 
-Tests run as users' programs do: on one device (but for `tests/sharded/`), fully optimised (but for
-those marked `cheap`).
+Tests run as users' programs do on one device (but for `tests/sharded/`). XLA optimises little, but
+for what is `optimised`: see `compiled.py`.
 """
 
 import contextlib
@@ -13,27 +13,37 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+# JAX reads these when it is imported, here and in processes that tests start.
 # Tests run on the CPU unless another platform is asked for by name.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of a run: `JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest` has XLA optimise all.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Every program that was compiled is kept for the next run.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 import hypothesis
 import jax
 import pytest
 
-# A scale that broadcasts by accident is the classic quantization bug: ranks must be made to agree.
-jax.config.update("jax_numpy_rank_promotion", "raise")
+from tests.compiled import CHEAP_FLAGS
 
-# Compiled programs are kept for the next run, since compiling is most of a run. The folder has the
-# machine's name, as programs are made for its processor. JAX's own variables choose another folder,
-# JAX_COMPILATION_CACHE_DIR, which is not bounded here, or none, JAX_ENABLE_COMPILATION_CACHE=0.
+# XLA reads this when JAX starts a backend.
+if CHEAP_FLAGS and jax.config.read("jax_disable_most_optimizations"):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CHEAP_FLAGS}"
+
+# The folder has the machine's name, as programs are made for its processor. JAX's own variables
+# choose another folder, JAX_COMPILATION_CACHE_DIR, which is not bounded here, or none,
+# JAX_ENABLE_COMPILATION_CACHE=0.
 CACHES = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "jaxquant"
 MOST_KEPT = 1 << 30  # bytes
 if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(CACHES / platform.node()))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
-# A process that has held more forgets its programs after each module.
+# A scale that broadcasts by accident is the classic quantization bug: ranks must be made to agree.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A process that holds more forgets its programs after a module.
 MOST_HELD = 3 << 30  # bytes
 
 # What is traced is kept, so that collections find little to free: they would take a tenth of a run.
@@ -72,45 +82,42 @@ def pytest_sessionstart(session: pytest.Session) -> None:
             kept -= stat.st_size
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Doctests and tests marked `cheap` come first: a change of mode drops what is compiled."""
-    for item in items:
-        if isinstance(item, pytest.DoctestItem):
-            item.add_marker("cheap")
-    items.sort(key=lambda item: item.get_closest_marker("cheap") is None)
-
-
-class Compiling:
-    """Compiles with few optimisations where a test is marked `cheap`, else as users do.
-
-    Compiling is what takes time of programs that run once. And where XLA optimises, a CPU contracts
-    a product and a sum to one operation that rounds once, in some programs and not in others: see
-    "What is trained is what is served" in docs/architecture.md.
-    """
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        cheap = item.get_closest_marker("cheap") is not None
-        if cheap != jax.config.read("jax_disable_most_optimizations"):
-            jax.config.update("jax_disable_most_optimizations", cheap)
-            jax.clear_caches()  # JAX does not tell apart what either mode compiled
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """As a plugin, which sees doctests in `jaxquant/`, too: hooks here see this folder alone."""
-    config.pluginmanager.register(Compiling())
-
-
 @pytest.fixture(scope="session")
 def key() -> jax.Array:
     """A PRNG key to split or fold from; every test may use it, as keys are never consumed."""
     return jax.random.key(0)
 
 
+@pytest.fixture(scope="module")
+def uncontracted() -> Iterator[None]:
+    """For a module whose programs are compared bit for bit: XLA optimises little in any run.
+
+    See `compiled.uncontracted`.
+    """
+    option = "jax_disable_most_optimizations"
+    before = jax.config.read(option)
+    _optimising_less(option, True)
+    yield
+    _optimising_less(option, before)
+
+
+def _optimising_less(option: str, less: bool) -> None:
+    if jax.config.read(option) != less:
+        jax.config.update(option, less)
+        jax.clear_caches()  # JAX does not tell apart what either mode compiled
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _bounded_memory() -> Iterator[None]:
-    """Drops compiled programs after a module if the process has held much memory."""
+    """Drops compiled programs after a module if the process holds much memory."""
     yield
-    unit = 1 if sys.platform == "darwin" else 1024
-    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit > MOST_HELD:
+    if _held() > MOST_HELD:
         jax.clear_caches()
+
+
+def _held() -> int:
+    """Bytes: what the process holds where Linux says it, else the most it has held."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -17,8 +17,6 @@ from jaxquant.interpret import cuts, moves
 from jaxquant.qtensor import Calibration, Folded, Grid, Use
 from tests.arrays import array
 
-pytestmark = pytest.mark.cheap
-
 L, K, N = 3, 8, 6
 SPEC = jq.QSpec("int8", jq.PerChannel(-1))
 

@@ -13,7 +13,7 @@ from jaxquant import demo
 
 # Preset: the most points of accuracy it may lose (a digit of 597 is 0.17), least agreement with
 # float, and most bits per weight.
-pytestmark = pytest.mark.cheap
+
 
 EXPECTED = {
     "w8a8": (0.5, 0.99, 8.3),

@@ -11,7 +11,7 @@ import jaxquant as jq
 from jaxquant import PerChannel, PerGroup, QSpec
 from jaxquant.qtensor import Nested, nest, storage_scale, with_plain_scales
 
-pytestmark = pytest.mark.cheap  # compared bit for bit
+pytestmark = pytest.mark.usefixtures("uncontracted")
 
 
 def weight(*shape, seed=0):

@@ -16,8 +16,6 @@ from flax import nnx
 import jaxquant as jq
 import jaxquant.nnx
 
-pytestmark = pytest.mark.cheap  # values within a bound, each run once
-
 W8A8, W4A16 = jq.w8a8(), jq.w4a16(group=32)
 
 

@@ -16,8 +16,6 @@ from jaxquant.capture import CaptureError
 from jaxquant.observers import minmax
 from tests.test_nnx import Scanned
 
-pytestmark = pytest.mark.cheap
-
 STATIC = jq.int8(granularity=jq.PerTensor())
 
 

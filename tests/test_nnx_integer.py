@@ -14,7 +14,7 @@ from flax import nnx
 import jaxquant as jq
 import jaxquant.nnx
 
-pytestmark = pytest.mark.cheap  # compared bit for bit
+pytestmark = pytest.mark.usefixtures("uncontracted")
 
 X = jax.random.normal(jax.random.key(1), (2, 6, 6, 3))
 RECIPE = jq.w8a8_integer(jq.observers.minmax())

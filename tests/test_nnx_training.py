@@ -18,7 +18,7 @@ import jaxquant as jq
 import jaxquant.nnx
 from tests.arrays import array
 
-pytestmark = pytest.mark.cheap  # compared bit for bit
+pytestmark = pytest.mark.usefixtures("uncontracted")
 
 LSQ = jq.Rule(
     "**/kernel",

@@ -16,7 +16,7 @@ import jaxquant as jq
 import jaxquant.nnx
 from jaxquant.qtensor import is_qtensor
 
-pytestmark = pytest.mark.cheap  # compared bit for bit
+pytestmark = pytest.mark.usefixtures("uncontracted")
 
 W8A8 = jq.w8a8()
 

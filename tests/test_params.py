@@ -9,8 +9,6 @@ import jaxquant as jq
 from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, QTensor, Recipe, Rule
 from jaxquant.interpret.sites import Site, Sites
 
-pytestmark = pytest.mark.cheap
-
 SHAPES = {
     "emb": (100, 16),
     "q": (3, 16, 4, 4),

@@ -12,8 +12,6 @@ import pytest
 
 import jaxquant as jq
 
-pytestmark = pytest.mark.cheap
-
 
 def fn(p, x):
     h = jnp.tanh(x @ p["enc"]["w"] + p["enc"]["b"])

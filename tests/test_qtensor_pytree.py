@@ -15,8 +15,6 @@ import jaxquant as jq
 from jaxquant import PerChannel, PerGroup, PerTensor, QSpec
 from jaxquant.qtensor import Use, with_use
 
-pytestmark = pytest.mark.cheap
-
 SPECS = [
     QSpec("int8", PerChannel(1)),
     QSpec("int4", PerGroup(8, 0)),

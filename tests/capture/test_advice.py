@@ -11,8 +11,6 @@ import pytest
 import jaxquant as jq
 from jaxquant.observers import histogram, profile
 
-pytestmark = pytest.mark.cheap
-
 X = np.random.default_rng(0).standard_normal((512, 16)).astype(np.float32)
 X *= np.where(np.arange(16) == 5, 60, 1).astype(np.float32)
 X[:, 3] = np.abs(X[:, 3])

@@ -17,8 +17,6 @@ import jaxquant as jq
 from jaxquant.capture import Statistics
 from jaxquant.observers import absmax, histogram, minmax, mse, percentile, profile
 
-pytestmark = pytest.mark.cheap
-
 TENSOR = jq.PerTensor()
 INT8, ASYM = jq.int8(granularity=TENSOR), jq.int8(symmetric=False, granularity=TENSOR)
 INT4 = jq.int4(granularity=TENSOR)

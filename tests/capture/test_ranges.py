@@ -14,8 +14,6 @@ from jaxquant.capture import capture
 from jaxquant.observers import minmax, percentile
 from tests.capture.programs import PROGRAMS, L, Program, dense, normal
 
-pytestmark = pytest.mark.cheap
-
 
 def by_hand(program: Program) -> dict[tuple[str, str], dict[tuple[int, ...], list[np.ndarray]]]:
     found: dict = defaultdict(lambda: defaultdict(list))

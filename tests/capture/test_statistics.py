@@ -17,8 +17,6 @@ from jaxquant.capture import Statistics, capture
 from jaxquant.observers import absmax, minmax, moving_average, percentile
 from tests.capture.programs import PROGRAMS, Program
 
-pytestmark = pytest.mark.cheap
-
 RECURRENT, LAYERS = PROGRAMS["recurrent"], PROGRAMS["layers"]
 
 

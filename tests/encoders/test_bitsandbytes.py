@@ -13,8 +13,6 @@ from jaxquant.numerics.nested_map import decode_nested, encode_nested, nested_ma
 from jaxquant.qtensor import nest, storage_codes, storage_scale
 from tests.encoders import bnb_reference as ref
 
-pytestmark = pytest.mark.cheap
-
 codes_of = jax.jit(storage_codes)
 STORED = pathlib.Path(__file__).parent / "bitsandbytes_vectors.npz"
 

@@ -11,8 +11,6 @@ from jaxquant.encoders import Encoder, clip, rtn
 from tests.encoders import gptq_reference as reference
 from tests.encoders.test_gptq import moments, rows, weights
 
-pytestmark = pytest.mark.cheap
-
 
 def found(w, h, scheme, group, steps=10, least=0.5):
     """The values of the cheapest factor for each group and column, float64."""

@@ -64,7 +64,6 @@ SCHEMES = {
 
 # the paper's algorithm, without what the reference implementation has as options
 plain = functools.partial(gptq, act_order=False, grid="range")
-pytestmark = pytest.mark.cheap
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,6 @@ from jaxquant.encoders import Encoder, from_matrix, gptq, rtn, to_matrix
 from jaxquant.observers import Inputs, input_stats, inputs
 from tests.encoders.test_gptq import moments, rows, weights
 
-pytestmark = pytest.mark.cheap
-
 
 def error(info):
     return np.asarray(info.details["output_error"])

@@ -15,8 +15,6 @@ from jaxquant.ops.activations import fake
 from jaxquant.qtensor import Use, storage_codes, with_use
 from tests.arrays import array
 
-pytestmark = pytest.mark.cheap
-
 codes_of = jax.jit(storage_codes)
 rounded = jax.jit(fake, static_argnums=(1, 2))
 

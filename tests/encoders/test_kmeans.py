@@ -13,8 +13,6 @@ from jaxquant.encoders import Encoder, kmeans_codebook
 from jaxquant.observers import input_stats, inputs
 from tests.encoders.kmeans_reference import inertia, lloyd, optimum
 
-pytestmark = pytest.mark.cheap
-
 STARTS = ("coarse", "linear", "quantile", "density", "kmeans++")
 
 

@@ -14,8 +14,6 @@ from jaxquant.encoders import huffman_bits
 from jaxquant.interpret import cuts, moves
 from tests.interpret.test_moves import MOVES, SHAPE
 
-pytestmark = pytest.mark.cheap
-
 FORMAT = palette(2).format
 SPECS = {
     "one codebook": palette(2),

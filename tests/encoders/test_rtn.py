@@ -10,8 +10,6 @@ import jaxquant as jq
 from jaxquant import PerChannel, PerGroup, PerTensor, QSpec
 from jaxquant.encoders import Encoder, Info, measure, rtn
 
-pytestmark = pytest.mark.cheap
-
 
 def normal(*shape):
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)

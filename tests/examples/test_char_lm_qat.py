@@ -27,8 +27,6 @@ from qat_training import NonFiniteLoss
 
 import jaxquant as jq
 
-pytestmark = pytest.mark.cheap
-
 TEXT = char_lm_text.few_lines()
 CONFIG = Config(len(TEXT.alphabet), width=16, heads=2, mlp=32, layers=1, length=8)
 SETTINGS = Settings(steps=4, rate=1e-2, rows=4, length=8)

@@ -26,7 +26,7 @@ from qat_training import NonFiniteLoss
 
 import jaxquant as jq
 
-pytestmark = pytest.mark.cheap  # compared bit for bit
+pytestmark = pytest.mark.usefixtures("uncontracted")
 
 SETTINGS = Settings(steps=4, rate=1e-2, tuning_steps=4, tuning_rate=1e-3, batch=8)
 

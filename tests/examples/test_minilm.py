@@ -181,7 +181,6 @@ def test_table_fits_a_hundred_columns():
 
 
 @pytest.mark.slow
-@pytest.mark.cheap
 def test_methods_that_look_at_inputs_are_given_the_short_batches():
     pytest.importorskip("tokenizers")
     pytest.importorskip("rich")

@@ -32,8 +32,6 @@ import smollm2_reference  # noqa: E402
 import smollm2_text  # noqa: E402
 import smollm2_weights  # noqa: E402
 
-pytestmark = pytest.mark.cheap
-
 MERGES = ["t h", "th e", "Ġ the"]
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
 WIDTH, HEADS, KV_HEADS, MLP, LAYERS = 64, 4, 2, 96, 2

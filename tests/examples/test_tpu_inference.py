@@ -16,8 +16,6 @@ import tpu_inference as example
 
 import jaxquant as jq
 
-pytestmark = pytest.mark.cheap
-
 TINY = dataclasses.replace(example.QUICK, vocab=64, layers=2, width=64, mlp=96, length=16)
 
 

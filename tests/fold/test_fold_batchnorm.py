@@ -13,8 +13,6 @@ from jax import lax
 import jaxquant as jq
 from jaxquant.fold import fold_batchnorm
 
-pytestmark = pytest.mark.cheap
-
 norm = nn.BatchNorm
 
 

@@ -10,9 +10,6 @@ from jax import lax
 from jaxquant.fold.rescale import rescale
 from tests.fold.producing import X, check, drawn, find
 
-pytestmark = pytest.mark.cheap
-
-
 # Small functions, one for each rule
 
 

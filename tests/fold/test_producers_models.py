@@ -15,9 +15,6 @@ from jaxquant.observers.inputs import InputStats
 from tests.arrays import array
 from tests.fold.producing import X, check, drawn, find, names, randomized
 
-pytestmark = pytest.mark.cheap
-
-
 # Models
 
 

@@ -14,8 +14,6 @@ from tests.arrays import array
 
 from .programs import normal, stack, w, x
 
-pytestmark = pytest.mark.cheap
-
 
 def call(fn, params, recipe, *args):
     qparams, report = jq.ptq(fn, params, recipe, *args)

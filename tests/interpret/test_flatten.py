@@ -13,8 +13,6 @@ from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.flatten import Flat, flatten, mark_of
 from jaxquant.interpret.segments import groups_of, segments_of
 
-pytestmark = pytest.mark.cheap
-
 
 def shapes(tree: Any) -> Any:
     return jax.tree.map(lambda s: jnp.ones(s), tree, is_leaf=lambda s: isinstance(s, tuple))

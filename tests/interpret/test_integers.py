@@ -9,13 +9,12 @@ from jax import lax
 import jaxquant as jq
 from tests.arrays import normal
 from tests.ops import integer_reference as ref
-from tests.ops.cases import jit
 from tests.ptq.networks import (
     ACTIVATIONS,
     TENSOR,
 )
 
-pytestmark = pytest.mark.cheap  # compared bit for bit
+pytestmark = pytest.mark.usefixtures("uncontracted")
 
 relu = jax.nn.relu
 PARAMS = {name: normal(n, 6, 6) for n, name in enumerate("abcd")} | {"v": normal(9, 6)}
@@ -147,7 +146,7 @@ def test_edges(fn, rules, edges):
     for edge in report.edges:
         assert str(edge) in str(report) or edge.integer
     # floats or integers on the way, the result is what it should be
-    y, expected = jit(lambda q, p, x: (jq.quantized(fn)(q, x), fn(p, x)))(qparams, PARAMS, X)
+    y, expected = jax.jit(lambda q, p, x: (jq.quantized(fn)(q, x), fn(p, x)))(qparams, PARAMS, X)
     y, expected = np.asarray(y), np.asarray(expected)
     assert np.linalg.norm(y - expected) < 0.03 * np.linalg.norm(expected)
 
@@ -182,4 +181,4 @@ def test_layers_whose_inputs_have_different_bits(path):
     for at in (a, b):
         sums = ref.result(at, ref.dense(at.x.whole(q), at.w, "nk,ko->no"), at.scale[:1])
         q = q if at is b else at.y.relu(sums.codes())
-    np.testing.assert_array_equal(jit(jq.quantized(fused))(qparams, X), sums.floats())
+    np.testing.assert_array_equal(jax.jit(jq.quantized(fused))(qparams, X), sums.floats())

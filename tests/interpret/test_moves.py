@@ -12,8 +12,6 @@ from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, dequantiz
 from jaxquant.interpret import cuts, moves
 from jaxquant.qtensor import QTensor
 
-pytestmark = pytest.mark.cheap
-
 SPECS = {
     "int8 per tensor": QSpec("int8", PerTensor()),
     "int8 per channel": QSpec("int8", PerChannel(-1)),

@@ -15,8 +15,6 @@ import jaxquant as jq
 
 from .programs import PROGRAMS, helpers, mlp, normal, scan_remat, soft, sq, stack, v, w, x
 
-pytestmark = pytest.mark.cheap
-
 GRADS = ["mlp", "jitted helper", "weight on the left", "tied both ways", "scan", "scan over remat"]
 GRADS += ["several contracted axes", "batch axis", "recurrent", "attention", "convolutions"]
 

@@ -9,8 +9,6 @@ import pytest
 
 import jaxquant as jq
 
-pytestmark = pytest.mark.cheap  # types, not how they are compiled
-
 CALIBRATED = [jq.w8a8_static(), jq.w8a8_integer()]
 RECIPES = [
     jq.w8a8(),

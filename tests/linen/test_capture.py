@@ -16,8 +16,6 @@ from jaxquant.capture import Statistics, capture
 from jaxquant.observers import minmax, moving_average
 from tests.linen.models import Scanned
 
-pytestmark = pytest.mark.cheap
-
 STATIC = jq.int8(granularity=jq.PerTensor())
 
 

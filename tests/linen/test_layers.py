@@ -18,8 +18,6 @@ from jaxquant import linen
 from tests.linen import models
 from tests.linen.models import contractions, error, intercepted, normal
 
-pytestmark = pytest.mark.cheap  # values within a bound, each run once
-
 x, xs = normal(4, 32), normal(2, 5, 32)
 image = normal(2, 8, 8, 16)
 tokens = np.arange(8, dtype=np.int32).reshape(2, 4)

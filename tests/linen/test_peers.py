@@ -25,8 +25,6 @@ from tests.linen.models import (
     same,
 )
 
-pytestmark = pytest.mark.cheap
-
 x = normal(4, 32)
 
 

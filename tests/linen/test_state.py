@@ -25,7 +25,7 @@ from tests.linen.models import (
     same,
 )
 
-pytestmark = pytest.mark.cheap  # compared bit for bit
+pytestmark = pytest.mark.usefixtures("uncontracted")
 
 RECIPE = jq.w8a8()
 x = normal(8, 32)

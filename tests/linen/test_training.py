@@ -19,7 +19,7 @@ import jaxquant as jq
 from jaxquant import linen
 from tests.linen.models import Stateful, error, normal, same
 
-pytestmark = pytest.mark.cheap  # compared bit for bit
+pytestmark = pytest.mark.usefixtures("uncontracted")
 
 LSQ = jq.Rule(
     "**",

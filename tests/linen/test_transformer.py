@@ -12,8 +12,6 @@ import jaxquant as jq
 from jaxquant import linen
 from tests.linen.models import Transformer, contractions, error, intercepted, same
 
-pytestmark = pytest.mark.cheap
-
 MODEL, RECIPE = Transformer(), jq.w8a8()
 TOKENS = np.arange(12, dtype=np.int32).reshape(2, 6)
 

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from jaxquant.numerics import pack, packed_bytes, padded_size, tile_size, unpack
 
-pytestmark = pytest.mark.cheap
-
 BITS = range(1, 8)
 PLANES = {1: [1], 2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2], 7: [4, 2, 1]}
 

@@ -19,8 +19,6 @@ from jaxquant.numerics import (
     to_codebook,
 )
 
-pytestmark = pytest.mark.cheap
-
 PLAIN = [f for f in FORMATS.values() if isinstance(f, Format) and f.name != "float32"]
 PLAIN += [codebook_format(np.linspace(-3.0, 4.0, 100), name="wide")]
 DRAWS = 4096

@@ -11,8 +11,6 @@ from jaxquant.observers import histogram
 from jaxquant.observers.noise import bars
 from tests.observers.cases import counts, merged, one_pass, same
 
-pytestmark = pytest.mark.cheap
-
 TINY = float(np.finfo(np.float32).tiny)
 
 

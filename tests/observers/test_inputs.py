@@ -10,8 +10,6 @@ from jaxquant.capture.storage import described
 from jaxquant.observers import Observer, finish_stacked, input_stats, inputs
 from tests.observers.cases import same
 
-pytestmark = pytest.mark.cheap
-
 ROWS = (
     np.random.default_rng(0).standard_normal((3, 2, 20, 6)).astype(np.float32)
 )  # batches, experts

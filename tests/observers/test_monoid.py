@@ -19,8 +19,6 @@ from jaxquant.observers import (
 )
 from tests.observers.cases import OBSERVERS, SHAPE, merged, one_pass, same
 
-pytestmark = pytest.mark.cheap
-
 AXES = [None, -1, (2, 0)]
 SEARCHES = ["percentile", "mse", "entropy"]
 CASES = [(name, axis) for name in OBSERVERS if name not in SEARCHES for axis in AXES]

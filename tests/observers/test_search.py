@@ -12,8 +12,6 @@ from jaxquant.observers import entropy, minmax, mse, percentile, range_to_scale
 from jaxquant.observers.noise import bars
 from tests.observers.cases import one_pass
 
-pytestmark = pytest.mark.cheap
-
 SIZE = 20_000
 
 

@@ -54,14 +54,9 @@ WEIGHTS = {
 }
 
 
-# Many small programs, each run once: compiling them is what takes time.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=QUICK)
-
-
 def quantized(w: np.ndarray | jax.Array, spec: QSpec, **rest) -> QTensor:
-    """As `quantize`, in one program that compiles fast."""
-    return jit(lambda w: quantize(w, spec, **rest))(w)
+    """As `quantize`, in one program."""
+    return jax.jit(lambda w: quantize(w, spec, **rest))(w)
 
 
 @functools.cache

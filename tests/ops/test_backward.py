@@ -14,7 +14,6 @@ from tests.ops.cases import (
     MATRIX,
     K,
     N,
-    jit,
     quantized,
     weights,
 )
@@ -29,7 +28,7 @@ def test_gradient_is_that_of_the_dequantized_contraction(name, dtype):
     specs = (None, QSpec("int8"), QSpec("uint8", symmetric=False))
     flipped = (((0,), (1,)), ((), ()))
 
-    @jit
+    @jax.jit
     def every(x, q, g):
         def pulled(product, g):
             return jax.vjp(product, x)[1](g)[0]
@@ -65,7 +64,7 @@ def test_gradients_of_two_activations_see_the_other_rounded(spec):
     a, b, g = normal(1, 2, 5, K), normal(2, 2, K, 6), normal(3, 2, 5, 6)
     numbers = (((2,), (1,)), ((0,), (0,)))
 
-    @jit
+    @jax.jit
     def both(a, b, g):
         ours = jax.vjp(
             lambda a, b: dot_general_dynamic(a, b, numbers, lhs_spec=spec, rhs_spec=spec), a, b
@@ -86,7 +85,7 @@ def test_gradient_of_a_convolution():
         "dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 2,
     }  # fmt: skip
 
-    @jit
+    @jax.jit
     def both(x, q):
         def ours(x):
             return conv_general_dilated(x, q, **conv, activations=QSpec("int8"))
@@ -116,11 +115,11 @@ def test_under_remat_scan_and_vmap():
     def theirs(x, w):
         return x @ w
 
-    expected = jit(jax.grad(functools.partial(chain, product=theirs)))(x, layers=dequantize(q))
-    got = jit(jax.grad(functools.partial(chain, product=ours)))(x, layers=q)
+    expected = jax.jit(jax.grad(functools.partial(chain, product=theirs)))(x, layers=dequantize(q))
+    got = jax.jit(jax.grad(functools.partial(chain, product=ours)))(x, layers=q)
     np.testing.assert_allclose(got, expected, rtol=2e-3, atol=2e-3)
     one = jax.grad(lambda row: chain(row[None], ours, q))
-    np.testing.assert_allclose(jit(jax.vmap(one))(x), got, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(jax.jit(jax.vmap(one))(x), got, rtol=2e-3, atol=2e-3)
 
 
 def test_a_qtensor_is_not_differentiable():
@@ -141,7 +140,7 @@ def test_a_qtensor_is_not_differentiable():
         with pytest.raises(TypeError, match="partition"):
             jax.grad(call, allow_int=True)(leaf)
         with pytest.raises(TypeError, match="partition"):
-            jit(jax.grad(call, allow_int=True))(leaf)
+            jax.jit(jax.grad(call, allow_int=True))(leaf)
 
 
 def test_what_is_kept_for_the_backward_pass_is_codes():

@@ -1,5 +1,6 @@
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from jaxquant.ops import conv_general_dilated, fake
 from jaxquant.qtensor import dequantize
 from tests.arrays import normal
 from tests.ops.cases import (
-    jit,
     quantized,
 )
 
@@ -74,7 +74,7 @@ def test_equals_the_dequantized_convolution(case):
         specs = ACTIVATIONS if name in ("channel", "asymmetric") else ACTIVATIONS[:2]
         q = quantized(w, WEIGHTS[name], minor=(0, 1, 2) if i % 2 else ())
 
-        @jit
+        @jax.jit
         def every(x, q, specs=specs):
             rest = {**conv, "dimension_numbers": NHWC}
             rows = [x if spec is None else fake(x, spec, (1, 2, 3)) for spec in specs]
@@ -101,7 +101,7 @@ def test_other_layouts_and_dtypes(layout):
     window = [a for a in range(3) if layout[0][a] != "N"]
     cases = [*itertools.product((None, QSpec("int8")), (None, jnp.float32))]
 
-    @jit
+    @jax.jit
     def every(x, q):
         ours, theirs = [], []
         for spec, preferred in cases:
@@ -134,6 +134,6 @@ def test_what_is_not_finite_comes_through():
     x[0, 1, 1] = np.nan
     q = quantized(normal(2, 3, 4, 6), QSpec("int8", PerChannel(2)))
     rest = {"dimension_numbers": ("NHC", "HIO", "NHC"), "activations": QSpec("int8")}
-    y = np.asarray(jit(lambda x, q: conv_general_dilated(x, q, (1,), "SAME", **rest))(x, q))
+    y = np.asarray(jax.jit(lambda x, q: conv_general_dilated(x, q, (1,), "SAME", **rest))(x, q))
     assert np.isnan(y[0]).all()
     assert np.isfinite(y[1]).all()

@@ -19,7 +19,6 @@ from tests.ops.cases import (
     K,
     N,
     assert_near,
-    jit,
     matmul,
     quantized,
     rounded,
@@ -48,7 +47,7 @@ def test_equals_the_dequantized_contraction(name):
     q = weights(name, minor=(0,) if len(name) % 2 else ())
 
     chosen = ACTIVATIONS if name in ALL else COMMON
-    ours, rows, w = jit(products([ACTIVATIONS[a][0] for a in chosen]))(x, q)
+    ours, rows, w = jax.jit(products([ACTIVATIONS[a][0] for a in chosen]))(x, q)
     for a, y, fx in zip(chosen, ours, rows, strict=True):
         assert_near(y, x, w, matmul(fx, w), ACTIVATIONS[a][1], a)
 
@@ -94,7 +93,7 @@ def test_either_side_any_axes(side):
         fmt, minor = ("int4", wc) if name == "group" else ("int8", ())
         qs[name] = quantized(w, QSpec(fmt, granularity).at(wc, w.ndim), minor=minor)
 
-    @jit
+    @jax.jit
     def every(x, qs):
         def both(q, spec):
             on_the_right = dot_general(x, q, right, activations=spec)
@@ -134,8 +133,8 @@ def test_every_form_of_few_and_many_rows(monkeypatch, request, form, name):
     monkeypatch.setattr(lowering, "group_form", lambda *sizes: form)
     monkeypatch.setattr(lowering, "fused_wins", lambda *sizes: False)
     call = products((None, QSpec("uint8", symmetric=False)))
-    many, rows, w = jit(call)(x, q)
-    few, row, _ = jit(call)(x[:1], q)
+    many, rows, w = jax.jit(call)(x, q)
+    few, row, _ = jax.jit(call)(x[:1], q)
     for at, ours, given in (("few", few, row), ("many", many, rows)):
         for y, fx, bound in zip(ours, given, (LIMBS, EXACT), strict=True):
             assert_near(y, given[0], w, matmul(fx, w), bound, (at, bound))
@@ -165,7 +164,7 @@ def test_integers_are_those_of_numpy(asymmetric):
     expected = sums * sx.astype(np.float64) * sw.astype(np.float64)
     spec = QSpec("int8", symmetric=not asymmetric, range="qmax")
     q = quantized(w, QSpec("int8", PerChannel(1), not asymmetric, range="qmax"))
-    y = jit(lambda x, q: dot_general(x, q, MATRIX, activations=spec))(x, q)
+    y = jax.jit(lambda x, q: dot_general(x, q, MATRIX, activations=spec))(x, q)
     np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
@@ -174,7 +173,7 @@ def test_the_scale_of_a_contracted_axis_goes_to_the_activation():
     q, x = quantized(normal(0, K, N), QSpec("int8", PerChannel(0))), normal(1, 7, K)
     moved = np.asarray(x) * np.asarray(q.scale).reshape(1, K)
 
-    @jit
+    @jax.jit
     def both(x, q, moved):
         specs = (QSpec("int8"), None)
         ours = [dot_general(x, q, MATRIX, activations=s) for s in specs]
@@ -190,7 +189,7 @@ def test_dtypes_are_those_of_lax(x_dtype):
     x = normal(1, 5, K, dtype=x_dtype)
     cases = [(p, s) for p in (None, "float32", "bfloat16") for s in (None, QSpec("int8"))]
 
-    @jit
+    @jax.jit
     def both(x, q):
         ours, theirs, w = [], [], dequantize(q)
         for preferred, spec in cases:
@@ -207,7 +206,7 @@ def test_dtypes_are_those_of_lax(x_dtype):
 def test_float16_does_not_overflow_inside():
     q = quantized(np.full((K, N), 1e-3, np.float16), QSpec("int8", PerChannel(1)))
     x = np.full((3, K), 1e3, np.float16)
-    for y in jit(products((None, QSpec("int8"))))(x, q)[0]:
+    for y in jax.jit(products((None, QSpec("int8"))))(x, q)[0]:
         assert y.dtype == jnp.float16
         np.testing.assert_allclose(y, 48.0, rtol=0.01)
 
@@ -226,7 +225,7 @@ def test_packed_codes_are_contracted_as_they_lie(name, minor):
         q = quantized(w, QSpec(name, granularity, symmetric=symmetric), minor=minor)
         specs = {QSpec("int8"): EXACT, QSpec("uint8", symmetric=False): EXACT, None: LIMBS}
         for rows in (np.asarray(x), np.asarray(x)[:1]):
-            ours, rounded_rows, values = jit(products(specs))(rows, q)
+            ours, rounded_rows, values = jax.jit(products(specs))(rows, q)
             for y, fx, (spec, bound) in zip(ours, rounded_rows, specs.items(), strict=True):
                 case = (granularity, len(rows), spec)
                 assert_near(y, rows, values, matmul(fx, values), bound, case)
@@ -234,7 +233,10 @@ def test_packed_codes_are_contracted_as_they_lie(name, minor):
 
 @pytest.mark.parametrize("spec", [None, QSpec("int8"), QSpec("uint8", symmetric=False)])
 def test_what_is_not_finite_comes_through(spec):
-    q, call = weights("int8 channel"), jit(lambda x, q: dot_general(x, q, MATRIX, activations=spec))
+    q, call = (
+        weights("int8 channel"),
+        jax.jit(lambda x, q: dot_general(x, q, MATRIX, activations=spec)),
+    )
     for bad in (np.nan, np.inf, -np.inf):
         x = np.array(normal(1, 4, K))
         x[1, 3], x[2], x[3] = bad, 0.0, 1e-42
@@ -251,7 +253,7 @@ def test_empty_and_single_axes(shapes):
     x, w = normal(1, *shapes[0]), normal(2, *shapes[1])
     for weight in (QSpec("int8", PerChannel(1)), QSpec("int4", PerGroup(16, 0))):
         q = quantized(w, weight)
-        ours, rows, values = jit(products((None, QSpec("int8"))))(x, q)
+        ours, rows, values = jax.jit(products((None, QSpec("int8"))))(x, q)
         for y, fx in zip(ours, rows, strict=True):
             assert y.shape == (len(x), w.shape[1])
             np.testing.assert_allclose(y, matmul(fx, values), rtol=1e-4, atol=1e-6)
@@ -278,7 +280,7 @@ def test_jit_vmap_and_loop_agree():
     for spec in (None, QSpec("int8")):
         call = functools.partial(dot_general, dimension_numbers=MATRIX, activations=spec)
 
-        @jit
+        @jax.jit
         def ways(x, q, call=call):
             one = jax.tree.map(lambda a: a[0], q)
             return (

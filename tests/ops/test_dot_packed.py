@@ -20,7 +20,6 @@ from jaxquant.qtensor import dequantize, storage_scale
 from tests.arrays import normal
 from tests.ops.cases import (
     MATRIX,
-    jit,
     matmul,
 )
 
@@ -45,7 +44,7 @@ SUMS, CODEBOOK = 1e-6, 2.0**-9
 @cache
 def operands(spec, rows, k, n, dtype=jnp.bfloat16):
     """Rows `[rows, k]` and a QTensor of a weight `[k, n]`."""
-    make = jit(lambda x, w: (x.astype(dtype), quantize(w, spec, minor=(0,))))
+    make = jax.jit(lambda x, w: (x.astype(dtype), quantize(w, spec, minor=(0,))))
     x, w = (np.random.default_rng(seed).normal(size=s) for seed, s in ((1, (rows, k)), (0, (k, n))))
     return make(x.astype(np.float32), w.astype(np.float32))
 
@@ -54,7 +53,7 @@ def kernel(platform):
     return lambda x, q: dot_general_packed(x, q, MATRIX, interpret=platform)
 
 
-@jit
+@jax.jit
 def held(q):
     """The dequantized weight and the scales as they are stored."""
     return dequantize(q), storage_scale(q)
@@ -66,7 +65,7 @@ def called(call, *args):
 
 def multiplied(platform, x, q):
     """The product by one kernel."""
-    traced = jit(kernel(platform)).trace(x, q)
+    traced = jax.jit(kernel(platform)).trace(x, q)
     assert str(traced.jaxpr).count("pallas_call") == 1
     return traced.lower().compile()(x, q)
 
@@ -114,7 +113,7 @@ def test_formats_agree_with_the_reference(name):
 @pytest.mark.parametrize(("platform", "name"), [("tpu", "nf4"), ("cuda", "uint4 asymmetric")])
 def test_float32_is_multiplied_in_full(platform, name):
     x, q = operands(FORMATS[name], 3, 128, 32, jnp.float32)
-    y = jit(kernel(platform))(x, q)
+    y = jax.jit(kernel(platform))(x, q)
     w, scale = held(q)
     assert_close(y, reference(x, q, scale), x, w, SUMS)
 
@@ -150,7 +149,7 @@ def test_axes_and_dtypes_are_those_of_lax():
         yield contract(q, x, right, None, jnp.bfloat16)
 
     packed = partial(dot_general_packed, interpret="tpu")
-    both = jit(lambda q: ([*calls(packed, q)], [*calls(jax.lax.dot_general, dequantize(q))]))
+    both = jax.jit(lambda q: ([*calls(packed, q)], [*calls(jax.lax.dot_general, dequantize(q))]))
     for y, plain in zip(*both(q), strict=True):
         assert (y.shape, y.dtype) == (plain.shape, plain.dtype)
         y, plain = np.asarray(y, np.float32), np.asarray(plain, np.float32)
@@ -159,20 +158,20 @@ def test_axes_and_dtypes_are_those_of_lax():
 
 def test_a_weight_is_contracted_along_its_last_axis_too():
     x, w = normal(1, 3, 128), normal(2, 64, 128)  # an embedding and its logits
-    q = jit(lambda w: quantize(w, QSpec("int4", PerGroup(64, 1)), minor=(1,)))(w)
+    q = jax.jit(lambda w: quantize(w, QSpec("int4", PerGroup(64, 1)), minor=(1,)))(w)
     numbers = (((1,), (1,)), ((), ()))
-    y = jit(lambda x, q: dot_general_packed(x, q, numbers, interpret="tpu"))(x, q)
+    y = jax.jit(lambda x, q: dot_general_packed(x, q, numbers, interpret="tpu"))(x, q)
     np.testing.assert_allclose(y, matmul(x, dequantize(q).T), rtol=1e-4, atol=1e-4)
 
 
 def test_jit_vmap_and_scan_equal_a_loop():
     x, w = normal(1, 3, 2, 128), normal(0, 3, 128, 32)
-    q = jit(lambda w: quantize(w, QSpec("int4", PerGroup(32, 0)), batch_axes=1))(w)
+    q = jax.jit(lambda w: quantize(w, QSpec("int4", PerGroup(32, 0)), batch_axes=1))(w)
     call = jax.jit(kernel("tpu"))
     layers = [jax.tree.map(lambda a, i=i: np.asarray(a)[i], (x, q)) for i in range(3)]
     one = np.stack([call(*layer) for layer in layers])
-    mapped = jit(jax.vmap(call))(x, q)
-    _, scanned = jit(lambda xq: jax.lax.scan(lambda c, xq: (c, call(*xq)), None, xq))((x, q))
+    mapped = jax.jit(jax.vmap(call))(x, q)
+    _, scanned = jax.jit(lambda xq: jax.lax.scan(lambda c, xq: (c, call(*xq)), None, xq))((x, q))
     for got in (mapped, scanned):
         np.testing.assert_allclose(got, one, rtol=1e-5, atol=1e-5)
 
@@ -181,7 +180,7 @@ def test_jit_vmap_and_scan_equal_a_loop():
 def test_gradient_is_that_of_the_dequantized_contraction(platform):
     x, q = operands(FORMATS["uint4 asymmetric"], 3, 128, 32, jnp.float32)
     g = normal(2, 3, 32)
-    got = jit(jax.grad(lambda x: (g * kernel(platform)(x, q)).sum()))(x)
+    got = jax.jit(jax.grad(lambda x: (g * kernel(platform)(x, q)).sum()))(x)
     expected = matmul(g, held(q)[0].T)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(TypeError, match="not differentiable"):
@@ -201,14 +200,14 @@ UNSUITED = {
 @pytest.mark.parametrize("name", UNSUITED)
 def test_what_does_not_suit_is_contracted_as_ever(name):
     spec, shape = UNSUITED[name]
-    x, q = normal(1, 3, shape[0]), jit(lambda w: quantize(w, spec))(normal(0, *shape))
+    x, q = normal(1, 3, shape[0]), jax.jit(lambda w: quantize(w, spec))(normal(0, *shape))
 
     def call(x, q):
         return dot_general_packed(x, q, MATRIX, interpret="tpu")
 
     assert called(call, x, q) == called(lambda x, q: dot_general_packed(x, q, MATRIX), x, q) == 0
     ever = lambda x, q: dot_general(x, q, MATRIX, activations=None)
-    np.testing.assert_array_equal(*jit(lambda x, q: (call(x, q), ever(x, q)))(x, q))
+    np.testing.assert_array_equal(*jax.jit(lambda x, q: (call(x, q), ever(x, q)))(x, q))
 
 
 def test_other_dtypes_and_symbolic_rows_are_contracted_as_ever():
@@ -223,7 +222,7 @@ def test_a_cpu_contracts_as_ever():
     x, q = operands(FORMATS["int4"], 3, 128, 32, jnp.float32)
     packed = lambda x, q: dot_general_packed(x, q, MATRIX)
     ever = lambda x, q: dot_general(x, q, MATRIX, activations=None)
-    np.testing.assert_array_equal(*jit(lambda x, q: (packed(x, q), ever(x, q)))(x, q))
+    np.testing.assert_array_equal(*jax.jit(lambda x, q: (packed(x, q), ever(x, q)))(x, q))
 
 
 def test_mistakes():

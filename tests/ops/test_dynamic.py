@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +9,6 @@ from jaxquant.ops import dot_general_dynamic, fake
 from tests.arrays import normal
 from tests.ops.cases import (
     EXACT,
-    jit,
 )
 
 SPECS = {
@@ -36,7 +36,7 @@ def test_equals_the_product_of_the_rounded(shape):
     lhs, rhs, numbers = SHAPES[shape]
     a, b = jnp.abs(normal(1, *lhs)), normal(2, *rhs)
 
-    @jit
+    @jax.jit
     def every(a, b):
         out = {}
         for name in SPECS if shape == "scores" else ("int8", "asymmetric"):

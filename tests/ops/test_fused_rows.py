@@ -2,18 +2,19 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
 from jaxquant import PerChannel, PerGroup, QSpec, dequantize, quantize
 from jaxquant.ops import dot_general
 from tests.arrays import normal
+from tests.compiled import optimised
 from tests.ops.cases import (
     EXACT,
     LIMBS,
     MATRIX,
     assert_near,
-    jit,
     matmul,
     quantized,
     rounded,
@@ -49,7 +50,7 @@ def test_the_largest_sums_do_not_overflow(name, size):
     q = quantized(w, QSpec(name, PerChannel(1), symmetric=symmetric), minor=(0,))
     specs = (None, QSpec("int8")), (QSpec("int8", symmetric=False),)
     for these in specs if size == 2304 else [specs[0] + specs[1]]:
-        lowered = jit(functools.partial(served, specs=these)).lower(x, {name: q})
+        lowered = optimised(functools.partial(served, specs=these)).lower(x, {name: q})
         if these == specs[0]:  # the longest sums of this form
             assert "dot_general" not in lowered.as_text()
         ours, values = lowered.compile()(x, {name: q})
@@ -65,9 +66,9 @@ def test_uneven_sizes_equal_numpy(size, group):
     formats = ("int8", "uint8", "int4", "uint4", "float4_e2m1fn")
     specs = [QSpec(name, by, symmetric=not name.startswith("u")) for name in formats]
     w, x, activations = normal(0, size, 6), normal(1, 1, size), {None: LIMBS, QSpec("int8"): EXACT}
-    make = jit(lambda w: [quantize(w, spec, minor=(0,)) for spec in specs])
+    make = jax.jit(lambda w: [quantize(w, spec, minor=(0,)) for spec in specs])
     qs = dict(zip(formats, make(w), strict=True))
-    ours, values = jit(functools.partial(served, specs=activations))(x, qs)
+    ours, values = optimised(functools.partial(served, specs=activations))(x, qs)
     for (fx, ys), (spec, bound) in zip(ours, activations.items(), strict=True):
         for name, y in ys.items():
             w = values[name]
@@ -77,7 +78,7 @@ def test_uneven_sizes_equal_numpy(size, group):
 def test_rows_that_are_not_finite():
     q = quantized(normal(0, 64, 4), QSpec("int8", PerChannel(1)), minor=(0,))
     specs = (None, QSpec("int8"))
-    call = jit(lambda x, q: [dot_general(x, q, MATRIX, activations=spec) for spec in specs])
+    call = jax.jit(lambda x, q: [dot_general(x, q, MATRIX, activations=spec) for spec in specs])
     for bad in (np.inf, np.nan):
         x = np.ones((1, 64), np.float32)
         x[0, 3] = bad

@@ -11,8 +11,6 @@ from jaxquant.ops.integer import Accumulator, Activation, added, is_integers
 from jaxquant.qtensor import Folded, Grid
 from tests.ops import integer_reference as ref
 
-pytestmark = pytest.mark.cheap
-
 MODES = ("float32", "fixed_point")
 SPECS = {
     "int8": (QSpec("int8", PerTensor()), None),

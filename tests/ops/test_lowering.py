@@ -16,7 +16,6 @@ from tests.ops.cases import (
     MATRIX,
     K,
     N,
-    jit,
     weights,
 )
 
@@ -118,7 +117,7 @@ def test_one_export_for_all_platforms_and_batch_sizes(name):
     for shape in ((1, 1, K), (2, 3, K)):
         x = normal(1, *shape)
         got = again.call(x, *jax.tree.leaves(q))
-        expected = jit(call)(x, *jax.tree.leaves(q))
+        expected = jax.jit(call)(x, *jax.tree.leaves(q))
         for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-2)
 

@@ -10,7 +10,6 @@ import pytest
 from benchmarks.suite import forms
 from jaxquant.ops import dot_general, lowering
 from jaxquant.ops.lowering_table import TABLE
-from tests.ops.cases import jit
 
 ROWS = [pytest.param(row, id=f"{row.what}, {row.case}") for row in TABLE]
 FLOAT = ("float rows", "codebook", "learned")  # of a float activation
@@ -112,11 +111,11 @@ def test_the_form_equals_the_others(row):
     case = small(row)
     x, q, _ = forms.arguments(case)
     known = forms.forms_of(case)
-    got = np.asarray(jit(known[row.form])(x, q))
+    got = np.asarray(jax.jit(known[row.form])(x, q))
     scale = np.abs(got).max()
     assert scale > 0
     for other in {row.form, *row.others} - {row.chosen}:
-        found = np.asarray(jit(known[other])(x, q))
+        found = np.asarray(jax.jit(known[other])(x, q))
         bound = LIMBS if row.what.startswith(FLOAT) else EXACT
         assert np.abs(found - got).max() <= bound * scale, other
 

@@ -13,8 +13,6 @@ from jaxquant.qtensor import Calibration, Use, with_use
 from tests.arrays import array
 from tests.encoders import bnb_reference as ref
 
-pytestmark = pytest.mark.cheap
-
 ROWS = jq.int8(range="qmax")
 
 

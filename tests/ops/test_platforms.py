@@ -9,7 +9,7 @@ import pytest
 
 from jaxquant import PerChannel, PerGroup, QSpec, quantize
 from jaxquant.ops import dot_general
-from tests.ops.cases import MATRIX, jit
+from tests.ops.cases import MATRIX
 
 ACCELERATORS = ("cuda", "tpu")
 ROWS, K, N = 3, 512, 256
@@ -71,7 +71,7 @@ def wide_lines(text, size):
 def matrix(weights, dtype=jnp.bfloat16):
     x = np.random.default_rng(1).normal(size=(ROWS, K)).astype(dtype)
     w = np.random.default_rng(0).normal(size=(K, N)).astype(np.float32)
-    return x, jit(lambda w: quantize(w, weights, minor=(0,)))(w)
+    return x, jax.jit(lambda w: quantize(w, weights, minor=(0,)))(w)
 
 
 @pytest.mark.parametrize("platform", ACCELERATORS)

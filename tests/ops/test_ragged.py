@@ -9,7 +9,6 @@ from jaxquant.ops import fake, ragged_dot_general
 from jaxquant.qtensor import dequantize
 from tests.arrays import normal
 from tests.ops.cases import (
-    jit,
     quantized,
 )
 
@@ -40,7 +39,7 @@ def test_equals_the_dequantized(name):
     specs = (None, QSpec("int8"), QSpec("int8", PerTensor()), QSpec("uint8"))
     qs = {minor: quantized(w, SPECS[name], minor=minor) for minor in ((), (1,))}
 
-    @jit
+    @jax.jit
     def every(x, qs, sizes):
         ours = [
             [ragged_dot_general(x, q, sizes, NUMBERS, activations=s) for s in specs]
@@ -75,7 +74,7 @@ def test_gradient_and_rows_of_no_expert():
     def theirs(x):
         return lax.ragged_dot_general(x, dequantize(q), sizes, NUMBERS)
 
-    @jit
+    @jax.jit
     def every(x, g):
         y, pullback = jax.vjp(ours, x)
         return y, pullback(g)[0], jax.vjp(theirs, x)[1](g)[0]

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -6,7 +7,6 @@ from hypothesis import strategies as st
 
 from jaxquant.ops.requantize import fixed_point, rescaled
 from tests.ops import integer_reference as ref
-from tests.ops.cases import jit
 
 MOST, LEAST = 2**31 - 1, -(2**31)
 ENDS = [0, 1, -1, 2, -2, 3, -3, 7, -7, MOST, MOST - 1, LEAST, LEAST + 1, 2**30, -(2**30), 2**24 + 1]
@@ -24,7 +24,7 @@ scales = st.builds(
 )
 
 
-@jit
+@jax.jit
 def _both(total, scale):
     multiplier, shift = fixed_point(scale)
     return rescaled(total, scale), rescaled(total, multiplier, shift), multiplier, shift
@@ -58,7 +58,7 @@ def test_any_multiplier(total, multiplier):
         np.testing.assert_array_equal(_rescaled(total, multiplier, shifts), expected)
 
 
-_rescaled = jit(rescaled)
+_rescaled = jax.jit(rescaled)
 
 
 def test_halves():

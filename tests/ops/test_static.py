@@ -14,11 +14,6 @@ from jaxquant.ops.static import conv_static, dot_static, zero_offset
 from jaxquant.qtensor import Calibration, Grid, Use
 from tests.arrays import normal
 from tests.ops import integer_reference as ref
-from tests.ops.cases import (
-    jit,
-)
-
-pytestmark = pytest.mark.cheap
 
 GRIDS = {"symmetric": None, "asymmetric": 17, "least": -128}
 LAYOUTS = {  # spec of a `[6, 4, 10]` weight, axes to store last, axes to sum over
@@ -63,7 +58,7 @@ def encoded(arrays):
     """Quantizes `(array, spec, minor)` of every name, in one program."""
     specs = [how for _, *how in arrays.values()]
 
-    @jit
+    @jax.jit
     def every(arrays):
         return [quantize(w, spec, minor=m) for w, (spec, m) in zip(arrays, specs, strict=True)]
 
@@ -84,7 +79,7 @@ def test_dense():
         for n, (name, (_, _, over)) in enumerate(LAYOUTS.items())
     }
 
-    @jit
+    @jax.jit
     def every(weights, inputs):
         out = {}
         for (name, kind), flipped in calls.items():
@@ -179,7 +174,7 @@ def test_convolution():
         arrays[name, spec_name] = normal(n, *shape) + 0.2, KERNELS[spec_name].at(over, 4), minor
     zeros = [list(GRIDS.values())[n % 3] for n in range(len(calls))]
 
-    @jit
+    @jax.jit
     def every(x, weights):
         return [
             conv_static(conv, x, q, grid(zero))

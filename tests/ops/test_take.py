@@ -8,11 +8,6 @@ from jaxquant import PerChannel, PerGroup, PerTensor, QSpec, quantize
 from jaxquant.ops import gather
 from jaxquant.qtensor import dequantize
 from tests.arrays import normal
-from tests.ops.cases import (
-    jit,
-)
-
-pytestmark = pytest.mark.cheap
 
 ROWS = lax.GatherDimensionNumbers((2,), (0,), (0,))
 SPECS = {
@@ -36,7 +31,7 @@ def take(q, indices, numbers=ROWS, sizes=None, **rest):
 def test_equals_rows_of_the_dequantized(name, mode):
     q = quantize(normal(0, 30, 20), SPECS[name])
     indices = jnp.array([[0, 29, 7], [-1, 30, 100]])[..., None]
-    got = jit(lambda q, i: take(q, i, mode=mode))(q, indices)
+    got = jax.jit(lambda q, i: take(q, i, mode=mode))(q, indices)
     expected = lax.gather(dequantize(q), indices, ROWS, (1, 20), mode=mode)
     assert got.dtype == expected.dtype
     np.testing.assert_array_equal(got, expected)

@@ -11,9 +11,9 @@ import pytest
 from jaxquant import PerChannel, PerGroup, QSpec, dequantize, kmeans, palette
 from jaxquant.ops import dot_general
 from tests.arrays import normal
+from tests.compiled import optimised
 from tests.ops.cases import (
     LIMBS,
-    jit,
     matmul,
     quantized,
 )
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("fused_sums")
 def learned(bits, channels=None):
     """A weight `[512, 1024]` of a learned codebook, and its values."""
     spec = palette(bits, channels=channels).at((0,), 2)
-    make = jit(lambda w: kmeans("linear", iterations=2)(w, spec, minor=(0,))[0])
+    make = jax.jit(lambda w: kmeans("linear", iterations=2)(w, spec, minor=(0,))[0])
     q = make(normal(0, 512, 1024))
     return q, np.asarray(dequantize(q))
 
@@ -44,7 +44,7 @@ def test_tiles_equal_the_whole_and_hold_no_float_of_its_size(bits, channels, row
     def fn(x, q):
         return dot_general(x, q, OVER)
 
-    compiled = jax.jit(fn).lower(x, q).compile()
+    compiled = optimised(fn).lower(x, q).compile()
     found = re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
     sizes = {int(np.prod([int(n) for n in shape.split(",")])) for shape in found}
     assert max(sizes) <= shape[0] * shape[1] // 2
@@ -69,7 +69,7 @@ def test_bfloat16_and_a_codebook_on_the_left():
 def test_formats_in_tiles(name, minor, granularity):
     w, x = normal(0, 640, 1024), normal(1, 3, 640)
     q = quantized(w, QSpec(name, granularity, symmetric=name != "uint2"), minor=minor)
-    call = jit(lambda x, q: (dot_general(x, q, OVER, activations=None), dequantize(q)))
+    call = jax.jit(lambda x, q: (dot_general(x, q, OVER, activations=None), dequantize(q)))
     got, values = map(np.asarray, call(x, q))
     reach = float(np.abs(x).max() * np.abs(values).sum(0).max())
     np.testing.assert_allclose(got, matmul(x, values), rtol=0, atol=LIMBS * reach)

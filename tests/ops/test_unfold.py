@@ -13,8 +13,6 @@ from jaxquant.interpret.record import dimensions
 from jaxquant.ops import unfold
 from tests.arrays import array
 
-pytestmark = pytest.mark.cheap
-
 
 def normal(*shape, seed=0):
     return array(np.random.default_rng(seed).standard_normal(shape))

@@ -12,9 +12,7 @@ import jaxquant as jq
 from jaxquant.numerics.dynamic_map import dynamic_map
 from jaxquant.optim import Blocks, adam8bit, adamw8bit, is_blocks, lion8bit, momentum8bit
 from jaxquant.optim.blocks import decode, encode, tile_of, zero_blocks
-from tests.ptq.networks import cheaply
-
-pytestmark = pytest.mark.cheap
+from tests.compiled import optimised, uncontracted
 
 PAIRS = {
     "adam": (adam8bit, optax.adam),
@@ -113,14 +111,13 @@ def test_small_leaves_are_optax() -> None:
     ours, theirs = adam8bit(0.01), optax.adam(0.01)
     params = small | {"big": normal(64, 64)}
     state, want_state = jax.jit(ours.init)(params), jax.jit(theirs.init)(small)
-    with cheaply():
-        steps = [jax.jit(tx.update) for tx in (ours, theirs)]
-        for scale in (1, -3):
-            grow = lambda tree, scale=scale: jax.tree.map(lambda p: scale * np.asarray(p), tree)
-            got, state = steps[0](grow(params), state, params)
-            want, want_state = steps[1](grow(small), want_state, small)
-            assert isinstance(got.pop("big"), jax.Array)
-            jax.tree.map(np.testing.assert_array_equal, got, want)
+    steps = [uncontracted(tx.update) for tx in (ours, theirs)]
+    for scale in (1, -3):
+        grow = lambda tree, scale=scale: jax.tree.map(lambda p: scale * np.asarray(p), tree)
+        got, state = steps[0](grow(params), state, params)
+        want, want_state = steps[1](grow(small), want_state, small)
+        assert isinstance(got.pop("big"), jax.Array)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @ALL
@@ -145,7 +142,7 @@ def test_no_float_copy_of_the_state() -> None:
         return optax.apply_updates(p, updates), state
 
     args = params, jax.jit(tx.init)(params), params
-    memory = jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile().memory_analysis()
+    memory = optimised(step, donate_argnums=(0, 1)).lower(*args).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= nbytes(args[:2])
     leaf = 2 * params["w0"].nbytes
     assert leaf <= memory.temp_size_in_bytes <= 2 * leaf

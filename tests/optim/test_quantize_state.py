@@ -13,8 +13,6 @@ from jaxquant.optim import Blocks, StateSpec, adam8bit, is_blocks, lion8bit, qua
 from jaxquant.optim.blocks import decode
 from jaxquant.optim.leafwise import agree
 
-pytestmark = pytest.mark.cheap
-
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
     return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))

@@ -1,9 +1,8 @@
 """Small networks, each as a JAX function and as the integer equations it has to become."""
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -303,17 +302,4 @@ NETWORKS = {"images": IMAGES, "signals": SIGNALS, "rows": ROWS}
 def made(name: str) -> tuple[Any, Any]:
     """Quantized params and the report of a network, each layer with rules of its own."""
     network = NETWORKS[name]
-    with cheaply():
-        return network.quantized(network.recipe())
-
-
-@contextlib.contextmanager
-def cheaply() -> Iterator[None]:
-    """For what quantizes a network: dozens of small programs, each run once."""
-    option = "jax_disable_most_optimizations"
-    before = jax.config.read(option)
-    jax.config.update(option, True)
-    try:
-        yield
-    finally:
-        jax.config.update(option, before)
+    return network.quantized(network.recipe())

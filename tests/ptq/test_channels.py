@@ -15,8 +15,6 @@ import jaxquant as jq
 from jaxquant.observers import absmax, minmax, percentile
 from tests.arrays import normal
 
-pytestmark = pytest.mark.cheap
-
 CHANNELS = jq.int8(granularity=jq.PerChannel(-1))
 SHIFTED = jq.int8(granularity=jq.PerChannel((-1,)), symmetric=False)
 TENSOR = jq.int8(granularity=jq.PerTensor())

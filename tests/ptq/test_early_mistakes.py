@@ -8,8 +8,6 @@ from jax import lax
 
 import jaxquant as jq
 
-pytestmark = pytest.mark.cheap
-
 RNG = np.random.default_rng(0)
 X = [jax.device_put(RNG.normal(size=(24, 16)).astype(np.float32)) for _ in range(2)]
 W4 = jq.Rule("**", weights=jq.int4(group=8))

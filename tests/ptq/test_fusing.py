@@ -15,8 +15,6 @@ from jax import lax
 import jaxquant as jq
 from tests.arrays import normal
 
-pytestmark = pytest.mark.cheap  # values within a bound, each run once
-
 RECIPE = jq.w8a8_integer(jq.observers.minmax())
 relu = jax.nn.relu
 

@@ -12,14 +12,12 @@ from jax import export, lax
 import jaxquant as jq
 from tests.arrays import normal
 from tests.ops import integer_reference as ref
-from tests.ops.cases import jit
 from tests.ptq.networks import (
     ACTIVATIONS,
     MODES,
     NETWORKS,
     ROWS,
     WEIGHTS,
-    cheaply,
     made,
     rule,
 )
@@ -28,11 +26,6 @@ from tests.ptq.networks import (
 @functools.cache
 def served(fn):
     return jax.jit(jq.quantized(fn))
-
-
-def quantized(*args, **kwargs):
-    with cheaply():
-        return jq.ptq(*args, **kwargs)
 
 
 def check(network, qparams, x):
@@ -102,7 +95,8 @@ def test_transforms():
     qparams, _ = made("rows")
     fn = served(ROWS.fn)
     y = fn(qparams, ROWS.x)
-    each = jit(jax.vmap(lambda x: jq.quantized(ROWS.fn)(qparams, x)))(np.asarray(ROWS.x)[:, None])
+    each = jax.jit(jax.vmap(lambda x: jq.quantized(ROWS.fn)(qparams, x)))
+    each = each(np.asarray(ROWS.x)[:, None])
     np.testing.assert_array_equal(np.asarray(each)[:, 0], y)
     leaves, tree = jax.tree.flatten(qparams)
     again = jax.tree.unflatten(tree, [jax.device_put(np.array(a)) for a in leaves])
@@ -148,7 +142,7 @@ def test_layers_in_a_loop(mode):
         rule("up", "int8 asymmetric", "uint8 asymmetric", mode),
         rule("down", "int4", "int8 asymmetric", mode),
     ]
-    qparams, report = quantized(fn, params, rules, batches=[x])
+    qparams, report = jq.ptq(fn, params, rules, batches=[x])
     assert "up -> down: int8" in map(str, report.edges)
     for name in ("up", "down"):
         held = qparams[name].calibration
@@ -179,11 +173,11 @@ def test_a_jitted_helper_for_every_layer():
             x = helper(x, p[f"w{n}"], p[f"b{n}"])
         return x
 
-    qparams, report = quantized(
+    qparams, report = jq.ptq(
         fn, params, rule("w?", "int8", "int8 asymmetric", "fixed_point"), batches=[x]
     )
     assert [str(e) for e in report.edges] == ["w0 -> w1: int8", "w1 -> w2: int8"]
-    y = jit(jq.quantized(fn))(qparams, x)
+    y = jax.jit(jq.quantized(fn))(qparams, x)
     layers = [ref.layer(qparams[f"w{n}"], qparams.get(f"w{n + 1}")) for n in range(3)]
     q = layers[0].x.code(x)
     for n, at in enumerate(layers):
@@ -204,8 +198,8 @@ def test_bfloat16():
         return jnp.einsum("nk,ok->no", x, p["flipped"])
 
     rules = rule("*[nd]", "int8 asymmetric", "int8 asymmetric", "float32")
-    qparams, _ = quantized(fn, some, rules, batches=[x])
-    y = jit(jq.quantized(fn))(qparams, x)
+    qparams, _ = jq.ptq(fn, some, rules, batches=[x])
+    y = jax.jit(jq.quantized(fn))(qparams, x)
     first, second = ref.layer(qparams["plain"], qparams["flipped"]), ref.layer(qparams["flipped"])
     total = ref.dense(first.x.whole(first.x.code(x)), first.w, "nk,ko->no")
     bias = np.asarray(some["plain_b"]).astype(np.float32)[None]
@@ -225,9 +219,9 @@ def test_a_channel_without_a_gain_is_its_bias():
         return jax.nn.relu((x @ p["w"]) * p["gain"][None] + p["bias"][None]) @ p["v"]
 
     rules = rule("[wv]", "int8", "int8 asymmetric", "fixed_point")
-    qparams, report = quantized(fn, params, rules, batches=[x])
+    qparams, report = jq.ptq(fn, params, rules, batches=[x])
     assert report.edges[0].integer
-    y = jit(jq.quantized(fn))(qparams, x)
+    y = jax.jit(jq.quantized(fn))(qparams, x)
     first, second = ref.layer(qparams["w"], qparams["v"]), ref.layer(qparams["v"])
     total = ref.dense(first.x.whole(first.x.code(x)), first.w, "nk,ko->no")
     gain, bias = np.asarray(params["gain"]), np.asarray(params["bias"])

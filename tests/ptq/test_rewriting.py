@@ -14,8 +14,6 @@ from jaxquant.observers import absmax
 from jaxquant.qtensor import is_qtensor
 from tests.arrays import normal
 
-pytestmark = pytest.mark.cheap
-
 # with weights that are hardly rounded, what is left of a difference is the rewrite's
 FINE = jq.QSpec("float32", jq.PerChannel())
 SKIP = jq.Rule("scale", skip=True)

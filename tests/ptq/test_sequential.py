@@ -26,10 +26,7 @@ from jaxquant.observers import Inputs, InputStats, input_stats, inputs
 from jaxquant.qtensor import QTensor
 from tests.arrays import normal
 
-pytestmark = [
-    pytest.mark.cheap,
-    pytest.mark.filterwarnings("ignore:gptq. .* calibration rows"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:gptq. .* calibration rows")
 
 SPEC = jq.int3(group=4)
 

@@ -32,8 +32,6 @@ from tests.ptq.static import (
     expected_grid,
 )
 
-pytestmark = pytest.mark.cheap
-
 SIZES = {"b": 5, "k": 16, "n": 6, "h": 3, "d": 4, "e": 3}
 
 

@@ -25,8 +25,6 @@ from tests.ptq.static import (
     rounded,
 )
 
-pytestmark = pytest.mark.cheap
-
 ATTENTION = [
     jq.Rule("**", weights=W8, activations=INT8, observer=minmax()),
     jq.Rule("**", attention=INT8, observer=absmax()),

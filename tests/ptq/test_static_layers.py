@@ -32,8 +32,6 @@ from tests.ptq.static import (
     rounded,
 )
 
-pytestmark = pytest.mark.cheap
-
 CONV = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
 

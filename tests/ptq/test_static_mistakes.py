@@ -21,8 +21,6 @@ from tests.ptq.static import (
     mlp,
 )
 
-pytestmark = pytest.mark.cheap
-
 STATIC = jq.Rule("**", weights=W8, activations=INT8, observer=minmax())
 PARAMS = {"a": normal(1, 8, 6), "b": normal(2, 6, 4)}
 X = normal(3, 5, 8)

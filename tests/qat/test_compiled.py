@@ -19,6 +19,7 @@ from flax.core import freeze
 
 import jaxquant as jq
 from tests.arrays import normal
+from tests.compiled import optimised
 from tests.qat.programs import (
     KINDS,
     Many,
@@ -45,10 +46,10 @@ def test_served_equals_trained_up_to_roundings(rows: int) -> None:
     kinds = tuple(k for k in KINDS if on_integers(k))
     many = Many(Program(dense, params, (normal(9, rows, D),)), kinds)
     state = many.state()
-    fake = jax.jit(jq.fake_quantized(many.fn, many.recipe))
+    fake = optimised(jq.fake_quantized(many.fn, many.recipe))
     trained, _ = fake(many.params, *many.args, quant_state=state)
     qparams = many.served(state)
-    served = jax.jit(jq.quantized(many.fn))(qparams, *many.args)
+    served = optimised(jq.quantized(many.fn))(qparams, *many.args)
     for kind in kinds:
         w, bias = jq.dequantize(qparams[kind]["w"]), many.params[kind]["bias"]
         reach = jnp.abs(many.args[0]) @ jnp.abs(w) + jnp.abs(bias)[None]
@@ -61,24 +62,28 @@ def test_doors_up_to_roundings() -> None:
     x, recipe = normal(9, 6, D), jq.Recipe([rule("lsq 4")])
     model = nn.Dense(N)
     fmodel = jq.linen.fake_quantized(model, recipe)
-    variables = jax.jit(fmodel.init)(jax.random.key(0), x)
+    variables = optimised(fmodel.init)(jax.random.key(0), x)
     float_params = {"params": variables["params"]}
-    fake = jax.jit(jq.fake_quantized(model.apply, recipe))
+    fake = optimised(jq.fake_quantized(model.apply, recipe))
     qvariables = fmodel.convert(variables, x)
     float_model = nnx.Linear(D, N, rngs=nnx.Rngs(0))
     trained = jq.nnx.fake_quantize(float_model, recipe, x)
     served = jq.nnx.convert(trained)[0]
-    forward = nnx.jit(lambda model, x: model(x))
+
+    def forward(model: nnx.Module, x: Any) -> Any:
+        graph, state = nnx.split(model)
+        return optimised(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+
     kernel = jq.dequantize(qvariables["params"]["kernel"])
     for one, other, w in (
         (
-            jax.jit(fmodel.apply)(freeze(variables), x),
+            optimised(fmodel.apply)(freeze(variables), x),
             fake(float_params, x, quant_state=fmodel.state(variables, x))[0],
             kernel,
         ),
         (
-            jax.jit(fmodel.apply)(variables, x),
-            jax.jit(jq.quantized(model.apply))(qvariables, x),
+            optimised(fmodel.apply)(variables, x),
+            optimised(jq.quantized(model.apply))(qvariables, x),
             kernel,
         ),
         (forward(trained, x), forward(served, x), float_model.kernel[...]),

@@ -10,8 +10,6 @@ import jaxquant as jq
 from jaxquant import Gradients, PerChannel, PerTensor, QSpec, Rule, Schedule, ste
 from tests.qat.programs import LEVELS, tensor
 
-pytestmark = pytest.mark.cheap
-
 GRID = tensor("int8")
 
 

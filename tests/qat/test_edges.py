@@ -13,8 +13,6 @@ import jaxquant as jq
 from jaxquant.ops import training
 from tests.arrays import normal
 
-pytestmark = pytest.mark.cheap
-
 TENSOR = jq.QSpec("int8", jq.PerTensor())
 AVERAGE = jq.observers.moving_average()
 LSQ = jq.Rule("**", weights=jq.int4(), activations=TENSOR, activation_estimator=jq.ste.lsq())

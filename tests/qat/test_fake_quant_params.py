@@ -19,8 +19,6 @@ from tests.qat.programs import (
     weights,
 )
 
-pytestmark = pytest.mark.cheap
-
 PARAMS = {
     "dense": weights(0, 16, 6, fan=16),
     "bias": normal(1, 6),

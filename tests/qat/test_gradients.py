@@ -22,8 +22,6 @@ from tests.qat.programs import (
 )
 from tests.qat.rounding import by_step, gain, near, on_scale
 
-pytestmark = pytest.mark.cheap
-
 ROWS, D, N = 6, 40, 5
 DENSE = (
     "w8a8",

@@ -20,8 +20,6 @@ from tests.qat.programs import (
     weights,
 )
 
-pytestmark = pytest.mark.cheap
-
 PLATFORMS = ("cpu", "cuda", "tpu")
 INT8_DOT = re.compile(r"\(tensor<[\dx]*xi8>, tensor<[\dx]*xi8>\) -> tensor<[\dx]*xi32>")
 

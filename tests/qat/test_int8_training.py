@@ -21,8 +21,6 @@ from tests.qat.programs import (
 )
 from tests.qat.rounding import codes, near
 
-pytestmark = pytest.mark.cheap
-
 NEAREST = jq.int8_training(jq.Gradients(stochastic=False))
 
 

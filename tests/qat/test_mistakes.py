@@ -21,8 +21,6 @@ from tests.qat.programs import (
     weights,
 )
 
-pytestmark = pytest.mark.cheap
-
 GRID = tensor("int8")
 SIXTEEN = QSpec(jq.codebook_format(range(-8, 8), name="sixteen"), PerTensor())
 PARAMS = {"a": weights(0, 16, 8, fan=16), "b": weights(1, 8, 4, fan=8)}

@@ -13,13 +13,12 @@ import pytest
 import jaxquant as jq
 from jaxquant import ste
 from tests.arrays import normal
+from tests.compiled import uncontracted
 from tests.qat.programs import (
     LSQ,
     tensor,
     weights,
 )
-
-pytestmark = pytest.mark.cheap
 
 START, NARROW, END = 2, 4, 6
 BITS = 3
@@ -57,7 +56,7 @@ def steps() -> tuple[list[Any], list[jq.QuantState]]:
     schedule = jq.Schedule(start=START, bits=((START, 8), (NARROW, BITS)), freeze=END)
     recipe = recipe_of(BITS)
     state = made(recipe)
-    fake = jax.jit(jq.fake_quantized(fn, recipe, schedule=schedule))
+    fake = uncontracted(jq.fake_quantized(fn, recipe, schedule=schedule))
     outs, states = [], [state]
     for n in range(8):
         y, state = fake(PARAMS, X * (1 + n), quant_state=state)
@@ -68,7 +67,7 @@ def steps() -> tuple[list[Any], list[jq.QuantState]]:
 
 def test_float_first(steps: Any) -> None:
     for n in range(START):
-        exact = jax.jit(fn)(PARAMS, X * (1 + n))
+        exact = uncontracted(fn)(PARAMS, X * (1 + n))
         for name in PARAMS:
             np.testing.assert_array_equal(steps[0][n][name], exact[name])
 
@@ -79,8 +78,8 @@ def test_more_bits_before_fewer(steps: Any) -> None:
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[-1])
     ratio = (2**BITS - 1) / 255
     wide = made(recipe_of(8))
-    served = jax.jit(jq.fake_quantized(fn, recipe_of(8)))
-    narrow = jax.jit(jq.fake_quantized(fn, recipe_of(BITS)))
+    served = uncontracted(jq.fake_quantized(fn, recipe_of(8)))
+    narrow = uncontracted(jq.fake_quantized(fn, recipe_of(BITS)))
     for n in range(START, 8):
         state = states[n]
         if n < NARROW:

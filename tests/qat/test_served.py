@@ -16,7 +16,7 @@ import jaxquant as jq
 from jaxquant.interpret._compat import inner_jaxprs, opened
 from tests.qat.programs import PROGRAMS, Many, mlp, on_integers
 
-pytestmark = pytest.mark.cheap  # compared bit for bit
+pytestmark = pytest.mark.usefixtures("uncontracted")
 
 
 def moved(state: jq.QuantState) -> jq.QuantState:

@@ -27,8 +27,6 @@ from tests.qat.programs import (
     weights,
 )
 
-pytestmark = pytest.mark.cheap
-
 
 def same(a: Any, b: Any) -> bool:
     return jax.tree.structure(a) == jax.tree.structure(b) and all(

@@ -13,8 +13,6 @@ import pytest
 import jaxquant as jq
 from tests.qat.test_mistakes import LEARNS, PARAMS, X, fn, with_step
 
-pytestmark = pytest.mark.cheap
-
 
 @pytest.fixture(scope="module")
 def state() -> jq.QuantState:

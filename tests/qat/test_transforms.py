@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax import lax
 
 import jaxquant as jq
@@ -21,8 +20,6 @@ from tests.qat.programs import (
     weights,
 )
 from tests.qat.rounding import near, on_scale
-
-pytestmark = pytest.mark.cheap
 
 
 def test_vmap_and_remat_and_loops() -> None:

@@ -14,8 +14,6 @@ from jaxquant.rewrites.scaling import Rewrite
 from jaxquant.rewrites.smooth import smoothquant
 from tests.reference import grid, scales
 
-pytestmark = pytest.mark.cheap
-
 SPECS = [
     QSpec("int8", PerChannel(1)),
     QSpec("int4", PerGroup(16, axis=0)),

@@ -16,7 +16,6 @@ from tests.ops.cases import (
     LIMBS,
     MATRIX,
     assert_near,
-    jit,
 )
 
 
@@ -53,13 +52,13 @@ def test_sharded_equals_unsharded_and_gathers_no_weight(kind, shard, name):
         px = jax.device_put(x, NamedSharding(mesh, activation))
         for acts, bound in ((QSpec("int8"), EXACT), (None, LIMBS)):
 
-            @jit
+            @jax.jit
             def call(x, q, acts=acts):
                 wanted = out if kind is AxisType.Explicit else None
                 return dot_general(x, q, MATRIX, out_sharding=wanted, activations=acts)
 
             y = call(px, placed)
-            alone = jit(lambda x, q, a=acts: dot_general(x, q, MATRIX, activations=a))(x, q)
+            alone = jax.jit(lambda x, q, a=acts: dot_general(x, q, MATRIX, activations=a))(x, q)
             assert_near(np.asarray(y), x, dequantize(q), np.asarray(alone), bound)
             if out is not None and kind is AxisType.Explicit:
                 assert y.sharding.is_equivalent_to(NamedSharding(mesh, out), 2)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from tests.ops.cases import jit
 from tests.ops.test_dot_packed import FORMATS, kernel, operands
 
 
@@ -17,4 +16,4 @@ def test_inside_shard_map():
     call = jax.shard_map(
         kernel("tpu"), mesh=mesh, in_specs=(split, whole), out_specs=split, check_vma=False
     )
-    np.testing.assert_allclose(jit(call)(x, q), kernel("tpu")(x, q), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(call)(x, q), kernel("tpu")(x, q), rtol=1e-5, atol=1e-5)

@@ -116,7 +116,6 @@ def placed(tree: Any, mesh: jax.sharding.Mesh, axis: str | None) -> Any:
     return jax.tree.map(put, tree)
 
 
-@pytest.mark.cheap
 @pytest.mark.parametrize("rows", [1, 2, 16, 70])
 def test_one_device_and_eight_agree(qparams: Any, rows: int) -> None:
     x, call = normal(1, rows, K), jax.jit(jq.quantized(fn))

@@ -11,8 +11,6 @@ from jaxquant import PerTensor, QSpec
 from jaxquant.ste import Moments, lsq, lsq_plus, pact, straight_through
 from tests.ste import cases
 
-pytestmark = pytest.mark.cheap
-
 SPECS = [
     QSpec(name, PerTensor(), symmetric)
     for name, symmetric in [

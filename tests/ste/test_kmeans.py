@@ -13,8 +13,6 @@ from jaxquant.numerics import codebook_format
 from jaxquant.ste import Moments, kmeans, lloyd
 from tests.ste import cases
 
-pytestmark = pytest.mark.cheap
-
 EIGHT = QSpec(codebook_format(range(8)), PerTensor())
 
 

@@ -10,8 +10,6 @@ from jaxquant import PerGroup, PerTensor, QSpec
 from jaxquant.ste import Estimator, Moments, kmeans, lsq, lsq_plus, pact, straight_through
 from tests.ste import cases
 
-pytestmark = pytest.mark.cheap
-
 ALL = [straight_through(), straight_through(clip=False), lsq(), lsq_plus(), pact()]
 ALL += [kmeans(), kmeans(reassign=True)]
 X = cases.normal((4, 50), seed=51) + np.float32(0.3)

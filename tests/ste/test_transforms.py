@@ -12,8 +12,6 @@ from jaxquant import PerChannel, PerGroup, PerTensor, QSpec
 from jaxquant.ste import kmeans, lsq, lsq_plus, pact, straight_through
 from tests.ste import cases
 
-pytestmark = pytest.mark.cheap
-
 STACK = jax.device_put(cases.normal((2, *cases.SHAPE), seed=21))
 ESTIMATORS = [straight_through(), lsq(), lsq_plus(), pact()]
 CODEBOOK = QSpec(cases.TERNARY, PerTensor())

@@ -12,8 +12,6 @@ from jaxquant import PerChannel, PerTensor, QSpec
 from jaxquant.ste import lsq, lsq_plus, pact, straight_through
 from tests.ste import cases
 
-pytestmark = pytest.mark.cheap
-
 W, G = cases.normal(seed=1), cases.normal(seed=2)
 
 
