@@ -5,6 +5,7 @@ for what is `optimised`: see `compiled.py`.
 """
 
 import contextlib
+import ctypes
 import gc
 import os
 import platform
@@ -113,6 +114,10 @@ def _bounded_memory() -> Iterator[None]:
     yield
     if _held() > MOST_HELD:
         jax.clear_caches()
+        # What was freed is given back, or the next modules would be seen to hold it, too.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _held() -> int:
