@@ -47,8 +47,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A process that holds more forgets its programs after a module.
 MOST_HELD = 3 << 30  # bytes
 
-# What is traced is kept, so that collections find little to free: they would take a tenth of a run.
-gc.set_threshold(100_000, 50, 50)
+# What is traced is kept, so that collections find little to free: they would take a tenth of a run,
+# and one of all generations takes seconds. Those are made where programs are forgotten.
+gc.set_threshold(100_000, 50, 10_000)
 
 hypothesis.settings.register_profile(
     "local",
@@ -114,6 +115,7 @@ def _bounded_memory() -> Iterator[None]:
     yield
     if _held() > MOST_HELD:
         jax.clear_caches()
+        gc.collect()
         # What was freed is given back, or the next modules would be seen to hold it, too.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
