@@ -59,13 +59,9 @@ def test_the_largest_sums_do_not_overflow(name, size):
             np.testing.assert_allclose(ys[name], expected, rtol=1e-4, err_msg=str(spec))
 
 
-@pytest.mark.parametrize(
-    ("group", "size"),
-    [(None, size) for size in (16, 32, 96, 100, 256, 384, 576, 1056)]
-    + [(32, size) for size in (16, 96, 100, 576)]
-    + [(64, size) for size in (32, 100, 384, 1056)],
-)
-def test_uneven_sizes_equal_numpy(group, size):
+@pytest.mark.parametrize("size", [16, 32, 96, 100, 256, 384, 576, 1056])
+@pytest.mark.parametrize("group", [None, 32, 64])
+def test_uneven_sizes_equal_numpy(size, group):
     by = PerChannel(1) if group is None else PerGroup(group, 0)
     formats = ("int8", "uint8", "int4", "uint4", "float4_e2m1fn")
     specs = [QSpec(name, by, symmetric=not name.startswith("u")) for name in formats]
