@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.interpret import _compat
 from jaxquant.qtensor import is_qtensor
@@ -185,7 +186,7 @@ def known_nonneg(env: dict[Any, bool], var: Any) -> bool:
     """The entry of a variable, or the sign of a literal."""
     if isinstance(var, _compat.Literal):
         try:
-            return bool((var.val >= 0).all() if hasattr(var.val, "all") else var.val >= 0)
+            return bool(np.all(var.val >= 0))
         except TypeError:
             return False
     return env.get(var, False)

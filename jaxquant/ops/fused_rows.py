@@ -15,11 +15,10 @@ from jaxquant.ops.operands import Operand, integer_range
 _LANES = 32
 
 # A loop of more steps is slow: at 4096 x 4096 one of 16 takes 2 to 4 times as long as a product.
-# With so few a sum has at most 2,304 terms, and an int32 holds that of a lane, whatever the codes.
+# With so few a sum has at most 2,304 terms: an int32 holds that of bytes, and of a lane any.
 _STEPS = 9
 
-# The largest codes of activations, of one byte and of the two that hold 15 bits.
-_BYTE, _WIDE = 128, 16319
+_WIDE = 16319  # the largest of the codes that hold 15 bits of an activation
 
 
 def fuses(x: Operand, w: Operand) -> bool:
@@ -93,9 +92,9 @@ def fused_totals(x: Operand, w: Operand) -> Array:
         total = lax.optimization_barrier(jnp.sum(total, axis=-2, dtype=jnp.int32))
     else:
         total = lax.squeeze(total, (total.ndim - 2,))
-    largest = _WIDE if x.values.dtype == jnp.int16 else _BYTE
-    exact = size * len(pairs) * largest * (_most(w) + (0 if w.zero is None else 255)) < 2**31
-    total = total if exact else total.astype(jnp.float32)
+    most = size * len(pairs) * _WIDE * (_most(w) + (0 if w.zero is None else 255))
+    if x.values.dtype == jnp.int16 and most >= 2**31:
+        total = total.astype(jnp.float32)
     return jnp.sum(total, axis=-1, dtype=total.dtype)
 
 

@@ -105,7 +105,7 @@ class Gridded:
     ) -> Array:
         """See `Estimator.pass_activation`."""
         if count is None:
-            count = x.size // x.shape[0] if x.ndim and x.size else 1
+            count = math.prod(x.shape[1:])
         own = {n: learned[n] for n in self._own(spec)}
         return _passed(self, spec, max(count, 1), x, rounded, own)
 
