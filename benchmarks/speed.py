@@ -58,7 +58,7 @@ KINDS = [
     rule(jq.int4(group=32)),
     rule(jq.int4(), jq.int8()),
     rule(jq.int4()),
-    jq.fp8(),
+    jq.w8a8_fp8(),
     rule(jq.QSpec("float8_e4m3fn")),
     jq.mxfp4(),
     jq.nf4(),

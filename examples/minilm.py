@@ -73,7 +73,7 @@ PRESETS: dict[str, tuple[str, jq.Recipe]] = {
     "nf4": ("nf4 g64 / float", jq.nf4(group=64)),
     "w4a16": ("int4 g64 / float", jq.w4a16(group=64)),
     "w4a8": ("int4 g64 / int8", jq.w4a8(group=64)),
-    "fp8": ("float8 / float8", jq.fp8()),
+    "w8a8_fp8": ("float8 / float8", jq.w8a8_fp8()),
     "mxfp4": ("mxfp4 / float", jq.mxfp4()),
     "kmeans": (
         "palette4 / float",

@@ -66,7 +66,7 @@ def linen() -> tuple[float, jq.Report]:
 def nnx_model() -> tuple[float, jq.Report]:
     """An NNX model, `down` in int8 and the rest in nf4; the model itself is not touched."""
     model = NNX(nnx.Rngs(1))
-    recipe = jq.nf4().prepend(jq.Rule("down/*", weights=jq.int8()))
+    recipe = jq.Recipe(jq.nf4()).prepend(jq.Rule("down/*", weights=jq.int8()))
     qmodel, report = jaxquant.nnx.ptq(model, recipe, X)
     return error(nnx.jit(qmodel)(X), model(X)), report
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
-import functools
 import json
 import pathlib
 import subprocess
@@ -64,7 +63,6 @@ def methods() -> dict[str, Method]:
         return jq.Recipe([tied, *jq.w8a8_static()]).using(None, rewrite)
 
     int2, int3, int4, int8 = jq.int2, jq.int3, jq.int4, jq.int8
-    nf4 = functools.partial(jq.QSpec, "nf4", jq.PerGroup(64))
     asym4, asym3, asym2 = (
         spec(group=group, symmetric=False) for spec, group in ((int4, 64), (int3, 128), (int2, 64))
     )
@@ -99,9 +97,9 @@ def methods() -> dict[str, Method]:
         Method("awq-gptq-w4-g64", "W4 g64", calibrated(int4(group=64), jq.gptq(), jq.awq())),
         Method("rtn-w4-g64-asym", "W4 g64", weights(asym4)),
         Method("hqq-w4-g64-asym", "W4 g64", calibrated(float_zeros(asym4), jq.hqq())),
-        Method("nf4-g64", "W4 g64", weights(nf4())),
-        Method("nf4-g64-double", "W4 g64", weights(nf4(double=True))),
-        Method("gptq-nf4-g64", "W4 g64", calibrated(nf4(), jq.gptq())),
+        Method("nf4-g64", "W4 g64", weights(jq.nf4())),
+        Method("nf4-g64-double", "W4 g64", weights(jq.nf4(double=True))),
+        Method("gptq-nf4-g64", "W4 g64", calibrated(jq.nf4(), jq.gptq())),
         Method("kmeans-w4", "W4 tensor", calibrated(jq.palette(4), jq.kmeans())),
         Method(
             "kmeans-w4-weighted", "W4 tensor", calibrated(jq.palette(4), jq.kmeans(weighted=True))

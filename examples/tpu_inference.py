@@ -37,7 +37,7 @@ PRESETS = {
     "w4a16": jq.w4a16(),
     "w4a8": jq.w4a8(),
     "nf4": jq.nf4(),
-    "fp8": jq.fp8(),
+    "w8a8_fp8": jq.w8a8_fp8(),
     "mxfp4": jq.mxfp4(),
 }
 Cache = dict[str, jax.Array]

@@ -28,16 +28,17 @@ from rich.table import Table
 import jaxquant
 from jaxquant.interpret import quantized
 from jaxquant.ptq import ptq
-from jaxquant.recipe import Recipe, fp8, mxfp4, nf4, w4a8, w4a16, w8a8, w8a16
+from jaxquant.recipe import Recipe, mxfp4, nf4, w4a8, w4a16, w8a8, w8a8_fp8, w8a16
+from jaxquant.spec import QSpec
 
 # Name: what it stores and computes with, and the recipe.
-PRESETS: Mapping[str, tuple[str, Callable[[], Recipe]]] = {
+PRESETS: Mapping[str, tuple[str, Callable[[], Recipe | QSpec]]] = {
     "w8a8": ("int8 / int8", w8a8),
     "w8a16": ("int8 / float", w8a16),
     "w4a16": ("int4 g128 / float", w4a16),
     "w4a8": ("int4 g128 / int8", w4a8),
     "nf4": ("nf4 g64 / float", nf4),
-    "fp8": ("float8 / float8", fp8),
+    "w8a8_fp8": ("float8 / float8", w8a8_fp8),
     "mxfp4": ("mxfp4 / float", mxfp4),
 }
 

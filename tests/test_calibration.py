@@ -27,6 +27,8 @@ def grid(seed: int, *batch: int, zero: bool = True) -> Grid:
     return Grid(
         scale,
         array(rng.integers(-128, 127, batch), jnp.int32) if zero else None,
+        jq.int8(granularity=jq.PerTensor()),
+        f"site {seed}",
     )
 
 
@@ -44,7 +46,7 @@ def calibration(*batch: int) -> Calibration:
 def tensor(*batch: int, seed: int = 0) -> jq.QTensor:
     w = array(np.random.default_rng(seed).standard_normal((*batch, K, N)))
     q = jq.quantize(w, SPEC, batch_axes=len(batch))
-    use = Use(jq.int8(granularity=jq.PerTensor()), grid="a: int8", requantize="float32")
+    use = Use(jq.int8(granularity=jq.PerTensor()), requantize="float32")
     return dataclasses.replace(q, use=use, calibration=calibration(*batch))
 
 

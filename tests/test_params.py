@@ -7,6 +7,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, QTensor, Recipe, Rule
+from jaxquant.encoders import Encoder
 from jaxquant.interpret.sites import Site, Sites
 
 SHAPES = {
@@ -152,11 +153,12 @@ def test_a_tree_that_is_one_array():
 
 
 def test_values_beyond_float32_leave_the_ratio_open():
-    def encoder(w, spec, **options):
-        q, info = jq.rtn()(w, spec, **options)
-        return q, info._replace(error=jnp.float32(jnp.inf))
+    class Boundless(Encoder):
+        def __call__(self, w, spec, **options):
+            q, info = jq.rtn()(w, spec, **options)
+            return q, info._replace(error=jnp.float32(jnp.inf))
 
-    rule = Rule("w", weights=QSpec("int8", PerChannel(1)), encoder=encoder)
+    rule = Rule("w", weights=QSpec("int8", PerChannel(1)), encoder=Boundless())
     _, report = jq.quantize_params({"w": jnp.ones((8, 2))}, [rule])
     assert report["w"].sqnr_db is None
     assert "not measured" in report["w"].notes[0]
@@ -176,7 +178,7 @@ def test_nearest_paths_share_parts(params):
         jq.quantize_params(tree, weights("mlp/kernels2", PerTensor()))
 
 
-@pytest.mark.parametrize("recipe", [jq.w8a8, "w8a8", None, jq.int8()], ids=range(4))
+@pytest.mark.parametrize("recipe", [jq.w8a8, "w8a8", None, jq.int8], ids=range(4))
 def test_recipes_are_checked_first(recipe):
     with pytest.raises(ValueError, match=r"^quantize_params: expected a Recipe"):
         jq.quantize_params(object(), recipe)
@@ -248,12 +250,13 @@ def test_sites_of_another_model(params):
 def test_non_finite_weights_are_named_before_any_work(params, value):
     calls = []
 
-    def encoder(*args, **kwargs):
-        calls.append(args)
-        return jq.rtn()(*args, **kwargs)
+    class Counting(Encoder):
+        def __call__(self, *args, **kwargs):
+            calls.append(args)
+            return jq.rtn()(*args, **kwargs)
 
     bad = params | {"o": params["o"].at[1, 0, 0, :2].set(value)}
-    recipe = Recipe([Rule("**", weights=jq.int8(), encoder=encoder)])
+    recipe = Recipe([Rule("**", weights=jq.int8(), encoder=Counting())])
     with pytest.raises(ValueError, match=r"NaN or infinity in o \(2 of 768 values\)"):
         jq.quantize_params(bad, recipe, sites=SITES)
     assert not calls

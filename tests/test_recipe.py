@@ -81,7 +81,7 @@ def test_patterns(pattern, key, expected):
         (lambda: Rule("a", activations=jq.int8()), "activations without weights"),
         (lambda: Rule("a", weights="int8"), "weights takes a QSpec .* got 'int8'"),
         (lambda: Rule("a", weights=jq.int8), "weights takes a QSpec"),
-        (lambda: Rule("a", weights=jq.nf4()), "weights takes a QSpec .* got <Recipe nf4"),
+        (lambda: Rule("a", weights=jq.w8a16()), "weights takes a QSpec .* got <Recipe w8a16"),
         (lambda: Rule("a", weights=jq.int8(), encoder="gptq"), "encoder takes a value"),
         (lambda: Rule("a/b**", skip=True), "stands for whole levels"),
         (lambda: Rule("[z-a]", skip=True), "bad character range"),
@@ -139,11 +139,11 @@ def test_rules_put_in_front_win():
     recipe = jq.w8a8().prepend(Rule("head/*", skip=True), Rule("body/*", weights=jq.int4()))
     assert [rule.key for rule in recipe.rules] == ["head/*", "body/*", "**"]
     assert recipe.match("head/kernel").skip
-    assert recipe.name == "w8a8 + 2 rules"
-    assert recipe.prepend(Rule("a", skip=True)).name == "w8a8 + 3 rules"
+    assert recipe.title == "w8a8 + 2 rules"
+    assert recipe.prepend(Rule("a", skip=True)).title == "w8a8 + 3 rules"
     assert jq.w8a8().prepend().name == "w8a8"
     own = Recipe(recipe.rules, "mine + yours").prepend(Rule("a", skip=True))
-    assert own.name == "mine + yours + 1 rule"
+    assert own.title == "mine + yours + 1 rule"
 
 
 @pytest.mark.parametrize(
@@ -166,13 +166,20 @@ def test_what_makes_a_recipe(value):
         ({"a": 1}, "got a dict"),
         ([1], "got a list that holds a int"),
         ([jq.w8a8()], "prepend"),
-        (jq.int8(), "put it in a rule"),
     ],
-    ids=range(8),
+    ids=range(7),
 )
 def test_what_is_no_recipe(value, message):
     with pytest.raises(ValueError, match=f"^here: expected a Recipe such as jq.w8a8.*{message}"):
         as_recipe(value, "here")
+
+
+def test_a_spec_is_a_recipe_for_weights():
+    for spec, lookup in ((jq.nf4(), jq.int8()), (jq.int8(), None)):
+        assert as_recipe(spec, "here") == Recipe(
+            [Rule("**", weights=spec, lookup=lookup)], spec.name
+        )
+    assert Recipe(jq.mxfp4()).prepend(Rule("a", skip=True)).title == "mxfp4 + 1 rule"
 
 
 def test_swapped_arguments_are_named():
@@ -239,9 +246,12 @@ def test_integer_specs(bits):
         (jq.w4a16(group=64), jq.int4(group=64), None, None, jq.int8()),
         (jq.w4a8(), jq.int4(group=128), jq.int8(), None, jq.int8()),
         (jq.w4a8(attention=True), jq.int4(group=128), jq.int8(), jq.int8(), jq.int8()),
-        (jq.nf4(), QSpec("nf4", PerGroup(64)), None, None, jq.int8()),
-        (jq.fp8(), QSpec("float8_e4m3fn"), QSpec("float8_e4m3fn"), None, None),
-        (jq.mxfp4(), QSpec("mxfp4"), None, None, jq.int8()),
+        (Recipe(jq.nf4()), QSpec("nf4", PerGroup(64)), None, None, jq.int8()),
+        (jq.w8a8_fp8(), QSpec("float8_e4m3fn"), QSpec("float8_e4m3fn"), None, None),
+        (Recipe(jq.mxfp4()), QSpec("mxfp4"), None, None, jq.int8()),
+        (Recipe(jq.nvfp4()), QSpec("nvfp4"), None, None, jq.int8()),
+        (Recipe(jq.int4(group=64)), jq.int4(group=64), None, None, jq.int8()),
+        (Recipe(jq.fp8()), QSpec("float8_e4m3fn"), None, None, None),
     ],
     ids=lambda x: repr(x) if isinstance(x, Recipe) else "",
 )

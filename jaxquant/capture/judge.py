@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ from jaxquant.interpret.serve import unsigned
 from jaxquant.interpret.sites import Site, Sites
 from jaxquant.observers import Histogram, Range, score, suggest
 from jaxquant.observers.base import as_range
-from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.recipe import Recipe, RecipeLike, Rule, as_recipe
 from jaxquant.report import ActivationReport, SiteReport
 from jaxquant.spec import QSpec
 
@@ -22,7 +21,7 @@ _REPEAT = re.compile(r"#\d+$")
 
 
 def activation_report(
-    stats: Statistics, recipe: Recipe | Rule | Iterable[Rule], sites: Sites | None = None
+    stats: Statistics, recipe: RecipeLike, sites: Sites | None = None
 ) -> ActivationReport:
     """How well the ranges that were found serve the recipe: clipping, noise, and what is better.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxquant.capture.statistics import Observed, Sites, Statistics, check_same
 from jaxquant.interpret.calls import Call
 from jaxquant.interpret.evaluate import Interpreter
-from jaxquant.interpret.observe import Observe, Place, places_of, sees_rows, statistics_slot
+from jaxquant.interpret.observe import Observe, Place, places_of, statistics_slot
 from jaxquant.interpret.policy import Policy
 from jaxquant.interpret.serve import attention_grids, policy_of
 from jaxquant.interpret.slots import SiteValues
@@ -85,7 +85,7 @@ def plan_of(call: Call, recipe: Observing, where: str, *, part: bool = False) ->
                 f"{where}: {place.keys[0]!r} is inside {place.shut}, out of which statistics "
                 "cannot be carried; put a rule without an observer in front of its own"
             )
-        rows = place.reading.key if place.reading is not None and sees_rows(chosen) else None
+        rows = place.reading.key if place.reading is not None and chosen.sees_rows else None
         kind = (place.array, chosen, place.lead, rows)
         if kind not in known:
             known[kind] = f"{place.keys[0]}:{place.slot.name}"
@@ -131,7 +131,7 @@ def _observer(recipe: Observing, place: Place, used: set[Rule]) -> Observer | No
     if isinstance(recipe, Mapping):
         return next((recipe[path] for path in place.params if path in recipe), None)
     if not isinstance(recipe, Recipe):
-        return recipe if place.params or not sees_rows(recipe) else None
+        return recipe if place.params or not recipe.sees_rows else None
     for rule in _deciding(recipe, place):
         if rule.observer is not None:
             used.add(rule)

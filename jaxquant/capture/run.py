@@ -21,7 +21,7 @@ from jaxquant.capture.storage import Path, before_of, described, require_folder
 from jaxquant.interpret.calls import is_traced, trace_call
 from jaxquant.observers import Observer
 from jaxquant.qtensor import is_qtensor
-from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.recipe import RecipeLike, as_recipe
 
 _SAVE_EVERY = 5.0  # seconds
 
@@ -38,7 +38,7 @@ def capture(
     fn: Callable[..., Any],
     params: Any,
     batches: Iterable[Any],
-    recipe: Recipe | Rule | Iterable[Rule] | Observer,
+    recipe: RecipeLike | Observer,
     *,
     resume: Statistics | Path | None = None,
     save: Path | None = None,
@@ -97,7 +97,7 @@ def capture_with(
     params: Any,
     fixed: tuple[Any, ...],
     batches: Iterable[Any],
-    recipe: Recipe | Rule | Iterable[Rule] | Observing,
+    recipe: RecipeLike | Observing,
     *,
     resume: Statistics | Path | None = None,
     save: Path | None = None,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxquant.qtensor import QTensor, dequantize
+from jaxquant.observers.inputs import Inputs
+from jaxquant.qtensor import Outliers, QTensor, dequantize
+from jaxquant.report import Found
 from jaxquant.spec import QSpec
 
 
@@ -49,8 +51,37 @@ class Encoder(Protocol):
     """A hashable value (a frozen dataclass) that quantizes one array.
 
     Encoders differ in how they choose codes and scales, never in what a `QTensor` means: whatever
-    comes out is dequantized and contracted alike.
+    comes out is dequantized and contracted alike. One of your own derives from this class, and
+    says only what differs from the properties below.
     """
+
+    name: ClassVar[str] = "encoder"
+    """How recipes and reports name it."""
+
+    @property
+    def observer(self) -> Inputs | None:
+        """The observer of what it has to know of a weight's inputs; `None` if nothing."""
+        return None
+
+    @property
+    def without_inputs(self) -> Encoder | None:
+        """What encodes leaves that meet no inputs in its place; `None` rounds to nearest."""
+        return None
+
+    @property
+    def learns_values(self) -> bool:
+        """Whether the values of the format are only found in encoding."""
+        return False
+
+    @property
+    def outliers(self) -> Outliers | None:
+        """The outlier columns of the inputs that it fixes."""
+        return None
+
+    def notes(self, details: Mapping[str, Array]) -> tuple[str | Found, ...]:
+        """What a report should say of `Info.details`, which are concrete."""
+        del details
+        return ()
 
     def __call__(
         self,

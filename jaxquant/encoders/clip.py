@@ -5,27 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.encoders.base import Info, measure
+from jaxquant.encoders.base import Encoder, Info, measure
 from jaxquant.encoders.checks import check_count, check_number
 from jaxquant.encoders.fixed import stored_scales
 from jaxquant.encoders.grids import searched, total_scale
 from jaxquant.encoders.layers import mapped
 from jaxquant.encoders.matrix import from_matrix, to_matrix
 from jaxquant.encoders.moments import Moments, aligned, check_moments, energy, grouped_axes
-from jaxquant.observers import Inputs, InputStats
+from jaxquant.observers import Inputs, InputStats, inputs
 from jaxquant.qtensor import QTensor, dequantize, encode_given
 from jaxquant.report import Called
 from jaxquant.spec import PerChannel, PerGroup, PerTensor, QSpec
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Clip(Called):
+class Clip(Called, Encoder):
     """The encoder that `clip` makes.
 
     Attributes:
@@ -35,14 +34,17 @@ class Clip(Called):
 
     name = "clip"
 
-    observer: ClassVar[Inputs] = Inputs()
-
     steps: int = 10
     least: float = 0.5
 
     def __post_init__(self) -> None:
         check_count("clip: steps", self.steps)
         check_number("clip: least", self.least, 0.0, 1.0, above=True)
+
+    @property
+    def observer(self) -> Inputs:
+        """Second moments of the inputs."""
+        return inputs()
 
     def __call__(
         self,

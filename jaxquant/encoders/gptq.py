@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxquant.encoders.base import Info, measure
+from jaxquant.encoders.base import Encoder, Info, measure
 from jaxquant.encoders.checks import check_count, check_number
 from jaxquant.encoders.columns import Grid, energy_in_blocks, round_columns
 from jaxquant.encoders.damping import factor
@@ -22,9 +23,9 @@ from jaxquant.encoders.layers import mapped
 from jaxquant.encoders.layout import Layout, Order, layout, ordered
 from jaxquant.encoders.matrix import from_matrix, to_matrix
 from jaxquant.encoders.moments import Moments, aligned, check_moments, counting, grouped_axes
-from jaxquant.observers import Inputs, InputStats
+from jaxquant.observers import Inputs, InputStats, inputs
 from jaxquant.qtensor import QTensor, encode_given
-from jaxquant.report import Called
+from jaxquant.report import Called, Found
 from jaxquant.spec import PerGroup, QSpec
 
 # Of the search of grid="mse": factors from 1 down to this, in steps of 1/32.
@@ -32,12 +33,10 @@ _LEAST, _STEPS = 0.25, 24
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class GPTQ(Called):
+class GPTQ(Called, Encoder):
     """The encoder that `gptq` makes; its fields are that function's arguments."""
 
     name = "gptq"
-
-    observer: ClassVar[Inputs] = Inputs()
 
     damping: float = 0.01
     block: int = 128
@@ -61,6 +60,22 @@ class GPTQ(Called):
             value = getattr(self, name)
             if type(value) not in (bool, str) or value not in known:
                 raise ValueError(f"gptq: {name} is one of {known}, got {value!r}")
+
+    @property
+    def observer(self) -> Inputs:
+        """Second moments of the inputs."""
+        return inputs()
+
+    def notes(self, details: Mapping[str, Array]) -> tuple[str | Found, ...]:
+        """Damping that had to be raised, and inputs that were never seen."""
+        found, damping = [], np.asarray(details["damping"], np.float64)
+        if damping.max() > 1.5 * self.damping:
+            what = f"the factorisation failed with damping {self.damping:.3g}"
+            found.append(Found(what, "used", float(damping.min()), float(damping.max())))
+        dead = float(np.sum(np.asarray(details["dead"])))
+        if dead:
+            found.append(Found("inputs that were always zero", "count", dead, dead))
+        return tuple(found)
 
     def __call__(
         self,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.encoders.base import Info, measure
+from jaxquant.encoders.base import Encoder, Info, measure
 from jaxquant.encoders.checks import check_count, check_number, checked_weight
 from jaxquant.numerics import pack
 from jaxquant.qtensor import (
@@ -29,7 +29,7 @@ from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class HQQ(Called):
+class HQQ(Called, Encoder):
     """The encoder that `hqq` makes.
 
     Attributes:

@@ -5,26 +5,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from jaxquant.encoders.base import Info, measure
+from jaxquant.encoders.base import Encoder, Info, measure
 from jaxquant.encoders.checks import checked_weight
 from jaxquant.encoders.clustering import Clustering, clustered, spread_weights
+from jaxquant.encoders.huffman import huffman_bits
 from jaxquant.encoders.moments import check_moments
 from jaxquant.numerics import pack
 from jaxquant.numerics.cluster import sums
 from jaxquant.observers import Inputs, InputStats, inputs
 from jaxquant.qtensor import QTensor, blocked, storage_layout, to_storage, unblocked
-from jaxquant.report import Called
+from jaxquant.report import Called, Found
 from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class KMeans(Called):
+class KMeans(Called, Encoder):
     """The encoder that `kmeans` makes.
 
     Attributes:
@@ -55,6 +58,11 @@ class KMeans(Called):
     def learns_values(self) -> bool:
         """Whether the values of its format are only found in encoding."""
         return True
+
+    def notes(self, details: Mapping[str, Array]) -> tuple[str | Found, ...]:
+        """Bits per weight after Huffman coding."""
+        bits = huffman_bits(np.asarray(details["counts"]))
+        return (Found("Huffman-coded", "bits per weight", bits, bits),)
 
     def __call__(
         self,

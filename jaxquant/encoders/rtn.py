@@ -7,14 +7,14 @@ from typing import Any
 
 from jax import Array
 
-from jaxquant.encoders.base import Info
+from jaxquant.encoders.base import Encoder, Info
 from jaxquant.qtensor import QTensor, check_quantizable, encode_measured
 from jaxquant.report import Called
 from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class RoundToNearest(Called):
+class RoundToNearest(Called, Encoder):
     """The encoder that `rtn` makes: `q = round(w / S) + Z`, scales from the range alone.
 
     Attributes:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxquant.encoders.base import Info, measure
+from jaxquant.encoders.base import Encoder, Info, measure
 from jaxquant.encoders.checks import checked_weight
 from jaxquant.observers.inputs import Inputs, InputStats, inputs
 from jaxquant.qtensor import Calibration, Outliers, QTensor, encode_products
@@ -19,7 +19,7 @@ from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Vectorwise(Called):
+class Vectorwise(Called, Encoder):
     """The encoder that `vectorwise` makes.
 
     Attributes:

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxquant.fold.demand import Demand, Option, Refused, Rule, Ties, is_zero
 from jaxquant.fold.graph import Node
-from jaxquant.fold.moving import LAYOUT, MOVES, MOVING
+from jaxquant.fold.moving import LAYOUT, MOVING
 
 
 def options(node: Node, demand: Demand, ties: Ties) -> list[tuple[Option, Ties]]:
@@ -60,7 +60,7 @@ def _add(node: Node, d: Demand, ties: Ties) -> list[Option]:
     if len(known) == 1 and known[0][1]:
         [(at, value)] = known
         leaf = node.parents[1 - at]
-        while leaf.op in MOVES:
+        while leaf.op in LAYOUT:
             leaf = leaf.parents[0]
         if leaf.op == "leaf":
             return [{1 - at: dataclasses.replace(d, offset=value)}]

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxquant.fold.graph import Node
+from jaxquant.interpret import primitives
 from jaxquant.interpret.runs import factors
 
 # a variable is (path, None), the leaf itself, or (path, eps), its inverse root
@@ -259,13 +260,12 @@ def _step(node: Node, form: Form) -> Form | None:
     return dataclasses.replace(shifted, sliced=sliced)
 
 
-_LAYOUT: dict[str, Callable[[Node, Form], Form | None]] = {
+_MOVES: dict[primitives.Move, Callable[[Node, Form], Form | None]] = {
+    **dict.fromkeys(("none", "place", "convert"), _same),
     "transpose": _transpose,
-    "broadcast_in_dim": _broadcast,
+    "broadcast": _broadcast,
     "reshape": _reshape,
     "squeeze": _squeeze,
     "rev": _rev,
-    "step": _step,
-    **dict.fromkeys(("convert_element_type", "copy", "copy_p", "stop_gradient", "name"), _same),
-    **dict.fromkeys(("sharding_constraint", "reshard", "mesh_cast", "pvary", "pcast"), _same),
 }
+_LAYOUT = {**primitives.by_move(_MOVES), "step": _step}

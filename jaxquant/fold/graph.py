@@ -8,12 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.interpret import _compat
+from jaxquant.interpret import _compat, primitives
+from jaxquant.interpret.bodies import scan_body, while_body
 from jaxquant.interpret.calls import Call
-
-# Calls whose body computes exactly the call's results, once.
-_INLINED = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}
-_INLINED |= {"custom_jvp_call", "custom_vjp_call"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -99,22 +96,22 @@ class _Builder:
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def inner(self, jaxpr: Any, args: Sequence[Node]) -> list[Node]:
-        opened, consts = _compat.opened(jaxpr)
-        return self.walk(opened, [self.const(c) for c in consts], args)
+    def inner(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Node]) -> list[Node]:
+        return self.walk(jaxpr, [self.const(c) for c in consts], args)
 
     def equation(self, eqn: Any, operands: list[Node]) -> list[Node]:
         name, p = eqn.primitive.name, eqn.params
-        if name in _INLINED:
-            return self.inner(p["jaxpr"] if "jaxpr" in p else p["call_jaxpr"], operands)
-        if name == "optimization_barrier":
+        row = primitives.of(eqn)
+        if row.kind == "call":
+            return self.inner(*_compat.body(eqn), operands)
+        if row.move == "barrier":
             return operands
         if name == "scan":
             return self.scan(eqn, operands)
         if name == "while":
             return self.loop(eqn, operands)
         if name == "cond":
-            found = [self.inner(branch, operands[1:]) for branch in p["branches"]]
+            found = [self.inner(*_compat.opened(branch), operands[1:]) for branch in p["branches"]]
             return [
                 self.node(name, [operands[0], *outs], {}, var.aval)
                 for var, *outs in zip(eqn.outvars, *found, strict=True)
@@ -122,33 +119,27 @@ class _Builder:
         return [self.node(name, operands, p, var.aval, n) for n, var in enumerate(eqn.outvars)]
 
     def scan(self, eqn: Any, operands: list[Node]) -> list[Node]:
-        n_consts, n_carry = _compat.scan_split(eqn.params)
-        consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
-        jaxpr, _ = _compat.opened(eqn.params["jaxpr"])
-        kept = _unchanged(jaxpr.invars[n_consts:], jaxpr.outvars, n_carry)
-        state = self.carries(init, kept)
+        body = scan_body(eqn)
+        consts, init, xs = body.split(operands)
+        state = self.carries(init, body.kept)
+        inner = body.split(body.jaxpr.invars)[2]
         steps = [
-            self.node("step", [x], {}, var.aval, id(eqn))
-            for x, var in zip(
-                operands[n_consts + n_carry :], jaxpr.invars[n_consts + n_carry :], strict=True
-            )
+            self.node("step", [x], {}, var.aval, id(eqn)) for x, var in zip(xs, inner, strict=True)
         ]
-        outs = self.inner(eqn.params["jaxpr"], [*consts, *state, *steps])
-        results = self.after(eqn, init, state, kept, outs[:n_carry], [])
-        for var, out in zip(eqn.outvars[n_carry:], outs[n_carry:], strict=True):
+        outs = self.inner(body.jaxpr, body.consts, [*consts, *state, *steps])
+        results = self.after(eqn, init, state, body.kept, outs[: body.n_carry], [])
+        for var, out in zip(eqn.outvars[body.n_carry :], outs[body.n_carry :], strict=True):
             results.append(self.node("scan", [out], {}, var.aval))
         return results
 
     def loop(self, eqn: Any, operands: list[Node]) -> list[Node]:
-        p = eqn.params
-        n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
-        init = operands[n_cond + n_body :]
-        body, _ = _compat.opened(p["body_jaxpr"])
-        kept = _unchanged(body.invars[n_body:], body.outvars, len(init))
-        state = self.carries(init, kept)
-        outs = self.inner(p["body_jaxpr"], [*operands[n_cond : n_cond + n_body], *state])
-        again = self.inner(p["cond_jaxpr"], [*operands[:n_cond], *state])
-        return self.after(eqn, init, state, kept, outs, again)
+        n_cond, body = eqn.params["cond_nconsts"], while_body(eqn)
+        consts, init, _ = body.split(operands[n_cond:])
+        state = self.carries(init, body.kept)
+        outs = self.inner(body.jaxpr, body.consts, [*consts, *state])
+        condition = _compat.opened(eqn.params["cond_jaxpr"])
+        again = self.inner(*condition, [*operands[:n_cond], *state])
+        return self.after(eqn, init, state, body.kept, outs, again)
 
     def carries(self, init: list[Node], kept: list[bool]) -> list[Node]:
         """What a loop's body sees of its carries: those that it never changes are the value."""
@@ -171,7 +162,3 @@ class _Builder:
                 x = self.node(eqn.primitive.name, [x, out, *again], {}, x)
             results.append(x)
         return results
-
-
-def _unchanged(invars: Sequence[Any], outvars: Sequence[Any], count: int) -> list[bool]:
-    return [a is b for a, b in zip(invars[:count], outvars[:count], strict=True)]

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxquant.fold.demand import UNASKED, Demand, Option, Refused, Rule, Ties, is_zero
 from jaxquant.fold.graph import Node
+from jaxquant.interpret import primitives
 from jaxquant.interpret.runs import factors
 
 
@@ -132,27 +133,23 @@ def _window(node: Node, d: Demand, ties: Ties) -> list[Option]:
     return [{0: d}]
 
 
-MOVES = {"transpose", "broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "step"}
-
-LAYOUT: dict[str, Rule] = {
+_LAYOUT: dict[primitives.Move, Rule] = {
+    **dict.fromkeys(("none", "place", "convert", "round"), _same),
     "transpose": _transpose,
-    "broadcast_in_dim": _broadcast,
+    "broadcast": _broadcast,
     "reshape": _reshape,
     "squeeze": _reshape,
     "rev": _rev,
-    "step": _step,
     "slice": _cut,
     "split": _cut,
     "dynamic_slice": _dynamic_slice,
-    **dict.fromkeys(("convert_element_type", "reduce_precision", "copy", "copy_p"), _same),
-    **dict.fromkeys(("stop_gradient", "name", "sharding_constraint"), _same),
-    **dict.fromkeys(("reshard", "mesh_cast", "pvary", "pcast"), _same),
 }
-
-MOVING: dict[str, Rule] = {
-    **LAYOUT,
+_MOVING: dict[primitives.Move, Rule] = {
     "concatenate": _concatenate,
     "pad": _pad,
-    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min"), _reduce),
-    **dict.fromkeys(("reduce_window_sum", "reduce_window_max", "reduce_window_min"), _window),
+    "reduce": _reduce,
+    "window": _window,
 }
+# by the names of nodes, of which one is no primitive
+LAYOUT: dict[str, Rule] = {**primitives.by_move(_LAYOUT), "step": _step}
+MOVING: dict[str, Rule] = {**LAYOUT, **primitives.by_move(_MOVING)}

@@ -18,6 +18,11 @@ def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
 
+def body(eqn: Any) -> tuple[Any, list[Any]]:
+    """`(jaxpr, consts)` of what a call computes, under whichever name it keeps it."""
+    return opened(eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"])
+
+
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """The jaxprs among an equation's parameters, opened."""
     found = []

@@ -64,7 +64,7 @@ class Call:
     def run(self, interpreter: Interpreter, leaves: list[Any] | None = None) -> Any:
         """Evaluates the call and returns `fn`'s result."""
         out = interpreter.run(self.jaxpr, self.consts, self.values(leaves), ())
-        out = [interpreter.in_float(v, (), "the result", "results are floats") for v in out]
+        out = [interpreter.in_float(v, (), None, "results are floats") for v in out]
         return jax.tree.unflatten(self.out_tree, [self._result(v) for v in out])
 
     def with_params(self, params: list[Any]) -> Call:

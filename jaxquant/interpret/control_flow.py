@@ -29,7 +29,7 @@ def _jit(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: Scope
 ) -> list[Value]:
     """A helper called often with the same kind of operands is transformed once."""
-    jaxpr, consts = _compat.opened(eqn.params["jaxpr"])
+    jaxpr, consts = _compat.body(eqn)
     operands = signed(operands, positive)
     facts = [v.facts for v in operands]
     data = [
@@ -71,38 +71,53 @@ def _constrained(data: Any, sharding: Any) -> Any:
     return lax.with_sharding_constraint(data, given)
 
 
+def _inside(
+    ip: Interpreter,
+    body: tuple[Any, list[Any]],
+    facts: list[Facts],
+    scope: Scope,
+    frame: Frame | None = None,
+    dense: Any = None,
+) -> tuple[Callable[[Any, Any], tuple[list, list]], list[Facts]]:
+    """A body as a function of its operands' data and of values of sites.
+
+    Beside it the facts of its results, once it has run. With `dense`, an equation, results are
+    ordinary arrays.
+    """
+    slots = ip.slots.inside(ip.call_path)
+    results: list[Facts] = []
+
+    def call(data: Any, values: Any) -> tuple[list, list]:
+        out, left = ip.slots.within(
+            slots, values, lambda: ip.run(*body, with_facts(data, facts), scope), frame
+        )
+        results[:] = [v.facts for v in out]
+        return [v.data if dense is None else ip.dense(v, dense, scope) for v in out], left
+
+    return call, results
+
+
 def _cond(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: Scope
 ) -> list[Value]:
     """Branches return ordinary arrays: what they pass on quantized is dequantized there."""
     index, *rest = signed(operands, positive)
-    facts = [v.facts for v in rest]
-    out_facts: list[list[Facts]] = []
+    facts, data = [v.facts for v in rest], [v.data for v in rest]
     slots = ip.slots.inside(ip.call_path)
-
-    def branch(number: int, closed: Any) -> Callable[..., tuple[list, list]]:
-        jaxpr, consts = _compat.opened(closed)
+    branches, out_facts = [], []
+    for number, closed in enumerate(eqn.params["branches"]):
         frame = Frame(len(ip.call_path) - 1, number)
-
-        def call(values: list[Any], *data: Any) -> tuple[list, list]:
-            out, left = ip.slots.within(
-                slots, values, lambda: ip.run(jaxpr, consts, with_facts(data, facts), scope), frame
-            )
-            out_facts.append([v.facts for v in out])
-            return [ip.dense(v, eqn, scope) for v in out], left
-
-        return call
-
-    branches = [branch(n, b) for n, b in enumerate(eqn.params["branches"])]
-    data = [ip.slots.read(slots), *(v.data for v in rest)]
+        call, found = _inside(ip, _compat.opened(closed), facts, scope, frame, dense=eqn)
+        branches.append(call)
+        out_facts.append(found)
     platforms = eqn.params.get("branches_platforms")
     if platforms is not None:
         named: dict[str, Any] = {}
         for names, call in zip(platforms, branches, strict=True):
             named.update(dict.fromkeys(names, call) if names else {"default": call})
-        out, left = lax.platform_dependent(*data, **named)
+        out, left = lax.platform_dependent(data, ip.slots.read(slots), **named)
     else:
-        out, left = lax.switch(index.data, branches, *data)
+        out, left = lax.switch(index.data, branches, data, ip.slots.read(slots))
     ip.slots.leave(slots, left)
     merged = [
         dataclasses.replace(merge(list(fs)), nonneg=all(f.nonneg for f in fs))
@@ -114,21 +129,10 @@ def _cond(
 def _remat(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: Scope
 ) -> list[Value]:
-    p = eqn.params
-    jaxpr, consts = _compat.opened(p["jaxpr"])
-    operands = signed(operands, positive)
+    p, operands = eqn.params, signed(operands, positive)
+    slots, frame = ip.slots.inside(ip.call_path), Frame(len(ip.call_path) - 1)
     facts = [v.facts for v in operands]
-    out_facts: list[Facts] = []
-    slots = ip.slots.inside(ip.call_path)
-    frame = Frame(len(ip.call_path) - 1)
-
-    def call(data: list[Any], values: list[Any]) -> tuple[list, list]:
-        out, left = ip.slots.within(
-            slots, values, lambda: ip.run(jaxpr, consts, with_facts(data, facts), scope), frame
-        )
-        out_facts[:] = [v.facts for v in out]
-        return [v.data for v in out], left
-
+    call, out_facts = _inside(ip, _compat.body(eqn), facts, scope, frame)
     again = jax.checkpoint(call, prevent_cse=p["prevent_cse"], policy=p["policy"])
     out, left = again([v.data for v in operands], ip.slots.read(slots))
     ip.slots.leave(slots, left)
@@ -139,7 +143,7 @@ def _custom_rule(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: Scope
 ) -> list[Value]:
     """`custom_jvp` and `custom_vjp`: bound whole, rule kept, unless a site inside needs entry."""
-    jaxpr, consts = _compat.opened(eqn.params["call_jaxpr"])
+    jaxpr, consts = _compat.body(eqn)
     if not ip.policy.enters_rules(ip, jaxpr, operands):
         return ip._plain(eqn, operands, positive, scope)
     if ip.policy.keeps_rules and ip.contracts(jaxpr):
@@ -153,18 +157,12 @@ def _custom_rule(
 
 def _rule_kept(ip: Interpreter, eqn: Any, operands: list[Value], scope: Scope) -> list[Value]:
     """Computed on codes, differentiated by its own rule at the quantized parameters."""
-    jaxpr, consts = _compat.opened(eqn.params["call_jaxpr"])
-    facts = [v.facts for v in operands]
-    out_facts: list[Facts] = []
     slots = ip.slots.inside(ip.call_path)
+    facts = [v.facts for v in operands]
+    call, out_facts = _inside(ip, _compat.body(eqn), facts, scope, dense=eqn)
 
     def forward(held: Any) -> tuple[list, list]:
-        data, values = held
-        out, left = ip.slots.within(
-            slots, values, lambda: ip.run(jaxpr, consts, with_facts(data, facts), scope)
-        )
-        out_facts[:] = [v.facts for v in out]
-        return [ip.dense(v, eqn, scope) for v in out], left
+        return call(*held)
 
     floats = tuple(dequantize(v.data) if is_qtensor(v.data) else v.data for v in operands)
     held = [v.data for v in operands], ip.slots.read(slots)
@@ -185,7 +183,7 @@ def _zeros(like: Any) -> Any:
 def _call(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: Scope
 ) -> list[Value]:
-    jaxpr, consts = _compat.opened(eqn.params["call_jaxpr"])
+    jaxpr, consts = _compat.body(eqn)
     return ip.run(jaxpr, consts, signed(operands, positive), scope)
 
 
@@ -193,15 +191,13 @@ Rule = Callable[["Interpreter", Any, list[Value], list[bool], Scope], list[Value
 
 RULES: dict[str, Rule] = {
     "jit": _jit,
-    "pjit": _jit,
     "scan": scan,
     "while": while_loop,
     "cond": _cond,
     "remat2": _remat,
-    "checkpoint": _remat,
     "custom_jvp_call": _custom_rule,
     "custom_vjp_call": _custom_rule,
     "closed_call": _call,
-    "core_call": _call,
+    "eval_jaxpr": _call,
     "shard_map": shard_map,
 }

@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.interpret import _compat, integers, layout, placed
+from jaxquant.interpret import _compat, integers, layout, placed, primitives
 from jaxquant.interpret.control_flow import RULES
-from jaxquant.interpret.integers import CONTRACTIONS
 from jaxquant.interpret.policy import Contraction, Policy, param_first
 from jaxquant.interpret.scopes import site_scope
 from jaxquant.interpret.slots import SiteValues
@@ -81,15 +80,15 @@ class Interpreter:
         self, eqn: Any, operands: list[Value], positive: list[bool], scope: tuple[str, ...]
     ) -> list[Value]:
         """Evaluates one equation."""
-        name = eqn.primitive.name
+        name, row = eqn.primitive.name, primitives.of(eqn)
         outer, self._path = self._path, (*self._path, id(eqn))
         self._alive.append(eqn)  # ids stay unique while the equation lives
         try:
-            if name in CONTRACTIONS:
+            if row.kind == "contraction":
                 return [self._contract(eqn, operands, positive, scope)]
             enter = self.policy.rules.get(name) or RULES.get(name)
-            if any(is_integers(v.data) for v in operands) and name not in integers.ENTERED:
-                with self._ahead(operands if name in integers.AFFINE else ()):
+            if any(is_integers(v.data) for v in operands) and row.kind != "call":
+                with self._ahead(operands if row.integers == "affine" else ()):
                     kept = integers.results(eqn, operands)
                 if kept is not None:
                     self.policy.kept(self, eqn, operands, kept)
@@ -119,7 +118,7 @@ class Interpreter:
         if known is None:
             self._alive.append(jaxpr)
             known = any(
-                eqn.primitive.name in CONTRACTIONS
+                primitives.of(eqn).kind == "contraction"
                 or any(self.contracts(inner) for inner in _compat.inner_jaxprs(eqn))
                 for eqn in jaxpr.eqns
             )
@@ -129,13 +128,13 @@ class Interpreter:
     def _plain(
         self, eqn: Any, operands: list[Value], positive: list[bool], scope: tuple[str, ...]
     ) -> list[Value]:
-        name = eqn.primitive.name
+        move = primitives.of(eqn).move
         facts = merge([v.facts for v in operands])
         signs = nonneg(eqn, positive)
         origin = layout.origin_of(eqn, operands)
-        if name == "gather" and operands[0].is_param:
+        if move == "gather" and operands[0].is_param:
             self._lookup(eqn, operands[0], scope)
-        elif origin is None and name != "optimization_barrier":
+        elif origin is None and move != "barrier":
             for v in operands:
                 if v.facts.origin is not None:
                     self.policy.meets(eqn, v)
@@ -146,7 +145,7 @@ class Interpreter:
             data = [self.dense(v, eqn, scope) for v in operands]
             with self._ahead(operands):
                 results = _compat.bind(eqn, data)
-        if name == "optimization_barrier":
+        if move == "barrier":
             return [Value(r, v.facts) for r, v in zip(results, operands, strict=True)]
         over = None if facts.live else varies(eqn, operands)
         return _valued(results, facts, origin, signs, over)
@@ -216,11 +215,17 @@ class Interpreter:
             return jax.ensure_compile_time_eval()
         return _NOTHING
 
-    def in_float(self, value: Value, scope: tuple[str, ...], name: str, reason: str) -> Value:
-        """An activation that is kept as integers, as floats; that an edge ends here is reported."""
+    def in_float(
+        self, value: Value, scope: tuple[str, ...], name: str | None, reason: str
+    ) -> Value:
+        """An activation that is kept as integers, as floats; that an edge ends here is reported.
+
+        `name` is the primitive that takes it; `None` is the function's result.
+        """
         if not is_integers(value.data):
             return value
-        self.policy.leaves(self, value.data, f"{name} in {self.where(scope)}", reason)
+        where = None if name is None else f"{name} in {self.where(scope)}"
+        self.policy.leaves(self, value.data, where, reason)
         return Value(value.data.floats(), value.facts)
 
     def where(self, scope: tuple[str, ...]) -> str:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxquant.interpret import _compat
+from jaxquant.interpret.bodies import scan_body
 from jaxquant.interpret.calls import Call
 from jaxquant.interpret.evaluate import Interpreter, abstract
 from jaxquant.interpret.loops import result_facts, signed, slice_facts
@@ -130,15 +131,9 @@ def _scan(
 ) -> list[Value]:
     """A scan that takes slices of a chosen parameter, step after step; any other as it is."""
     policy: Any = ip.policy
-    p = eqn.params
-    jaxpr, closed = _compat.opened(p["jaxpr"])
-    n_consts, n_carry = _compat.scan_split(p)
+    p, loop = eqn.params, scan_body(eqn)
     operands = signed(operands, positive)
-    consts, carry, xs = (
-        operands[:n_consts],
-        operands[n_consts : n_consts + n_carry],
-        operands[n_consts + n_carry :],
-    )
+    consts, carry, xs = loop.split(operands)
     paths = [v.facts.origin.path for v in xs if v.facts.origin is not None]
     if not any(path in policy.chosen for path in paths):
         return ip._plain(eqn, operands, positive, scope)
@@ -155,9 +150,9 @@ def _scan(
                 path = v.facts.origin.path
                 policy.at[path] = (*outer.get(path, ()), i)
         here = [Value(part[i], f) for part, f in zip(slices, facts, strict=True)]
-        out = ip.run(jaxpr, closed, [*consts, *carry, *here], scope)
-        carry = out[:n_carry]
-        collected.append(out[n_carry:])
+        out = ip.run(loop.jaxpr, loop.consts, [*consts, *carry, *here], scope)
+        carry = out[: loop.n_carry]
+        collected.append(out[loop.n_carry :])
     policy.at = outer
     if p["reverse"]:
         collected.reverse()
@@ -173,7 +168,7 @@ def _scan(
 def _inline(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: tuple[str, ...]
 ) -> list[Value]:
-    jaxpr, consts = _compat.opened(eqn.params["jaxpr"])
+    jaxpr, consts = _compat.body(eqn)
     return ip.run(jaxpr, consts, signed(operands, positive), scope)
 
 
@@ -186,7 +181,6 @@ def _whole(
 _RULES: dict[str, Callable[..., list[Value]]] = {
     "scan": _scan,
     "remat2": _inline,
-    "checkpoint": _inline,
     "while": _whole,
     "cond": _whole,
     "shard_map": _whole,

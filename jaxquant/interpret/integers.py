@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.interpret import _compat
+from jaxquant.interpret import _compat, primitives
 from jaxquant.interpret.values import Value, varying
 from jaxquant.ops import (
     Accumulator,
@@ -21,24 +21,20 @@ from jaxquant.ops import (
     is_integers,
 )
 
-ENTERED = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
-"""Control flow that integers pass into; loops and branches take floats."""
-CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
-
 
 def results(eqn: Any, operands: list[Value]) -> list[Any] | None:
     """The equation on integers, `None` where it has no integer form here."""
-    name = eqn.primitive.name
-    if name in AFFINE:
-        return _affine(eqn, operands)
-    if name in _SAME:
-        return [operands[0].data] if len(operands) == 1 else None
-    if name == "convert_element_type":
-        return _converted(eqn, operands[0].data)
-    if name in ("max", "min", "clamp"):
-        return _clamped(eqn, operands)
-    if name in _MOVES:
-        return _moved(eqn, operands)
+    match primitives.of(eqn).integers:
+        case "affine":
+            return _affine(eqn, operands)
+        case "same":
+            return [operands[0].data] if len(operands) == 1 else None
+        case "convert":
+            return _converted(eqn, operands[0].data)
+        case "clip":
+            return _clamped(eqn, operands)
+        case "move":
+            return _moved(eqn, operands)
     return None
 
 
@@ -133,7 +129,7 @@ def _clamped(eqn: Any, operands: list[Value]) -> list[Any] | None:
 
 def _of_two(eqn: Any, data: list[Any]) -> list[Any] | None:
     on = [x for x in map(_codes, data) if x is not None]
-    if len(on) < len(data) or any(x.name != on[0].name for x in on):
+    if len(on) < len(data) or not all(x.grid.same(on[0].grid) for x in on):
         return None
     codes = _compat.bind(eqn, [x.codes for x in on])[0]
     source = tuple(dict.fromkeys(key for x in on for key in x.source))
@@ -196,28 +192,19 @@ def _fill(x: Activation, value: Array) -> Array:
     return dataclasses.replace(x, codes=jnp.int8(-128)).clamped(low=value).codes
 
 
-AFFINE = ("add", "sub", "mul", "div", "neg", "add_any")
-_SAME = ("copy", "copy_p", "stop_gradient", "name", "reduce_precision", "optimization_barrier")
-_MOVES = {
-    *("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "slice", "rev"),
-    *("dynamic_slice", "split", "gather", "concatenate", "pad", "reduce_max"),
-    *("reduce_window_max", "sharding_constraint"),
-}
-
-
 def why(eqn: Any, operands: list[Value]) -> str:
     """Why integers end at an equation, for the report."""
-    name = eqn.primitive.name
-    if name in CONTRACTIONS:
+    name, row = eqn.primitive.name, primitives.of(eqn)
+    if row.kind == "contraction":
         return "a contraction that is not requantized takes floats"
-    if name in ("scan", "while", "cond", "shard_map"):
+    if row.kind == "control":
         return f"{name} takes floats"
-    if name in AFFINE and sum(v.facts.live for v in operands) > 1:
+    if row.integers == "affine" and sum(v.facts.live for v in operands) > 1:
         if name not in ("add", "add_any"):
             return f"{name} of two activations"
         both = all(is_integers(v.data) for v in operands)
         return "neither term is a sum yet" if both else "the other term is float"
-    if name in AFFINE:
+    if row.integers == "affine":
         if any(isinstance(v.data, Activation) for v in operands):
             return f"{name} after a clamp, a move or a sum, where results are codes already"
         return f"{name} by what varies along other axes than the channels"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant import ops
-from jaxquant.interpret import _compat, cuts, moves, placed
+from jaxquant.interpret import _compat, cuts, moves, placed, primitives
 from jaxquant.interpret.runs import factors
 from jaxquant.interpret.values import Origin, Value
 from jaxquant.qtensor import Calibration, QTensor, dequantize, is_qtensor, is_trained
@@ -51,12 +51,12 @@ def rows_lead(eqn: Any) -> bool:
 
 def origin_of(eqn: Any, operands: list[Value]) -> Origin | None:
     """The origin of an equation's results, if it only moves a parameter's values."""
-    name, params = eqn.primitive.name, eqn.params
+    name, params, move = eqn.primitive.name, eqn.params, primitives.of(eqn).move
     sources = [v.facts.origin for v in operands]
     origin = sources[0] if sources else None
-    if name == "concatenate":
+    if move == "concatenate":
         return _joined(sources)
-    if name == "stack":
+    if move == "stack":
         return _stacked(_joined(sources), params["axis"])
     if name == "mul" and origin is None and len(sources) == 2:
         origin, operands = sources[1], operands[::-1]
@@ -68,33 +68,33 @@ def origin_of(eqn: Any, operands: list[Value]) -> Origin | None:
         else (operands[0].data.shape)
     )
     axes: Axes | None = None
-    if name == "transpose":
+    if move == "transpose":
         axes = tuple(origin.axes[p] for p in params["permutation"])
-    elif name == "reshape":
+    elif move == "reshape":
         if params.get("dimensions") is None:
             axes = _origin_reshape(origin.axes, shape, params["new_sizes"])
-    elif name == "broadcast_in_dim":
+    elif move == "broadcast":
         placed = dict(zip(params["broadcast_dimensions"], origin.axes, strict=True))
         axes = tuple(placed.get(a, ()) for a in range(len(params["shape"])))
-    elif name == "squeeze":
+    elif move == "squeeze":
         gone = [d % len(shape) for d in params["dimensions"]]
         axes = tuple(a for i, a in enumerate(origin.axes) if i not in gone)
-    elif name == "gather":
+    elif move == "gather":
         axis = gathered_axis(params, shape)
         if axis is not None and rows_lead(eqn):
             lead: Axes = ((),) * (eqn.outvars[0].aval.ndim - len(shape) + 1)
             axes = lead + tuple(a for i, a in enumerate(origin.axes) if i != axis)
-    elif name in _SAME:
+    elif move in _SAME_AXES:
         axes = origin.axes
     elif name in ("mul", "div", "neg"):
         if name == "neg" or (jnp.shape(operands[1].data) == () and not operands[1].is_param):
             axes = origin.axes
-    elif name == "convert_element_type" and jnp.issubdtype(params["new_dtype"], jnp.floating):
+    elif move == "convert" and jnp.issubdtype(params["new_dtype"], jnp.floating):
         axes = origin.axes
     if axes is None:
         return None
-    moved = origin.moved or name not in _IDENTITY
-    looked_up = origin.looked_up or (name == "gather" and eqn.invars[1].aval.ndim > 1)
+    moved = origin.moved or move != "none"
+    looked_up = origin.looked_up or (move == "gather" and eqn.invars[1].aval.ndim > 1)
     return dataclasses.replace(origin, axes=axes, moved=moved, looked_up=looked_up)
 
 
@@ -117,9 +117,7 @@ def _stacked(origin: Origin | None, axis: int) -> Origin | None:
     return dataclasses.replace(origin, axes=(*origin.axes[:axis], (), *origin.axes[axis:]))
 
 
-_IDENTITY = {"copy", "copy_p", "stop_gradient", "name", "pvary", "pcast"}
-_SAME = _IDENTITY | {"slice", "dynamic_slice", "split", "rev", "optimization_barrier"}
-_SAME |= {"sharding_constraint", "reshard", "mesh_cast"}
+_SAME_AXES = ("none", "place", "barrier", "slice", "dynamic_slice", "split", "rev")
 
 
 def _divisor_moved(eqn: Any, q: Any, data: list[Any]) -> list[Any] | None:
@@ -137,47 +135,41 @@ def _divisor_moved(eqn: Any, q: Any, data: list[Any]) -> list[Any] | None:
 
 def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
     """Results of a layout primitive on quantized operands; `None` if it is none or cannot be."""
-    name, params = eqn.primitive.name, eqn.params
+    name, params, move = eqn.primitive.name, eqn.params, primitives.of(eqn).move
     data = [v.data for v in operands]
     if any(is_trained(d) for d in data):
         return _trained_results(eqn, operands)
-    if name in ("concatenate", "stack"):
+    if move in ("concatenate", "stack"):
         if not all(is_qtensor(d) for d in data):
             return None
-        axis = params["dimension"] if name == "concatenate" else params["axis"]
-        if name == "stack":
+        axis = params["dimension"] if move == "concatenate" else params["axis"]
+        if move == "stack":
             data = [moves.expand(d, [axis]) for d in data]
         return _one(cuts.concatenate(data, axis))
     if name == "mul" and len(data) == 2 and not is_qtensor(data[0]):
         data = data[::-1]
     q = data[0]
-    if not is_qtensor(q) or (
-        any(is_qtensor(d) for d in data[1:]) and name != "optimization_barrier"
-    ):
+    if not is_qtensor(q) or (any(is_qtensor(d) for d in data[1:]) and move != "barrier"):
         return None
-    if name in _IDENTITY:
+    if move == "none":
         return [q]
-    if (
-        q.calibration is not None
-        and q.calibration.divisor is not None
-        and name != "convert_element_type"
-    ):
-        return _divisor_moved(eqn, q, data) if name == "transpose" else None
+    if q.calibration is not None and q.calibration.divisor is not None and move != "convert":
+        return _divisor_moved(eqn, q, data) if move == "transpose" else None
     rule = _RULES.get(name)
     results = _scaled(name, q, data) if name in ("mul", "div") else rule and rule(eqn, q, data)
-    if not results or name in ("optimization_barrier", "convert_element_type"):
+    if not results or move in ("barrier", "convert"):
         return results or None  # values lie as they did
     # what was made for the values as they lay no longer fits
     return [
-        dataclasses.replace(r, calibration=_still(name, q, r)) if is_qtensor(r) else r
+        dataclasses.replace(r, calibration=_still(move, q, r)) if is_qtensor(r) else r
         for r in results
     ]
 
 
-def _still(name: str, q: QTensor, moved: QTensor) -> Calibration | None:
+def _still(move: str | None, q: QTensor, moved: QTensor) -> Calibration | None:
     """What calibration fixed for `q` and still holds for what it became."""
     kept, held = moves.calibrated(moved, lambda a: a), q.calibration
-    if kept is None or held is None or held.offset is None or name != "transpose":
+    if kept is None or held is None or held.offset is None or move != "transpose":
         return kept
     # one kept axis has one order; a tied embedding is transposed for every token
     whole = moved.batch == q.batch and held.offset.ndim == len(q.batch) + 1
@@ -193,7 +185,7 @@ def _trained_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
         return None
     floats = [dequantize(v.data) if is_qtensor(v.data) else v.data for v in operands]
     values = _compat.bind(eqn, floats)
-    if eqn.primitive.name == "optimization_barrier":
+    if primitives.of(eqn).move == "barrier":
         return [
             v.data.over(m, w) if is_trained(v.data) else m
             for v, m, w in zip(operands, moved, values, strict=True)
@@ -280,28 +272,28 @@ def _barrier(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
     return list(lax.optimization_barrier(tuple(data)))
 
 
-def _constrain(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
-    return [placed.reshard(q, eqn.params.get("sharding"), jax.lax.with_sharding_constraint)]
+def _placed(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
+    if "dst_sharding" in eqn.params:
+        return [placed.reshard(q, eqn.params["dst_sharding"], jax.sharding.reshard)]
+    return [placed.reshard(q, eqn.params["sharding"], jax.lax.with_sharding_constraint)]
 
 
-def _reshard(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
-    target = eqn.params.get("dst_sharding", eqn.params.get("sharding"))
-    return [placed.reshard(q, target, jax.sharding.reshard)]
-
-
-_RULES: dict[str, Callable[[Any, QTensor, list[Any]], list[Any] | None]] = {
+Rule = Callable[[Any, QTensor, list[Any]], list[Any] | None]
+_MOVES: dict[primitives.Move, Rule] = {
+    "place": _placed,
+    "barrier": _barrier,
+    "convert": _convert,
     "transpose": lambda e, q, d: _one(moves.transpose(q, e.params["permutation"])),
     "reshape": _reshape,
     "squeeze": _squeeze,
-    "broadcast_in_dim": _broadcast,
-    "convert_element_type": _convert,
+    "broadcast": _broadcast,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "split": _split,
-    "gather": _gather,
     "rev": lambda e, q, d: _one(cuts.reverse(q, e.params["dimensions"])),
+    "gather": _gather,
+}
+_RULES: dict[str, Rule] = {
+    **primitives.by_move(_MOVES),
     "neg": lambda e, q, d: [cuts.rescale(q, -1.0)],
-    "optimization_barrier": _barrier,
-    "sharding_constraint": _constrain,
-    "reshard": _reshard,
 }

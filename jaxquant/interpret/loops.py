@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant.interpret import _compat, moves
+from jaxquant.interpret.bodies import scan_body, while_body
 from jaxquant.interpret.slots import Frame
 from jaxquant.interpret.values import Facts, Value
 from jaxquant.qtensor import is_qtensor, is_trained
@@ -38,14 +39,10 @@ def scan(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: Scope
 ) -> list[Value]:
     """Quantized operands pass as constants, as scanned inputs, and as unchanged carries."""
-    p = eqn.params
-    jaxpr, closed = _compat.opened(p["jaxpr"])
-    n_consts, n_carry = _compat.scan_split(p)
-    operands = signed(operands, positive)
-    consts = operands[:n_consts]
-    init = operands[n_consts : n_consts + n_carry]
-    xs = [_as_scanned(ip, eqn, v, scope) for v in operands[n_consts + n_carry :]]
-    kept = _unchanged(jaxpr, n_consts, n_carry, offset=0)
+    p, loop = eqn.params, scan_body(eqn)
+    consts, init, xs = loop.split(signed(operands, positive))
+    xs = [_as_scanned(ip, eqn, v, scope) for v in xs]
+    n_carry, kept = loop.n_carry, loop.kept
     init = [v if k else _carried(ip, eqn, v, scope) for v, k in zip(init, kept, strict=True)]
     x_facts = [slice_facts(v.facts) for v in xs]
     out_facts: list[Facts] = []
@@ -64,7 +61,7 @@ def scan(
         out, left = ip.slots.within(
             [*carried, *stacked],
             [*values, *own],
-            lambda: ip.run(jaxpr, closed, args, scope),
+            lambda: ip.run(loop.jaxpr, loop.consts, args, scope),
             frame,
         )
         out_facts[:] = [v.facts for v in out]
@@ -89,13 +86,6 @@ def scan(
         for v, k, f in zip(init, kept, out_facts, strict=False)
     ]
     return [*finals, *with_facts(ys, [result_facts(f) for f in out_facts[n_carry:]])]
-
-
-def _unchanged(jaxpr: Any, first: int, count: int, offset: int) -> list[bool]:
-    """Which carries leave a loop's body as the variable that came in."""
-    ins = jaxpr.invars[first : first + count]
-    outs = jaxpr.outvars[offset : offset + count]
-    return [a is b for a, b in zip(ins, outs, strict=True)]
 
 
 def _carried(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
@@ -141,12 +131,10 @@ def while_loop(
     """Carries that come out unchanged, such as a decode loop's parameters, stay quantized."""
     p = eqn.params
     cond, cond_closed = _compat.opened(p["cond_jaxpr"])
-    body, body_closed = _compat.opened(p["body_jaxpr"])
-    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
-    operands = signed(operands, positive)
-    cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
-    init = operands[n_cond + n_body :]
-    kept = _unchanged(body, n_body, len(init), offset=0)
+    operands, n_cond, loop = signed(operands, positive), p["cond_nconsts"], while_body(eqn)
+    cond_consts = operands[:n_cond]
+    body_consts, init, _ = loop.split(operands[n_cond:])
+    kept = loop.kept
     init = [v if k else _carried(ip, eqn, v, scope) for v, k in zip(init, kept, strict=True)]
 
     def state(moving: list[Any]) -> list[Value]:
@@ -164,7 +152,7 @@ def while_loop(
         moving, values = carry
         args = [*body_consts, *state(moving)]
         out, left = ip.slots.within(
-            slots, values, lambda: ip.run(body, body_closed, args, scope), frame
+            slots, values, lambda: ip.run(loop.jaxpr, loop.consts, args, scope), frame
         )
         return [ip.dense(v, eqn, scope) for v, k in zip(out, kept, strict=True) if not k], left
 

@@ -54,16 +54,11 @@ class Place:
 
     def seen(self, observer: Observer) -> jax.ShapeDtypeStruct:
         """What an observer is given of it: the array, or its rows."""
-        if not sees_rows(observer):
+        if not observer.sees_rows:
             return self.aval
         if self.reading is None:
             raise ValueError(f"{self.keys[0]!r}: {observer} observes what parameters meet")
         return self.reading.aval(self.aval, self.rest)
-
-
-def sees_rows(observer: Observer) -> bool:
-    """Whether an observer is given activations as rows of a matrix."""
-    return bool(getattr(observer, "sees_rows", False))
 
 
 def places_of(call: Call) -> tuple[Place, ...]:
@@ -191,7 +186,7 @@ class Observe(Policy):
             if is_qtensor(weight) and site.eqn.primitive.name == "dot_general":
                 over = site.eqn.params["dimension_numbers"][0]
                 x = over_divisor(x, weight, *(over if name == "lhs" else over[::-1]))
-            if sees_rows(observer):
+            if observer.sees_rows:
                 shape = tuple(jnp.shape(weight))
                 reading = Reading(site.eqn.primitive.name, site.eqn.params, name, shape)
                 x = reading.rows(x, [v.data for v in site.rest])
@@ -216,7 +211,7 @@ class Observe(Policy):
         """As the inner policy."""
         self.inner.kept(ip, eqn, operands, results)
 
-    def leaves(self, ip: Interpreter, data: Any, where: str, reason: str) -> None:
+    def leaves(self, ip: Interpreter, data: Any, where: str | None, reason: str) -> None:
         """As the inner policy."""
         self.inner.leaves(ip, data, where, reason)
 

@@ -19,8 +19,7 @@ from jaxquant.interpret.serve import Serve
 from jaxquant.interpret.values import Facts, Value
 from jaxquant.qtensor import Calibration, Grid, QTensor, is_qtensor
 from jaxquant.recipe import Recipe
-
-_ANY = "?"
+from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Planner(Serve):
         else:
             self._taken[id(x.codes)] = x
 
-    def leaves(self, ip: Interpreter, data: Any, where: str, reason: str) -> None:
+    def leaves(self, ip: Interpreter, data: Any, where: str | None, reason: str) -> None:
         """Notes where a result becomes float."""
         if isinstance(data, ops.Activation):
             held = (*data.source, *data.added)
@@ -90,7 +89,7 @@ class Planner(Serve):
         else:
             held = (data.key,)
             self._end(ip, data, coded=False)
-        if not where.startswith("the result"):  # which is float, as it should
+        if where is not None:  # the function's results are float, as they should
             for source in held:
                 self.exits[source, where] = reason
 
@@ -160,9 +159,6 @@ def _open(leaf: Any) -> Any:
         return leaf
     held: Calibration = leaf.calibration
     assert held.input is not None
-    anything = Grid(jnp.ones_like(held.input.scale), jnp.zeros_like(held.input.scale, jnp.int32))
-    return dataclasses.replace(
-        leaf,
-        use=dataclasses.replace(leaf.use, output=_ANY),
-        calibration=dataclasses.replace(held, output=anything),
-    )
+    like = held.input.scale
+    anything = Grid(jnp.ones_like(like), jnp.zeros_like(like, jnp.int32), QSpec("int8"), "?")
+    return dataclasses.replace(leaf, calibration=dataclasses.replace(held, output=anything))

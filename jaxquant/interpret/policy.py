@@ -65,8 +65,11 @@ class Policy:
     def kept(self, ip: Interpreter, eqn: Any, operands: list[Value], results: list[Any]) -> None:
         """Told of each equation between contractions that is done on integers."""
 
-    def leaves(self, ip: Interpreter, data: Any, where: str, reason: str) -> None:
-        """Told of each activation kept as integers that becomes float, and why."""
+    def leaves(self, ip: Interpreter, data: Any, where: str | None, reason: str) -> None:
+        """Told of each activation kept as integers that becomes float, and why.
+
+        `where` is `None` for a result of the function.
+        """
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
         """What else two calls of one jitted helper must share to be transformed once.

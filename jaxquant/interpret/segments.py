@@ -13,8 +13,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from jaxquant.interpret import _compat
+from jaxquant.interpret.expressions import Expressions
 from jaxquant.interpret.flatten import Flat, mark_of
-from jaxquant.interpret.reading import kind_of, literal_key
 
 Var = Any
 
@@ -55,7 +55,7 @@ class Segment:
 
 def groups_of(flat: Flat) -> tuple[Group, ...]:
     """The marks of a program that see the same activation, in the order of their first."""
-    numbers = _Numbering(flat)
+    numbers = _numbers(flat)
     found: dict[Hashable, list[int]] = {}
     seen: dict[Hashable, tuple[Var, ...]] = {}
     operands: dict[int, list[Var]] = {}
@@ -64,7 +64,7 @@ def groups_of(flat: Flat) -> tuple[Group, ...]:
         if at is not None:
             operands.setdefault(at[0], []).append(eqn.invars[0])
     for number, mark in enumerate(flat.marks):
-        kind = (tuple(map(numbers.of, operands[number])), mark.reading.key)
+        kind = (tuple(numbers[v] for v in operands[number]), mark.reading.key)
         found.setdefault(kind, []).append(number)
         seen.setdefault(kind, tuple(operands[number]))
     return tuple(Group(tuple(marks), seen[kind]) for kind, marks in found.items())
@@ -145,14 +145,13 @@ def _function(
     eqns: Sequence[Any], inputs: Sequence[Var], outputs: Sequence[Var], alias: Mapping[Var, Var]
 ) -> tuple[Hashable, Callable[[Sequence[Any]], list[Any]]]:
     """What a segment computes, as a key and as a function."""
-    number: dict[Var, int] = {v: n for n, v in enumerate(inputs)}
-    lines: list[Hashable] = [tuple(str(v.aval) for v in inputs)]
+    known = Expressions()
+    number = {v: known.argument(n, v.aval) for n, v in enumerate(inputs)}
     for eqn in eqns:
-        read = tuple(literal_key(v) if _literal(v) else number[_root(alias, v)] for v in eqn.invars)
-        for v in eqn.outvars:
-            number[v] = len(number)
-        lines.append((kind_of(eqn), read, tuple(str(v.aval) for v in eqn.outvars)))
-    lines.append(tuple(number[v] for v in outputs))
+        read = [v if _literal(v) else _root(alias, v) for v in eqn.invars]
+        results = known.equation(eqn, [known.read(v, number) for v in read])
+        number.update(zip(eqn.outvars, results, strict=True))
+    key = known.key, tuple(number[v] for v in outputs)
 
     def run(values: Sequence[Any]) -> list[Any]:
         env: dict[Var, Any] = dict(zip(inputs, values, strict=True))
@@ -162,26 +161,16 @@ def _function(
                 env.update(zip(eqn.outvars, _compat.bind(eqn, data), strict=True))
         return [env[v] for v in outputs]
 
-    return tuple(lines), run
+    return key, run
 
 
-class _Numbering:
+def _numbers(flat: Flat) -> dict[Var, int]:
     """Numbers of values: variables computed alike from the same have the same."""
-
-    def __init__(self, flat: Flat) -> None:
-        self._of: dict[Var, int] = {}
-        known: dict[Hashable, int] = {}
-        for v in (*flat.jaxpr.invars, *flat.jaxpr.constvars):
-            self._of[v] = len(self._of)
-        for eqn in flat.jaxpr.eqns:
-            if mark_of(eqn) is not None:
-                self._of[eqn.outvars[0]] = self.of(eqn.invars[0])
-                continue
-            read = tuple(literal_key(v) if _literal(v) else self.of(v) for v in eqn.invars)
-            kind = (kind_of(eqn), read) if not eqn.effects else ("effect", id(eqn))
-            for n, v in enumerate(eqn.outvars):
-                self._of[v] = known.setdefault((kind, n), -len(known) - 1)
-
-    def of(self, var: Var) -> int:
-        """The number of one variable."""
-        return self._of[var]
+    known = Expressions()
+    given = (*flat.jaxpr.invars, *flat.jaxpr.constvars)
+    number = {v: known.argument(n) for n, v in enumerate(given)}
+    for eqn in flat.jaxpr.eqns:
+        operands = [known.read(v, number) for v in eqn.invars]
+        results = operands if mark_of(eqn) is not None else known.equation(eqn, operands)
+        number.update(zip(eqn.outvars, results, strict=True))
+    return number

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import ops
-from jaxquant.interpret import _compat
+from jaxquant.interpret import _compat, primitives
 from jaxquant.interpret.calls import Call, trace_call
 from jaxquant.interpret.evaluate import Interpreter
-from jaxquant.interpret.integers import CONTRACTIONS, why
+from jaxquant.interpret.integers import why
 from jaxquant.interpret.observe import places_of
 from jaxquant.interpret.policy import Contraction, Policy
 from jaxquant.interpret.record import both_live
@@ -211,7 +211,8 @@ class Serve(Policy):
 
     def on_grid(self, x: ops.Activation, q: QTensor) -> bool:
         """Whether an activation has the codes that a parameter's contraction takes."""
-        return x.name == q.use.grid
+        held = q.calibration
+        return held is not None and held.input is not None and x.grid.same(held.input)
 
     def edge(self, ip: Interpreter, given: Any, x: ops.Activation, target: str) -> None:
         """Told of each activation that stays integer from one site to another."""
@@ -300,7 +301,7 @@ def _audit(ip: Interpreter, site: Contraction, op: Callable[..., Any], operands:
 def _on_integers(jaxpr: Any) -> bool:
     """Whether a jaxpr holds a contraction with integer operands, at any depth."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in CONTRACTIONS:
+        if primitives.of(eqn).kind == "contraction":
             dtypes = [v.aval.dtype for v in eqn.invars[:2]]
             if all(jnp.issubdtype(d, jnp.integer) for d in dtypes):
                 return True

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.interpret import _compat
+from jaxquant.interpret import _compat, primitives
 from jaxquant.qtensor import is_qtensor
 
 
@@ -94,13 +94,6 @@ def varying(value: Value) -> frozenset[int]:
     return frozenset(a for a, n in enumerate(shape) if n != 1)
 
 
-_POINTWISE = {
-    *("add", "sub", "mul", "div", "neg", "rsqrt", "sqrt", "exp", "log", "tanh", "logistic", "abs"),
-    *("max", "min", "pow", "integer_pow", "square", "convert_element_type", "copy", "copy_p"),
-    *("stop_gradient", "name", "reduce_precision", "sign", "select_n", "add_any", "log1p"),
-}
-
-
 def varies(eqn: Any, operands: list[Value]) -> frozenset[int] | None:
     """The axes along which an equation's results may vary; `None` is all.
 
@@ -109,34 +102,23 @@ def varies(eqn: Any, operands: list[Value]) -> frozenset[int] | None:
     """
     if any(v.facts.live for v in operands) or len(eqn.outvars) != 1 or not operands:
         return None
-    name, shape = eqn.primitive.name, tuple(eqn.outvars[0].aval.shape)
+    row, shape = primitives.of(eqn), tuple(eqn.outvars[0].aval.shape)
     axes, given = varying(operands[0]), tuple(jnp.shape(operands[0].data))
-    if name == "broadcast_in_dim":
+    if row.move == "broadcast":
         dims = eqn.params["broadcast_dimensions"]
         return frozenset(dims[a] for a in axes if given[a] != 1)
-    if name == "transpose":
+    if row.move == "transpose":
         return frozenset(eqn.params["permutation"].index(a) for a in axes)
-    if name in ("reshape", "squeeze", "expand_dims"):
+    if row.move in ("reshape", "squeeze"):
         old = [a for a, n in enumerate(given) if n != 1]
         new = [a for a, n in enumerate(shape) if n != 1]
         if [given[a] for a in old] != [shape[a] for a in new]:
             return None
         return frozenset(new[old.index(a)] for a in axes if a in old)
-    if name in _POINTWISE and all(jnp.ndim(v.data) in (0, len(shape)) for v in operands):
+    pointwise = row.kind == "elementwise" or row.move in ("none", "convert", "round")
+    if pointwise and all(jnp.ndim(v.data) in (0, len(shape)) for v in operands):
         return frozenset().union(*(varying(v) for v in operands if jnp.shape(v.data)))
     return None
-
-
-_KEEP = {
-    *("broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice", "rev"),
-    *("dynamic_slice", "gather", "copy", "copy_p", "stop_gradient", "name"),
-    *("sharding_constraint", "reshard", "reduce_sum", "reduce_max"),
-    *("reduce_min", "cumsum", "cummax", "reduce_precision", "sqrt", "reduce_window_sum", "split"),
-    *("reduce_window_max", "real", "pvary", "reduce_prod", "pcast"),
-}
-_ENTERED = ("jit", "pjit", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
-_ALL = {"add", "add_any", "mul", "div", "min", "concatenate", "pad", "dynamic_update_slice", "rem"}
-_ALWAYS = {"exp", "exp2", "abs", "logistic", "square", "erfc", "iota", "is_finite", "argmax"}
 
 
 def nonneg(eqn: Any, operands: list[bool]) -> list[bool]:
@@ -144,34 +126,12 @@ def nonneg(eqn: Any, operands: list[bool]) -> list[bool]:
 
     `operands` say the same of its inputs (literals included). Conservative: `False` when unknown.
     """
-    name = eqn.primitive.name
-    if len(eqn.outvars) > 1 and name not in (*_ENTERED, "split", "optimization_barrier", "sort"):
-        known = False
-    elif name in _ALWAYS:
-        known = True
-    elif name in _KEEP:
-        known = bool(operands) and operands[0]
-    elif name in _ALL:
-        known = all(operands)
-    elif name in ("optimization_barrier", "sort") and len(operands) == len(eqn.outvars):
-        return list(operands)
-    elif name == "convert_element_type":
-        # a narrower integer may wrap around
-        known = operands[0] and jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
-    elif name == "max":
-        known = any(operands)
-    elif name == "select_n":
-        known = all(operands[1:])
-    elif name == "integer_pow":
-        known = eqn.params["y"] % 2 == 0 or operands[0]
-    elif name == "pow":
-        known = operands[0]
-    elif name in _ENTERED:
-        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-        return _nonneg_jaxpr(_compat.opened(inner)[0], operands)
-    else:
-        known = False
-    return [known] * len(eqn.outvars)
+    row, count = primitives.of(eqn), len(eqn.outvars)
+    if row.kind == "call":
+        return _nonneg_jaxpr(_compat.body(eqn)[0], operands)
+    if row.sign is None:
+        return list(operands) if len(operands) == count else [False] * count
+    return [row.sign(eqn, operands)] * count
 
 
 def _nonneg_jaxpr(jaxpr: Any, operands: list[bool]) -> list[bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,12 +21,12 @@ from jaxquant.linen.collection import NAME, parted, recorded, records, require_r
 from jaxquant.linen.pure import arrays_only, as_given, leaves, prepared
 from jaxquant.params import dequantize_params
 from jaxquant.qtensor import is_qtensor
-from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.recipe import Recipe, RecipeLike, as_recipe
 
 Interceptor = Callable[[Callable[..., Any], Any, Any, InterceptorContext], Any]
 
 
-def interceptor(recipe: Recipe | Rule | Iterable[Rule] | None = None) -> Interceptor:
+def interceptor(recipe: RecipeLike | None = None) -> Interceptor:
     """An interceptor for `flax.linen.intercept_methods` under which models compute quantized.
 
     It acts on the outermost call of a method, whichever that is, of models bound by `bind` too;

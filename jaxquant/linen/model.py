@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +24,7 @@ from jaxquant.linen.collection import (
 from jaxquant.linen.pure import arrays_only, as_given, prepared
 from jaxquant.ptq import ptq
 from jaxquant.qtensor import is_qtensor
-from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.recipe import Recipe, RecipeLike, as_recipe
 from jaxquant.report import Report
 
 
@@ -180,9 +180,7 @@ class QuantizedModel:
         return ptq(self.model.apply, variables, self.recipe, *args, **kwargs)
 
 
-def quantized(
-    model: nn.Module, recipe: Recipe | Rule | Iterable[Rule] | None = None
-) -> QuantizedModel:
+def quantized(model: nn.Module, recipe: RecipeLike | None = None) -> QuantizedModel:
     """The model with `init` and `apply` that compute as `jaxquant.quantized(model.apply)`.
 
     Variables may hold `QTensor`s; with a recipe, float variables that it matches are quantized as

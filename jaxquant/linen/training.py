@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +25,7 @@ from jaxquant.qat import QuantState, Schedule, convert, init_quant_state
 from jaxquant.qat import fake_quantized as fake_quantized_function
 from jaxquant.qat.fake import require_float
 from jaxquant.qat.init import state_for
-from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.recipe import Recipe, RecipeLike, as_recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,7 @@ class FakeQuantizedModel:
 
 def fake_quantized(
     model: nn.Module,
-    recipe: Recipe | Rule | Iterable[Rule],
+    recipe: RecipeLike,
     schedule: Schedule | None = None,
 ) -> FakeQuantizedModel:
     """The model in training with quantization, with `init` and `apply` as a Linen module has them.

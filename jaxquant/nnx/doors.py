@@ -17,13 +17,13 @@ from jaxquant.nnx.model import Quantized
 from jaxquant.nnx.parts import arrays_of, parts_of
 from jaxquant.observers import Observer
 from jaxquant.ptq import ptq as ptq_function
-from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.recipe import RecipeLike, as_recipe
 from jaxquant.report import Report
 
 
 def ptq(
     model: nnx.Module,
-    recipe: Recipe | Rule | Iterable[Rule],
+    recipe: RecipeLike,
     *args: Any,
     method: str = "__call__",
     key: Array | None = None,
@@ -115,7 +115,7 @@ def ptq(
 def capture(
     model: nnx.Module,
     batches: Iterable[Any],
-    recipe: Recipe | Rule | Iterable[Rule] | Observer,
+    recipe: RecipeLike | Observer,
     *,
     method: str = "__call__",
     resume: Statistics | str | os.PathLike[str] | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from jaxquant.params.quantize import leaf_report, ratios
 from jaxquant.qat import QuantState, Schedule, fake_quantized, init_quant_state
 from jaxquant.qat import convert as convert_params
 from jaxquant.qtensor import is_qtensor
-from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.recipe import Recipe, RecipeLike, as_recipe
 from jaxquant.report import Report
 
 
@@ -79,7 +79,7 @@ def _running_averages(model: nnx.Module) -> Iterator[None]:
 
 def fake_quantize(
     model: nnx.Module,
-    recipe: Recipe | Rule | Iterable[Rule],
+    recipe: RecipeLike,
     *example: Any,
     method: str = "__call__",
     key: Array | None = None,
@@ -191,7 +191,7 @@ def _report(plans: Sequence[Plan], params: Any, qparams: Any, recipe: Recipe) ->
         array = id(q.codes) if is_qtensor(q) else identity(plan.path, w)
         leaves.append(leaf_report(plan, w, q, seen.get(array), ratio))
         seen.setdefault(array, plan.path)
-    return Report(tuple(leaves), recipe.name)
+    return Report(tuple(leaves), recipe.title)
 
 
 def _leaves(params: Any) -> list[tuple[str, Any]]:

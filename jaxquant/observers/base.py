@@ -55,6 +55,11 @@ class Observer(Protocol):
         """See above."""
         ...
 
+    @property
+    def sees_rows(self) -> bool:
+        """Whether it is given activations as rows of the matrix that a weight is multiplied by."""
+        return False
+
     def init(self, aval: Any) -> State:
         """The state before any update, for arrays that have the `shape` of `aval`."""
         ...
@@ -241,6 +246,8 @@ class Axis:
     """The field that all observers have, its check, and how they print: as they are called."""
 
     name: ClassVar[str] = ""
+    sees_rows: ClassVar[bool] = False
+
     axis: int | tuple[int, ...] | None = None
 
     def __repr__(self) -> str:

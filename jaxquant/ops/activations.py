@@ -105,7 +105,7 @@ def on_grid(x: Array, grid: Grid, spec: QSpec) -> Array:
     return clamp(low, codes, high).astype(jnp.int8)
 
 
-def grid_of(scale: Array, zero_point: Array | None, spec: QSpec) -> Grid:
+def grid_of(scale: Array, zero_point: Array | None, spec: QSpec, source: str = "") -> Grid:
     """The grid of a scale and a zero point in the format's own codes.
 
     >>> int(grid_of(jnp.float32(1.0), jnp.int32(3), QSpec("uint8", symmetric=False)).zero_point)
@@ -117,7 +117,7 @@ def grid_of(scale: Array, zero_point: Array | None, spec: QSpec) -> Grid:
         zero = jnp.full(scale.shape, -shift, jnp.int32) if shift else None
     else:
         zero = zero_point.astype(jnp.int32) - shift
-    return Grid(scale.astype(jnp.float32), zero, spec)
+    return Grid(scale.astype(jnp.float32), zero, spec, source)
 
 
 def fake_on_grid(x: Array, grid: Grid, spec: QSpec) -> Array:

@@ -101,16 +101,15 @@ def dot_general(
     )
     if q.calibration is not None and q.calibration.divisor is not None:
         call, x, q = _divided(call, jnp.asarray(x), q, q.calibration)
-    return _quantized_dot(call, jnp.asarray(x), _nameless(q))
+    return _quantized_dot(call, jnp.asarray(x), _sourceless(q))
 
 
-def _nameless(q: QTensor) -> QTensor:
-    """The tensor without names of grids, by which layers would differ that are computed alike."""
+def _sourceless(q: QTensor) -> QTensor:
+    """The tensor without sources of grids, by which layers would differ that compute alike."""
     held = q.calibration
     if held is not None:
-        held = Calibration(
-            input=held.input, offset=held.offset, outliers=held.outliers, over=held.over
-        )
+        grid = None if held.input is None else dataclasses.replace(held.input, source="")
+        held = Calibration(input=grid, offset=held.offset, outliers=held.outliers, over=held.over)
     return dataclasses.replace(q, use=Use(), calibration=held)
 
 

@@ -101,8 +101,8 @@ def _accumulator(
 ) -> Accumulator | None:
     if sums is None:
         return None
-    held, spec = q.calibration, q.use.activations
-    assert held is not None and held.input is not None and spec is not None
+    held = q.calibration
+    assert held is not None and held.input is not None
     offset = sum_offset(q, held.input, contracted)
     return Accumulator(
         total=sums.total,
@@ -113,8 +113,6 @@ def _accumulator(
         folded=jax.tree.map(sums.lay, held.folded),
         output=held.output,
         channels=sums.channels,
-        name=q.use.output,
         requantize=q.use.requantize or "float32",
-        spec=q.use.results or spec,
         **about,
     )

@@ -19,7 +19,6 @@ from jax import Array, lax
 from jaxquant.ops.activations import int8_limits, on_grid
 from jaxquant.ops.requantize import fixed_point, rescaled
 from jaxquant.qtensor import Folded, Grid
-from jaxquant.spec import QSpec
 
 MOST = 2**30  # a bias beyond would leave the sums no room in 32 bits
 _PARTS = float(2**20)
@@ -29,7 +28,7 @@ _LEAST = float(jnp.finfo(jnp.float32).tiny) * _PARTS
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("codes", "grid"),
-    meta_fields=("name", "spec", "dtype", "source", "added"),
+    meta_fields=("dtype", "source", "added"),
 )
 @dataclasses.dataclass(frozen=True)
 class Activation:
@@ -37,9 +36,7 @@ class Activation:
 
     Attributes:
       codes: int8.
-      grid: scale and zero point, scalars.
-      name: the grid's name.
-      spec: the format of the codes.
+      grid: scale and zero point, scalars, and the format of the codes.
       dtype: name of the float dtype it stands for.
       source: keys of the sites whose sums it comes from.
       added: keys of the sites whose codes were added to these sums; they may be on any grid.
@@ -47,8 +44,6 @@ class Activation:
 
     codes: Array
     grid: Grid
-    name: str
-    spec: QSpec
     dtype: str
     source: tuple[str, ...]
     added: tuple[str, ...] = ()
@@ -72,16 +67,17 @@ class Activation:
 
     def clamped(self, low: Any = None, high: Any = None) -> Activation:
         """Values clipped to float scalars, which is clipping the codes to theirs."""
-        codes = self.codes
+        codes, spec = self.codes, self.grid.spec
+        assert spec is not None
         if low is not None:
-            codes = jnp.maximum(codes, on_grid(jnp.asarray(low), self.grid, self.spec))
+            codes = jnp.maximum(codes, on_grid(jnp.asarray(low), self.grid, spec))
         if high is not None:
-            codes = jnp.minimum(codes, on_grid(jnp.asarray(high), self.grid, self.spec))
+            codes = jnp.minimum(codes, on_grid(jnp.asarray(high), self.grid, spec))
         return dataclasses.replace(self, codes=codes)
 
 
 _SUM_DATA = ("total", "scale", "offset", "gain", "bias", "folded", "output")
-_SUM_META = ("channels", "key", "name", "requantize", "spec", "dtype", "chain")
+_SUM_META = ("channels", "key", "requantize", "dtype", "chain")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_SUM_DATA, meta_fields=_SUM_META)
@@ -99,9 +95,7 @@ class Accumulator:
       output: grid that the result is requantized to; `None` where it becomes float.
       channels: axes that the vectors vary along.
       key: the site's key.
-      name: the output grid's name.
       requantize: `"float32"` or `"fixed_point"`.
-      spec: format of the output's codes.
       dtype: name of the float dtype it stands for.
       chain: what has been done since, as primitives; `folded` is of use where it holds the same.
     """
@@ -115,9 +109,7 @@ class Accumulator:
     output: Grid | None
     channels: tuple[int, ...]
     key: str
-    name: str
     requantize: str
-    spec: QSpec
     dtype: str
     chain: tuple[str, ...] = ()
 
@@ -220,13 +212,13 @@ class Accumulator:
 
     def coded(self, values: Array, source: tuple[str, ...]) -> Activation:
         """Multiples of the output's scale as codes of its grid."""
-        assert self.output is not None
-        low, high = int8_limits(self.spec.format)
+        assert self.output is not None and self.output.spec is not None
+        low, high = int8_limits(self.output.spec.format)
         if self.output.zero_point is not None:
             # within what codes can be first, so that nothing wraps around
             values = jnp.clip(values, -512, 512) + self.output.zero_point.astype(values.dtype)
         codes = jnp.clip(values, low, high).astype(jnp.int8)
-        return Activation(codes, self.output, self.name, self.spec, self.dtype, source)
+        return Activation(codes, self.output, self.dtype, source)
 
 
 Integers = Activation | Accumulator
@@ -243,8 +235,10 @@ def added(a: Integers, b: Integers) -> Activation | None:
     first, second = (a, b) if isinstance(a, Accumulator) else (b, a)
     if not isinstance(first, Accumulator) or first.output is None:
         return None
-    apart = isinstance(second, Accumulator) and second.name != first.name
-    other = second.activation() if isinstance(second, Accumulator) and apart else second
+    other: Integers | None = second
+    if isinstance(second, Accumulator):
+        together = second.output is not None and second.output.same(first.output)
+        other = second if together else second.activation()
     if other is None:
         return None
     term = other.fine() if isinstance(other, Accumulator) else _fine_codes(other, first)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxquant.interpret.expressions import Expressions
 from jaxquant.optim.blocks import is_blocks
 
 
@@ -111,43 +112,8 @@ def agree(whole: Callable[..., Any], by_leaf: Callable[..., Any], *args: Any) ->
     structure: Any = jax.tree.structure(out)
     if structure != jax.tree.structure(other_out):
         return False
-    seen: dict[Any, int] = {}
-    return _expressions(one, seen) == _expressions(other, seen)
-
-
-def _expressions(closed: Any, seen: dict[Any, int]) -> list[int]:
-    """A number for each result of a jaxpr, the same for the same expression."""
-    arguments = [
-        seen.setdefault(("argument", k), len(seen)) for k in range(len(closed.jaxpr.invars))
-    ]
-    return _evaluate(closed, arguments, seen)
-
-
-def _evaluate(closed: Any, arguments: list[int], seen: dict[Any, int]) -> list[int]:
-    def number(key: Any) -> int:
-        return seen.setdefault(key, len(seen))
-
-    jaxpr = closed.jaxpr
-    values: dict[Any, int] = dict(zip(jaxpr.invars, arguments, strict=True))
-    for var, const in zip(jaxpr.constvars, closed.consts, strict=True):
-        values[var] = number(("constant", id(const)))
-
-    def read(atom: Any) -> int:
-        if hasattr(atom, "val"):
-            return number(("literal", str(atom.aval), repr(atom.val)))
-        return values[atom]
-
-    for position, eqn in enumerate(jaxpr.eqns):
-        operands = [read(atom) for atom in eqn.invars]
-        if eqn.primitive.name in ("jit", "pjit"):
-            made = _evaluate(eqn.params["jaxpr"], operands, seen)
-        elif eqn.primitive.name == "optimization_barrier":
-            made = operands
-        else:
-            params = repr(sorted((k, str(v)) for k, v in eqn.params.items()))
-            key: tuple[Any, ...] = (eqn.primitive.name, params, tuple(operands))
-            if eqn.effects:
-                key = (*key, id(closed), position)  # happens once: equal to nothing else
-            made = [number((key, k)) for k in range(len(eqn.outvars))]
-        values.update(zip(eqn.outvars, made, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    known = Expressions()
+    arguments = [known.argument(n) for n in range(len(one.jaxpr.invars))]
+    return known.results(one.jaxpr, one.consts, arguments) == known.results(
+        other.jaxpr, other.consts, arguments
+    )

@@ -1,6 +1,6 @@
 """Params trees: quantized by a recipe, dequantized, split for training."""
 
-from jaxquant.params.leaf import Encoded, Found, encode_leaf
+from jaxquant.params.leaf import Encoded, encode_leaf
 from jaxquant.params.placement import derive
 from jaxquant.params.plan import Plan, identity, make_plans
 from jaxquant.params.quantize import apply_recipe, check_finite, quantize_params
@@ -8,7 +8,6 @@ from jaxquant.params.trees import combine, dequantize_params, partition
 
 __all__ = [
     "Encoded",
-    "Found",
     "Plan",
     "apply_recipe",
     "check_finite",

@@ -11,30 +11,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
-from jaxquant.encoders import Encoder, Info, huffman_bits
+from jaxquant.encoders import Encoder, Info
 from jaxquant.observers import InputStats
 from jaxquant.params.placement import automatic, derive
 from jaxquant.params.plan import Plan
 from jaxquant.qtensor import QTensor
 from jaxquant.recipe import palette
-from jaxquant.report import shown
-
-
-class Found(NamedTuple):
-    """A number that was found for a leaf, or the range of it over its layers.
-
-    >>> print(Found("awq", "ratio", 0.25, 0.5))
-    awq: ratio 0.25 to 0.5
-    """
-
-    what: str
-    name: str
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        more = f" to {self.high:.3g}" if self.high > self.low else ""
-        return f"{self.what}: {self.name} {self.low:.3g}{more}"
+from jaxquant.report import Found, shown
 
 
 class Encoded(NamedTuple):
@@ -91,7 +74,7 @@ def encode_leaf(
             q, info = run(w, own, stats)
         if isinstance(leaf.sharding, NamedSharding):
             q = jax.device_put(q, derive(leaf.sharding, leaf.shape, q))
-        return Encoded(q, info, _said(q, info, encoder))
+        return Encoded(q, info, _notes(q, info, encoder))
     except ValueError as error:
         raise ValueError(f"{shown(plan.path)}: {error}") from error
 
@@ -107,22 +90,9 @@ def _abstract(leaf: jax.ShapeDtypeStruct, stats: InputStats | None, run: Any) ->
     )
 
 
-def _said(q: QTensor, info: Info, encoder: Encoder) -> tuple[str | Found, ...]:
+def _notes(q: QTensor, info: Info, encoder: Encoder) -> tuple[str | Found, ...]:
     """What one should know of how an encoder fared."""
-    details, notes = dict(info.details or {}), list[str | Found]()
-    used, asked = details.get("damping"), getattr(encoder, "damping", None)
-    if used is not None and asked is not None:
-        raised = np.asarray(used, np.float64)
-        if raised.max() > 1.5 * asked:
-            what = f"the factorisation failed with damping {asked:.3g}"
-            notes.append(Found(what, "used", float(raised.min()), float(raised.max())))
-    dead = float(np.sum(np.asarray(details.get("dead", 0.0))))
-    if dead:
-        notes.append(Found("inputs that were always zero", "count", dead, dead))
-    fmt = q.spec.format
+    notes, fmt = encoder.notes(info.details or {}), q.spec.format
     if q.codebook is None and fmt.is_codebook and fmt == palette(fmt.bits).format:
-        notes.append("rounded to evenly spaced values: the encoder kmeans() finds better ones")
-    if "counts" in details:
-        bits = huffman_bits(np.asarray(details["counts"]))
-        notes.append(Found("Huffman-coded", "bits per weight", bits, bits))
-    return tuple(notes)
+        return (*notes, "rounded to evenly spaced values: the encoder kmeans() finds better ones")
+    return notes

@@ -14,7 +14,6 @@ import numpy as np
 
 from jaxquant.encoders import Encoder
 from jaxquant.interpret.sites import Site, Sites
-from jaxquant.numerics import FORMATS, BlockFormat
 from jaxquant.observers import Inputs
 from jaxquant.params.axes import localize
 from jaxquant.qtensor import is_qtensor
@@ -280,14 +279,6 @@ def describe(spec: QSpec) -> str:
     ('int4 in groups of 64', 'mxfp4 in groups of 32')
     """
     name, gran = _short(spec), spec.granularity
-    for block in FORMATS.values():
-        if (
-            isinstance(block, BlockFormat)
-            and (block.element, block.scale.name) == (spec.format, spec.scale_dtype)
-            and block.global_scale == spec.global_scale
-            and gran == PerGroup(block.block, getattr(gran, "axis", None))
-        ):
-            name = block.name
     if isinstance(gran, PerTensor):
         words = f"{name} per tensor"
     elif isinstance(gran, PerChannel):
@@ -302,4 +293,4 @@ def describe(spec: QSpec) -> str:
 
 
 def _short(spec: QSpec) -> str:
-    return spec.format.name.removeprefix("float8_")
+    return spec.name.removeprefix("float8_")

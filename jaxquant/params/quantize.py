@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,13 +18,13 @@ from jaxquant.params.donated import consume, last_uses, rehearse, wait_for
 from jaxquant.params.leaf import Encoded, encode_leaf, require_no_inputs
 from jaxquant.params.plan import Plan, identity, make_plans
 from jaxquant.qtensor import Use, is_qtensor, with_use
-from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.recipe import Recipe, RecipeLike, as_recipe
 from jaxquant.report import LeafReport, Report, shown
 
 
 def quantize_params(
     params: Any,
-    recipe: Recipe | Rule | Iterable[Rule],
+    recipe: RecipeLike,
     *,
     sites: Sites | None = None,
     key: Array | None = None,
@@ -79,22 +79,23 @@ def apply_recipe(
     use: bool = True,
     again: bool = False,
     encoded: Mapping[str, Encoded] | None = None,
+    planned: tuple[list[Plan], list[str]] | None = None,
     donate: bool = False,
 ) -> tuple[Any, Report]:
     """`quantize_params`; with `again`, a tree in which nothing is left to quantize is no error.
 
-    What is in `encoded`, by path, is done already.
+    What is in `encoded`, by path, is done already; `planned` is what `make_plans` returned.
     """
     flat, tree = jax.tree.flatten_with_path(params, is_leaf=is_qtensor)
     leaves = [(path_str(path), leaf) for path, leaf in flat]
-    plans, notes = make_plans(leaves, recipe, sites, again=again)
+    plans, notes = planned or make_plans(leaves, recipe, sites, again=again)
     given = dict(encoded or {})
-    planned = [(p, x) for p, (_, x) in zip(plans, leaves, strict=True) if p.spec is not None]
+    chosen = [(p, x) for p, (_, x) in zip(plans, leaves, strict=True) if p.spec is not None]
     # rounding to nearest sees by its sums what is not finite, and needs no pass to look for it
-    late = {p.path for p, _ in planned if not donate and p.path not in given and _rounds(p)}
-    check_finite([(p.path, x) for p, x in planned if p.path not in late])
+    late = {p.path for p, _ in chosen if not donate and p.path not in given and _rounds(p)}
+    check_finite([(p.path, x) for p, x in chosen if p.path not in late])
     if donate:
-        rehearse([(p, x) for p, x in planned if p.path not in given], key)
+        rehearse([(p, x) for p, x in chosen if p.path not in given], key)
     ends = last_uses(plans, leaves) if donate else {}
 
     done: dict[Any, tuple[str, Encoded]] = {}
@@ -131,10 +132,10 @@ def apply_recipe(
         infos.append(info)
         reports.append((plan, leaf, out[-1], shared))
     measured = ratios(infos)
-    _check_late(late, planned, dict(zip((p.path for p in plans), infos, strict=True)))
+    _check_late(late, chosen, dict(zip((p.path for p in plans), infos, strict=True)))
     report = Report(
         leaves=tuple(leaf_report(*r, sqnr) for r, sqnr in zip(reports, measured, strict=True)),
-        recipe=recipe.name,
+        recipe=recipe.title,
         notes=tuple(notes),
     )
     return jax.tree.unflatten(tree, out), report
@@ -145,10 +146,10 @@ def _rounds(plan: Plan) -> bool:
 
 
 def _check_late(
-    late: set[str], planned: list[tuple[Plan, Any]], infos: Mapping[str, Info | None]
+    late: set[str], chosen: list[tuple[Plan, Any]], infos: Mapping[str, Info | None]
 ) -> None:
     """Looks at the leaves whose sums are not finite, which those of finite values are."""
-    found = [(p.path, x, infos[p.path]) for p, x in planned if p.path in late]
+    found = [(p.path, x, infos[p.path]) for p, x in chosen if p.path in late]
     known = [None if i is None or isinstance(i.signal, jax.core.Tracer) else i for *_, i in found]
     sums = jax.device_get([None if i is None else i.signal for i in known])
     check_finite([(p, x) for (p, x, _), s in zip(found, sums, strict=True) if s is None or s != s])

@@ -14,19 +14,19 @@ from jax import Array
 
 from jaxquant.capture import Statistics, activation_report, arguments, capture
 from jaxquant.capture.batches import Alike, lists_told, require_iterable
-from jaxquant.interpret.calls import trace_call
+from jaxquant.interpret.calls import Call, trace_call
 from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.serve import serve
-from jaxquant.interpret.sites import Sites
+from jaxquant.interpret.sites import Sites, path_str
 from jaxquant.numerics import compute_dtype
-from jaxquant.params import Encoded, apply_recipe
+from jaxquant.params import Encoded, apply_recipe, make_plans
 from jaxquant.ptq.calibrate import How, encoded_by_inputs
 from jaxquant.ptq.channels import divided
 from jaxquant.ptq.fuse import fused, with_offsets
 from jaxquant.ptq.speed import Meter, speed_notes
 from jaxquant.ptq.static import Divided, calibrated, check_observers, check_sites
 from jaxquant.qtensor import is_qtensor
-from jaxquant.recipe import Recipe, Rule, as_recipe, attention_spec
+from jaxquant.recipe import Recipe, RecipeLike, as_recipe, attention_spec
 from jaxquant.report import Event, Report, shown
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -35,7 +35,7 @@ _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 def ptq(
     fn: Callable[..., Any],
     params: Any,
-    recipe: Recipe | Rule | Iterable[Rule],
+    recipe: RecipeLike,
     *args: Any,
     batches: Iterable[Any] | None = None,
     stats: Statistics | str | os.PathLike[str] | None = None,
@@ -129,6 +129,8 @@ def ptq(
             "ptq: the function contracts nothing with its params, so there is nothing to quantize; "
             f"params: {', '.join(map(shown, call.param_paths)) or 'none'}"
         )
+    leaves = jax.tree.leaves_with_path(params, is_leaf=is_qtensor)
+    planned = make_plans([(path_str(path), leaf) for path, leaf in leaves], recipe, sites)
     with_kwargs = functools.partial(fn, **kwargs) if kwargs else fn
     encoded: dict[str, Encoded] = {}
     absorbed: dict[str, list[str]] = {}
@@ -143,11 +145,11 @@ def ptq(
                 "weights leave them"
             )
         how = How(sequential, budget, offload, progress, save, resume)
-        bound = trace_call(with_kwargs, params, args, {})
+        bound = trace_call(with_kwargs, params, args, {}) if kwargs else call
         if stats is not None:
             check_sites(sites, stats)
         encoded, params, absorbed = encoded_by_inputs(
-            with_kwargs, params, recipe, bound, sites, batches, stats, key, how
+            with_kwargs, params, recipe, bound, sites, planned[0], batches, stats, key, how
         )
     if batches is not None and observed and not looking:
         stats = capture(with_kwargs, params, batches, recipe, progress=progress)
@@ -156,19 +158,20 @@ def ptq(
         check_sites(sites, stats)
         check_observers(recipe, sites, stats)
         params, by_channel = divided(params, recipe, sites, stats)
-    qparams, report = apply_recipe(params, recipe, sites=sites, key=key, encoded=encoded)
+    qparams, report = apply_recipe(
+        params, recipe, sites=sites, key=key, encoded=encoded, planned=planned
+    )
     report = report.with_leaf_notes(absorbed)
     if batches is not None and observed and looking:
         # ranges are of what is left of an activation when its factors have moved
         stats = capture(with_kwargs, qparams, batches, recipe, progress=progress)
     if stats is not None and observed:
         qparams = with_offsets(calibrated(qparams, recipe, sites, stats, by_channel), sites)
-        call = trace_call(fn, qparams, args, kwargs)
-        qparams, edges = fused(qparams, call, recipe, sites)
+        qparams, edges = fused(qparams, _with(call, qparams), recipe, sites)
         report = dataclasses.replace(
             report, edges=edges, activations=activation_report(stats, recipe, sites)
         )
-    events = _replay(fn, qparams, args, kwargs, recipe)
+    events = _replay(_with(call, qparams), recipe)
     report = dataclasses.replace(report, attention=_attention(sites, qparams, recipe))
     report = report.with_notes(*speed_notes(meter, sites, qparams, report, names))
     return qparams, report.with_events([*events, *_dtypes(qparams, names)])
@@ -216,11 +219,13 @@ def _require_alike(args: tuple[Any, ...], batches: Sequence[Any]) -> None:
         )
 
 
-def _replay(
-    fn: Callable[..., Any], qparams: Any, args: Sequence[Any], kwargs: Any, recipe: Recipe
-) -> tuple[Event, ...]:
+def _with(call: Call, qparams: Any) -> Call:
+    """The call with the quantized params, which it was traced for as well: as floats."""
+    return call.with_params(jax.tree.leaves(qparams, is_leaf=is_qtensor))
+
+
+def _replay(call: Call, recipe: Recipe) -> tuple[Event, ...]:
     """What `quantized(fn)` will report, found without running it."""
-    call = trace_call(fn, qparams, tuple(args), kwargs)
     events: list[Event] = []
 
     def run(leaves: list[Any]) -> None:

@@ -16,7 +16,7 @@ from jaxquant.encoders import rtn
 from jaxquant.interpret.calls import Call, is_traced
 from jaxquant.interpret.sites import Sites, path_str
 from jaxquant.observers import Inputs
-from jaxquant.params import Encoded, Plan, check_finite, encode_leaf, make_plans
+from jaxquant.params import Encoded, Plan, check_finite, encode_leaf
 from jaxquant.ptq.encode import encode_members, placed
 from jaxquant.ptq.gather import BUDGET, expected_stats, fed_by, members_of, misfits, passes
 from jaxquant.ptq.moves import Move, folded, moves_of, stuck
@@ -57,6 +57,7 @@ def encoded_by_inputs(
     recipe: Recipe,
     call: Call,
     sites: Sites,
+    planned: Sequence[Plan],
     batches: Sequence[Any] | None,
     stats: Statistics | None,
     key: Array | None,
@@ -70,6 +71,7 @@ def encoded_by_inputs(
       recipe: the rules.
       call: `fn` traced with the arguments of the first batch.
       sites: its sites.
+      planned: what to do with every leaf.
       batches: the samples; `None` where there are `stats`.
       stats: what was gathered before.
       key: see `encode_leaf`.
@@ -81,7 +83,7 @@ def encoded_by_inputs(
     """
     flat = jax.tree.leaves_with_path(params, is_leaf=is_qtensor)
     leaves = {path_str(path): leaf for path, leaf in flat}
-    plans = {plan.path: plan for plan in make_plans(list(leaves.items()), recipe, sites)[0]}
+    plans = {plan.path: plan for plan in planned}
     needs = _needs(plans)
     check_finite([(path, leaf) for path, leaf in leaves.items() if plans[path].spec is not None])
     _rehearse(leaves, plans, needs, key)
@@ -181,7 +183,7 @@ def _needs(plans: Mapping[str, Plan]) -> dict[str, Inputs]:
     needs = {}
     for path, plan in plans.items():
         observer = None if plan.spec is None else plan.gathers
-        if getattr(plan.encoder, "observer", None) is None and stuck(plan):
+        if (plan.encoder is None or plan.encoder.observer is None) and stuck(plan):
             continue  # its rewrite has nothing to do
         if observer is not None and any(site.primitive != "gather" for site in plan.sites):
             needs[path] = observer
@@ -224,7 +226,7 @@ def _rehearse(
         if plan.spec is None or encoder is None:
             continue
         stats = None
-        if getattr(encoder, "observer", None) is not None:
+        if encoder.observer is not None:
             if path not in needs:
                 continue  # meets no inputs
             stats = expected_stats(plan, leaf.shape)
@@ -239,11 +241,11 @@ def _rehearse(
 def _by_itself(path: str, leaf: Any, plan: Plan, key: Array | None) -> Encoded:
     """A leaf whose encoder looks at nothing else; a table that is only looked up, too."""
     encoder = plan.encoder or rtn()
-    if getattr(encoder, "observer", None) is None:
+    if encoder.observer is None:
         made = encode_leaf(leaf, plan, encoder, key)
         why = stuck(plan) if plan.rewrite is not None else ""
         return made._replace(notes=(*made.notes, f"not rewritten: {why}")) if why else made
-    other = getattr(encoder, "without_inputs", rtn())
+    other = encoder.without_inputs or rtn()
     made = encode_leaf(leaf, plan, other, key)
     return made._replace(notes=(*made.notes, f"meets no inputs: {other} in place of {encoder}"))
 

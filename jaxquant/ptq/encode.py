@@ -13,12 +13,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding
 
-from jaxquant.encoders import matrix_spec, measure, rtn, to_matrix
+from jaxquant.encoders import Encoder, matrix_spec, measure, rtn, to_matrix
 from jaxquant.observers import InputStats, input_stats
-from jaxquant.params import Encoded, Found, Plan, derive, encode_leaf
+from jaxquant.params import Encoded, Plan, derive, encode_leaf
 from jaxquant.ptq.moves import Move
 from jaxquant.qtensor import Calibration, QTensor, along
-from jaxquant.report import shown
+from jaxquant.report import Found, shown
+from jaxquant.rewrites.scaling import Rewrite
 
 _SHOWN = ("ratio", "alpha")  # of a rewrite's details
 
@@ -97,7 +98,7 @@ def _refused(member: Member) -> str:
     """Why a rewrite does not apply to a leaf; empty if it does."""
     if member.immovable:
         return member.immovable
-    if getattr(member.plan.encoder, "learns_values", False):
+    if member.plan.encoder is not None and member.plan.encoder.learns_values:
         return f"{member.plan.encoder} finds its values later, and factors are chosen by them"
     if member.move is not None and not member.move.allowed:
         return member.move.reason
@@ -133,8 +134,8 @@ def _encoded(
         divisor = c.reshape(*c.shape[:lead], *(w.shape[a] for a in member.axes))
         w = _times(w, divisor, member.axes)
         stats = _rescaled(stats, c)
-    needs = getattr(encoder, "observer", None) is not None
-    made = encode_leaf(w, member.plan, encoder, key, stats if needs else None)
+    seen = None if encoder.observer is None else stats
+    made = encode_leaf(w, member.plan, encoder, key, seen)
     q = made.q
     if divisor is not None:
         held = q.calibration or Calibration()
@@ -160,18 +161,17 @@ def _times(w: Any, divisor: Array, axes: tuple[int, ...]) -> Array:
     return (w.astype(jnp.float32) * along(divisor, axes, w.ndim)).astype(w.dtype)
 
 
-def _told(rewrite: Any, details: Any) -> tuple[Found, ...]:
+def _told(rewrite: Rewrite, details: Any) -> tuple[Found, ...]:
     """What a rewrite found."""
-    name = str(rewrite).partition("(")[0]
     found = ((k, np.asarray(details[k], np.float64)) for k in _SHOWN if k in details)
-    return tuple(Found(name, k, float(v.min()), float(v.max())) for k, v in found)
+    return tuple(Found(rewrite.name, k, float(v.min()), float(v.max())) for k, v in found)
 
 
-def _few(stats: InputStats, encoder: Any) -> tuple[Found, ...]:
+def _few(stats: InputStats, encoder: Encoder) -> tuple[Found, ...]:
     """That there were fewer rows than columns, for an encoder that inverts their moments."""
-    observer = getattr(encoder, "observer", None)
+    observer = encoder.observer
     rows, k = np.asarray(stats.rows, np.float64), stats.absmax.shape[-1]
-    if not getattr(observer, "hessian", False) or not rows.size or rows.min() >= k:
+    if observer is None or not observer.hessian or not rows.size or rows.min() >= k:
         return ()
     found = Found(f"fewer calibration rows than its {k} columns", "rows", rows.min(), rows.max())
     return (found,)

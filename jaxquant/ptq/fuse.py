@@ -67,7 +67,7 @@ def fused(qparams: Any, call: Call, recipe: Recipe, sites: Sites) -> tuple[Any, 
     apart = _apart(planner, leaves, where)
     reasons: dict[tuple[str, str], str] = {}
     for (source, target), same in sorted(planner.edges.items(), key=lambda item: not item[1]):
-        if same or not leaves[where[source]].use.output:
+        if same or leaves[where[source]].calibration.output is None:
             ends = where[source], where[target]
             clips = source in apart or planner.clips(source)
             reasons[source, target] = _joined(leaves, ends, clips, sites)
@@ -107,21 +107,19 @@ def _joined(leaves: dict[str, Any], ends: tuple[str, str], clips: bool, sites: S
         return "its results are used elsewhere too, beyond the range of what this takes"
     if a.batch != b.batch:
         return "one of them is in a loop"
-    grid = b.calibration.input
-    if a.use.output in ("", b.use.grid):
+    grid, output = b.calibration.input, a.calibration.output
+    if output is None or output.same(grid):
         held = dataclasses.replace(a.calibration, output=grid)
-        use = dataclasses.replace(a.use, output=b.use.grid, results=b.use.activations)
-        leaves[source] = dataclasses.replace(a, use=use, calibration=held)
+        leaves[source] = dataclasses.replace(a, calibration=held)
         return ""
-    if (
-        not _equal(a.calibration.output, grid)
-        or a.use.output.partition(": ")[2] != (b.use.grid.partition(": ")[2])
-    ):
+    if not _equal(output, grid) or output.spec != grid.spec:
         return "it takes another grid than the first that takes these results"
-    for path, q in leaves.items():  # the same values under two names
-        if is_qtensor(q) and b.use.grid in (q.use.grid, q.use.output):
-            names = {n: a.use.output for n in ("grid", "output") if getattr(q.use, n) == b.use.grid}
-            leaves[path] = dataclasses.replace(q, use=dataclasses.replace(q.use, **names))
+    for path, q in leaves.items():  # the same values, calibrated for two sites
+        held = q.calibration if is_qtensor(q) else None
+        one = {n: getattr(held, n) for n in ("input", "output") if getattr(held, n, None)}
+        joined = {n: output for n, g in one.items() if g.same(grid)}
+        if held is not None and joined:
+            leaves[path] = dataclasses.replace(q, calibration=dataclasses.replace(held, **joined))
     return ""
 
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.encoders import Info
-from jaxquant.params import Encoded, Found
+from jaxquant.params import Encoded
 from jaxquant.qtensor import read, written
+from jaxquant.report import Found
 
 Path = str | os.PathLike[str]
 

@@ -22,22 +22,24 @@ from jaxquant.interpret.sites import Sites, path_str
 from jaxquant.interpret.values import Value
 from jaxquant.ops.speed import Load, Op, kind_of, ratio
 from jaxquant.qtensor import QTensor, is_qtensor
-from jaxquant.recipe import Recipe, presets
+from jaxquant.recipe import (
+    Recipe,
+    as_recipe,
+    fp4,
+    mxfp4,
+    nf4,
+    w4a8,
+    w4a16,
+    w8a8,
+    w8a8_fp8,
+    w8a16,
+)
 from jaxquant.report import Report
 
 SLOWER, FASTER = 1.15, 0.9  # figures are good to a digit
 
 # Those that need nothing but the params.
-_PRESETS = (
-    presets.w8a8,
-    presets.w8a16,
-    presets.w4a8,
-    presets.w4a16,
-    presets.nf4,
-    presets.fp4,
-    presets.fp8,
-    presets.mxfp4,
-)
+_CHOICES = (w8a8, w8a16, w4a8, w4a16, nf4, fp4, w8a8_fp8, mxfp4)
 
 
 def _counted(
@@ -205,12 +207,12 @@ def _faster(
     assert slowest is not None
     bits = slowest.spec.format.bits
     found: list[tuple[int, float, Ratios, str]] = []
-    for make in _PRESETS:
-        recipe = make()
+    for make in _CHOICES:
+        recipe = as_recipe(make(), "ptq")
         spec = recipe.rules[0].weights
         figure = _mean(parts, [_by(recipe, platform, part, tables) for part in parts])
         if spec is not None and figure[1] <= FASTER:
-            found.append((abs(spec.format.bits - bits), sum(figure), figure, recipe.name))
+            found.append((abs(spec.format.bits - bits), sum(figure), figure, recipe.title))
     if not found:
         return None
     _, _, figure, name = min(found)

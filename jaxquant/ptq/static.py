@@ -68,13 +68,14 @@ def calibrated(
                 f"{shown(path)}: expected statistics for layers {list(leaf.batch)}, "
                 f"got {list(seen.low.shape)}"
             )
-        held = dataclasses.replace(before, input=grid_of(*range_to_scale(seen, spec), spec))
+        source = _entry(stats, uses[0].key) if len(uses) == 1 else path
+        grid = grid_of(*range_to_scale(seen, spec), spec, source)
+        held = dataclasses.replace(before, input=grid)
         if by is not None:
             held = dataclasses.replace(held, divisor=by.divisor, axis=by.axis)
         if rule.requantize is not None:
             leaf = with_fine_scales(leaf, [a - len(leaf.batch) for a in uses[0].contracted])
-        name = _entry(stats, uses[0].key) if len(uses) == 1 else path
-        use = dataclasses.replace(leaf.use, grid=f"{name}: {spec!r}", requantize=rule.requantize)
+        use = dataclasses.replace(leaf.use, requantize=rule.requantize)
         leaves[path] = dataclasses.replace(leaf, use=use, calibration=held)
     for path, grids in _attention(leaves, recipe, sites, stats).items():
         held = leaves[path].calibration or Calibration()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxquant.encoders import Info, measure
+from jaxquant.encoders import Encoder, Info, measure
 from jaxquant.interpret.sites import Sites, path_str
 from jaxquant.params import check_finite, encode_leaf
 from jaxquant.params.placement import automatic
@@ -21,7 +20,7 @@ from jaxquant.qat.leaves import encoded, with_grid
 from jaxquant.qat.schedule import Schedule
 from jaxquant.qat.state import QuantState, kinds_of, require_same
 from jaxquant.qtensor import QTensor, is_qtensor
-from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.recipe import Recipe, RecipeLike, as_recipe
 from jaxquant.report import shown
 from jaxquant.spec import QSpec
 
@@ -29,7 +28,7 @@ from jaxquant.spec import QSpec
 def convert(
     params: Any,
     quant_state: QuantState,
-    recipe: Recipe | Rule | Iterable[Rule],
+    recipe: RecipeLike,
     *,
     schedule: Schedule | None = None,
 ) -> Any:
@@ -118,8 +117,8 @@ def _check_learned(state: QuantState, where: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _AsTrained:
-    """The encoder of one leaf, see `jaxquant.encoders.Encoder`: codes as training makes them."""
+class _AsTrained(Encoder):
+    """The encoder of one leaf: codes as training makes them."""
 
     plan: Plan
     recipe: Recipe

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,13 +26,13 @@ from jaxquant.qat.leaves import key_of, learns_activations, observes, trained, w
 from jaxquant.qat.schedule import Phase, Schedule
 from jaxquant.qat.state import QuantState, leaves_of, require_same
 from jaxquant.qtensor import is_qtensor
-from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.recipe import Recipe, RecipeLike, as_recipe
 from jaxquant.report import shown
 
 
 def fake_quantized(
     fn: Callable[..., Any],
-    recipe: Recipe | Rule | Iterable[Rule],
+    recipe: RecipeLike,
     *,
     schedule: Schedule | None = None,
     frozen: Callable[..., Any] | None = None,

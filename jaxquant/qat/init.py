@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -23,7 +23,7 @@ from jaxquant.qat.fake import observations, plans_of, require_float, require_tra
 from jaxquant.qat.leaves import learns_activations, observes, weight_estimator
 from jaxquant.qat.state import Layout, QuantState, leaves_of, shapes_of
 from jaxquant.qtensor import magnitude
-from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.recipe import Recipe, RecipeLike, Rule, as_recipe
 from jaxquant.report import shown
 from jaxquant.ste import Moments
 
@@ -31,7 +31,7 @@ from jaxquant.ste import Moments
 def init_quant_state(
     fn: Callable[..., Any],
     params: Any,
-    recipe: Recipe | Rule | Iterable[Rule],
+    recipe: RecipeLike,
     example: Any,
     *,
     key: Array | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -12,13 +11,13 @@ from jaxquant.params.plan import make_plans
 from jaxquant.qat.leaves import at_bits, weight_estimator
 from jaxquant.qat.state import QuantState, kinds_of, require_same
 from jaxquant.qtensor import is_qtensor
-from jaxquant.recipe import Recipe, Rule, as_recipe
+from jaxquant.recipe import RecipeLike, as_recipe
 from jaxquant.report import shown
 
 
 def fake_quant_params(
     params: Any,
-    recipe: Recipe | Rule | Iterable[Rule],
+    recipe: RecipeLike,
     *,
     sites: Sites | None = None,
     quant_state: QuantState | None = None,

@@ -172,7 +172,7 @@ def widened(recipe: Recipe, bits: int) -> Recipe:
         )
         for rule in recipe
     ]
-    return Recipe(rules, recipe.name)
+    return Recipe(rules, recipe.name, recipe.added)
 
 
 def wide(spec: QSpec | None, bits: int) -> QSpec | None:

@@ -41,7 +41,7 @@ class Layout:
     learned: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __repr__(self) -> str:
-        name = self.recipe.name or f"{len(self.recipe)} rules"
+        name = self.recipe.title or f"{len(self.recipe)} rules"
         count = sum(plan.spec is not None for plan in self.plans)
         return f"Layout({name}, {count} of {len(self.plans)} leaves)"
 

@@ -14,7 +14,9 @@ from jaxquant.spec import QSpec
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("scale", "zero_point"), meta_fields=("spec",)
+    jax.tree_util.register_dataclass,
+    data_fields=("scale", "zero_point"),
+    meta_fields=("spec", "source"),
 )
 @dataclasses.dataclass(frozen=True)
 class Grid:
@@ -24,11 +26,17 @@ class Grid:
       scale: float32 `[*batch]`.
       zero_point: int32 like `scale`, in units of int8 codes; `None` where it is 0.
       spec: what it was made for; `None` where that does not matter.
+      source: key of the site or the parameter whose activation it was calibrated for.
     """
 
     scale: Array
     zero_point: Array | None
     spec: QSpec | None = None
+    source: str = ""
+
+    def same(self, other: Grid) -> bool:
+        """Whether both were calibrated as one grid, so that codes on one are codes on the other."""
+        return self.source != "" and (self.source, self.spec) == (other.source, other.spec)
 
     def suits(self, spec: QSpec) -> bool:
         """Whether codes of `spec` may lie on it."""

@@ -30,19 +30,12 @@ class Use:
         the spec (`None` to skip), so that contractions without a parameter find theirs.
       requantize: how integer results become the next layer's input, see `Rule`; `None` makes them
         float.
-      grid: name of the calibrated grid that the other operand is quantized to; operands on the
-        same grid have the same name.
-      output: name of the grid that integer results are requantized to; empty where they are not.
-      results: spec of that grid's codes.
       outliers: which columns of the other operand stay in float; `None` quantizes all.
     """
 
     activations: QSpec | None = None
     attention: tuple[tuple[Any, QSpec | None], ...] = ()
     requantize: str | None = None
-    grid: str = ""
-    output: str = ""
-    results: QSpec | None = None
     outliers: Outliers | None = None
 
 

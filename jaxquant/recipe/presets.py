@@ -14,8 +14,8 @@ from jaxquant.observers import Observer, absmax, mse
 from jaxquant.qtensor import Outliers
 from jaxquant.recipe.recipe import Recipe
 from jaxquant.recipe.rules import Requantize, Rule
-from jaxquant.recipe.specs import int4, int8
-from jaxquant.spec import Gradients, PerChannel, PerGroup, PerTensor, QSpec
+from jaxquant.recipe.specs import fp8, int4, int8
+from jaxquant.spec import Gradients, PerChannel, PerTensor
 
 
 def w8a8(*, attention: bool = True) -> Recipe:
@@ -132,38 +132,6 @@ def w4a8(group: int = 128, *, attention: bool = False) -> Recipe:
     return Recipe([rule], "w4a8")
 
 
-def nf4(group: int = 64, *, double: bool = False) -> Recipe:
-    """Weights in the 4-bit normal-float codebook of QLoRA, in groups; tables int8.
-
-    Codes and scales are those of bitsandbytes where the group divides the contracted size. Its
-    blocks run on from one output to the next otherwise, as they do with
-    `QSpec("nf4", PerGroup(64, axis=(1, 0)))` for a kernel `[in, out]`.
-
-    Args:
-      group: how many values along the contracted axes share a scale.
-      double: quantize scales themselves, 4.127 bits a weight at groups of 64.
-
-    Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), section 3.
-
-    >>> import jaxquant as jq
-    >>> jq.nf4().rules[0].weights.format.name
-    'nf4'
-    """
-    spec = QSpec("nf4", PerGroup(group), double=double)
-    return Recipe([Rule("**", weights=spec, lookup=int8())], "nf4")
-
-
-def fp4(group: int = 64, *, double: bool = False) -> Recipe:
-    """Weights in bitsandbytes' 4-bit floats, in groups; tables int8. Arguments as for `nf4`.
-
-    >>> import jaxquant as jq
-    >>> jq.fp4(double=True).rules[0].weights
-    QSpec(fp4, PerGroup(size=64, axis=None), double=True)
-    """
-    spec = QSpec("fp4", PerGroup(group), double=double)
-    return Recipe([Rule("**", weights=spec, lookup=int8())], "fp4")
-
-
 def llm_int8(
     threshold: float = 6.0, capacity: int | float = 64, *, calibrated: bool = False
 ) -> Recipe:
@@ -186,25 +154,14 @@ def llm_int8(
     return Recipe([rule], "llm_int8")
 
 
-def fp8() -> Recipe:
+def w8a8_fp8() -> Recipe:
     """Weights and activations float8 e4m3fn, one scale per channel and per row.
 
     >>> import jaxquant as jq
-    >>> jq.fp8().rules[0].weights.format.name
+    >>> jq.w8a8_fp8().rules[0].weights.format.name
     'float8_e4m3fn'
     """
-    spec = QSpec("float8_e4m3fn")
-    return Recipe([Rule("**", weights=spec, activations=spec)], "fp8")
-
-
-def mxfp4() -> Recipe:
-    """Weights in OCP's MXFP4: float4 e2m1 with a power-of-two scale per 32; tables int8.
-
-    >>> import jaxquant as jq
-    >>> jq.mxfp4().rules[0].weights
-    QSpec(float4_e2m1fn, PerGroup(size=32, axis=None), scale_dtype='float8_e8m0fnu')
-    """
-    return Recipe([Rule("**", weights=QSpec("mxfp4"), lookup=int8())], "mxfp4")
+    return Recipe([Rule("**", weights=fp8(), activations=fp8())], "w8a8_fp8")
 
 
 def int8_training(gradients: Gradients | None = None, *, attention: bool = False) -> Recipe:

@@ -10,10 +10,9 @@ from typing import Any
 from jaxquant.encoders import Encoder
 from jaxquant.recipe.patterns import pattern_matches
 from jaxquant.recipe.rules import Pattern, Rule
+from jaxquant.recipe.specs import int8
 from jaxquant.rewrites.scaling import Rewrite
 from jaxquant.spec import QSpec
-
-_ADDED = re.compile(r"\d+ rules?")  # how the name of a recipe ends that rules were prepended to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +20,10 @@ class Recipe:
     """Rules in order; the first that matches a key path decides.
 
     Attributes:
-      rules: the rules, given as any iterable.
+      rules: the rules, given as any iterable; or one spec, for all weights. Below 8 bits, tables
+        that rows are looked up in are kept at int8 then.
       name: shown in reports.
+      added: how many rules were put in front of those that the name is of.
 
     >>> import jaxquant as jq
     >>> recipe = jq.Recipe([jq.Rule("**/head/*", skip=True), jq.Rule("**", weights=jq.int8())])
@@ -32,8 +33,15 @@ class Recipe:
 
     rules: tuple[Rule, ...]
     name: str = ""
+    added: int = 0
 
-    def __init__(self, rules: Iterable[Rule], name: str = "") -> None:
+    def __init__(
+        self, rules: Iterable[Rule] | Rule | QSpec, name: str = "", added: int = 0
+    ) -> None:
+        if isinstance(rules, QSpec):
+            lookup = int8() if rules.format.bits < 8 else None
+            name = name or rules.name
+            rules = Rule("**", weights=rules, lookup=lookup)
         rules = (rules,) if isinstance(rules, Rule) else tuple(rules)
         if not rules:
             raise ValueError("Recipe: expected at least one rule, got none")
@@ -42,6 +50,13 @@ class Recipe:
                 raise ValueError(f"Recipe: expected rules, got {rule!r}")
         object.__setattr__(self, "rules", rules)
         object.__setattr__(self, "name", name)
+        object.__setattr__(self, "added", added)
+
+    @property
+    def title(self) -> str:
+        """The name, and how many rules were added; empty without a name."""
+        more = f" + {_plural(self.added)}" if self.added else ""
+        return self.name + more if self.name else ""
 
     def match(self, key: str) -> Rule | None:
         """The first rule that matches a key path, or `None`."""
@@ -54,11 +69,7 @@ class Recipe:
         >>> jq.w8a8().prepend(jq.Rule("**/head/*", skip=True))
         <Recipe w8a8 + 1 rule: 2 rules>
         """
-        name, _, count = self.name.partition(" + ")
-        added = len(rules) + int(count.split()[0] if _ADDED.fullmatch(count) else 0)
-        if count and not _ADDED.fullmatch(count):  # a name of the user's own
-            name = self.name
-        return Recipe(rules + self.rules, f"{name} + {_plural(added)}" if name and added else name)
+        return Recipe(rules + self.rules, self.name, self.added + len(rules))
 
     def using(self, encoder: Encoder | None = None, rewrite: Rewrite | None = None) -> Recipe:
         """This recipe with an encoder, or a rewrite, in all rules that quantize weights.
@@ -75,8 +86,9 @@ class Recipe:
         rules = [
             rule if rule.weights is None else dataclasses.replace(rule, **new) for rule in self
         ]
-        words = [str(v).partition("(")[0] for v in (rewrite, encoder) if v is not None]
-        return Recipe(rules, ", ".join([self.name, *words]) if self.name else "")
+        words = [v.name for v in (rewrite, encoder) if v is not None]
+        name = ", ".join([self.name, *words]) if self.name else ""
+        return Recipe(rules, name, self.added)
 
     @property
     def attention(self) -> tuple[tuple[Pattern, QSpec | None], ...]:
@@ -104,8 +116,12 @@ class Recipe:
 
     def __repr__(self) -> str:
         if self.name:
-            return f"<Recipe {self.name}: {_plural(len(self.rules))}>"
+            return f"<Recipe {self.title}: {_plural(len(self.rules))}>"
         return f"Recipe([{', '.join(map(repr, self.rules))}])"
+
+
+RecipeLike = Recipe | Rule | QSpec | Iterable[Rule]
+"""What `as_recipe` takes."""
 
 
 def _plural(count: int) -> str:
@@ -113,7 +129,7 @@ def _plural(count: int) -> str:
 
 
 def as_recipe(value: Any, where: str, params: Any = None) -> Recipe:
-    """The recipe that a caller meant: a `Recipe`, or a rule or rules to make one of.
+    """The recipe that a caller meant: a `Recipe`, or rules or a spec to make one of.
 
     Args:
       value: what was given.
@@ -126,19 +142,21 @@ def as_recipe(value: Any, where: str, params: Any = None) -> Recipe:
     >>> import jaxquant as jq
     >>> as_recipe(jq.Rule("**", weights=jq.int8()), "ptq")
     Recipe([Rule('**', weights=QSpec(int8, PerChannel(axes=None)))])
+    >>> as_recipe(jq.nf4(), "ptq")
+    <Recipe nf4: 1 rule>
     >>> as_recipe(jq.w8a8, "ptq")
     Traceback (most recent call last):
     ...
     ValueError: ptq: expected a Recipe such as jq.w8a8(), got the function w8a8; call it: jq.w8a8()
     """
-    if isinstance(params, (Recipe, Rule)):
+    if isinstance(params, (Recipe, Rule, QSpec)):
         raise ValueError(
             f"{where}: got a {type(params).__name__} for params; params come before the recipe"
         )
     if isinstance(value, Recipe):
         return value
-    if isinstance(value, Rule):
-        return Recipe([value])
+    if isinstance(value, (Rule, QSpec)):
+        return Recipe(value)
     got = f"a {type(value).__name__}"
     if isinstance(value, (list, tuple, Iterator)):
         rules = list(value)
@@ -151,8 +169,6 @@ def as_recipe(value: Any, where: str, params: Any = None) -> Recipe:
     elif isinstance(value, str):
         call = re.sub(r"\W", "", value)
         got = f"the string {value!r}; a preset is a function: jq.{call or 'w8a8'}()"
-    elif isinstance(value, QSpec):
-        got = f"{value!r}; put it in a rule: jq.Rule('**', weights=...)"
     elif value is None:
         got = "None"
     elif callable(value):

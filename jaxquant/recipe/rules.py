@@ -108,14 +108,15 @@ class Rule:
                     f"{self._name}: {name} takes a value such as {like}, got {value!r}, which "
                     "has not been called"
                 )
-        if self.encoder is not None and not callable(self.encoder):
-            raise ValueError(
-                f"{self._name}: encoder takes a value such as rtn(), got {self.encoder!r}"
-            )
         if isinstance(self.encoder, Rewrite):
             raise ValueError(
                 f"{self._name}: {self.encoder!r} is a rewrite, not an encoder: rewrite="
                 f"{self.encoder!r}"
+            )
+        if self.encoder is not None and not isinstance(self.encoder, Encoder):
+            raise ValueError(
+                f"{self._name}: encoder takes a value such as rtn(), or of a class of your own "
+                f"derived from jaxquant.encoders.Encoder; got {self.encoder!r}"
             )
         if self.rewrite is not None:
             if not isinstance(self.rewrite, Rewrite) or isinstance(self.rewrite, type):
@@ -163,7 +164,7 @@ class Rule:
     @property
     def gathers(self) -> Inputs | None:
         """The observer of what its encoder and its rewrite have to know of inputs, if anything."""
-        wanted = [getattr(value, "observer", None) for value in (self.encoder, self.rewrite)]
+        wanted = [value.observer for value in (self.encoder, self.rewrite) if value is not None]
         found = [observer for observer in wanted if observer is not None]
         return inputs(any(observer.hessian for observer in found)) if found else None
 
@@ -183,7 +184,8 @@ class Rule:
             )
         if self.observer is not None:
             raise ValueError(f"{self._name}: outliers beside an observer; leave one of them out")
-        if self.outliers.calibrated and not getattr(self.encoder, "outliers", None):
+        fixed = self.encoder is not None and self.encoder.outliers is not None
+        if self.outliers.calibrated and not fixed:
             raise ValueError(
                 f"{self._name}: calibrated outliers are fixed by the encoder; use "
                 "encoder=vectorwise(outliers)"

@@ -80,7 +80,65 @@ int5 = _integer("int5")
 int6 = _integer("int6")
 int7 = _integer("int7")
 int8 = _integer("int8")
+uint4 = _integer("uint4")
 uint8 = _integer("uint8")
+
+
+def nf4(group: int = 64, *, double: bool = False) -> QSpec:
+    """The 4-bit normal-float codebook of QLoRA, in groups.
+
+    Codes and scales are those of bitsandbytes where the group divides the contracted size. Its
+    blocks run on from one output to the next otherwise, as they do with
+    `QSpec("nf4", PerGroup(64, axis=(1, 0)))` for a kernel `[in, out]`.
+
+    Args:
+      group: how many values along the contracted axes share a scale.
+      double: quantize scales themselves, 4.127 bits a weight at groups of 64.
+
+    Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), section 3.
+
+    >>> nf4(group=32).granularity
+    PerGroup(size=32, axis=None)
+    """
+    return QSpec("nf4", PerGroup(group), double=double)
+
+
+def fp4(group: int = 64, *, double: bool = False) -> QSpec:
+    """The 4-bit floats of bitsandbytes, in groups. Arguments as for `nf4`.
+
+    >>> fp4(double=True)
+    QSpec(fp4, PerGroup(size=64, axis=None), double=True)
+    """
+    return QSpec("fp4", PerGroup(group), double=double)
+
+
+def fp8() -> QSpec:
+    """Float8 e4m3fn, by default one scale per output channel or row.
+
+    >>> fp8()
+    QSpec(float8_e4m3fn, PerChannel(axes=None))
+    """
+    return QSpec("float8_e4m3fn")
+
+
+def mxfp4() -> QSpec:
+    """MXFP4 of the OCP: float4 e2m1 in groups of 32 with a power-of-two scale.
+
+    Source: OCP Microscaling Formats (MX) Specification 1.0, section 5.
+
+    >>> mxfp4()
+    QSpec(float4_e2m1fn, PerGroup(size=32, axis=None), scale_dtype='float8_e8m0fnu')
+    """
+    return QSpec("mxfp4")
+
+
+def nvfp4() -> QSpec:
+    """NVFP4: float4 e2m1 in groups of 16, with float8 e4m3fn scales and one float32 for them all.
+
+    >>> nvfp4()
+    QSpec(float4_e2m1fn, PerGroup(size=16, axis=None), scale_dtype='float8_e4m3fn')
+    """
+    return QSpec("nvfp4")
 
 
 def palette(bits: int = 4, channels: int | None = None) -> QSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 
 def table(
@@ -58,3 +58,20 @@ class Called:
         made: Any = self
         given = [f for f in dataclasses.fields(made) if getattr(self, f.name) != f.default]
         return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
+
+
+class Found(NamedTuple):
+    """A number that was found for a leaf, or the range of it over its layers.
+
+    >>> print(Found("awq", "ratio", 0.25, 0.5))
+    awq: ratio 0.25 to 0.5
+    """
+
+    what: str
+    name: str
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        more = f" to {self.high:.3g}" if self.high > self.low else ""
+        return f"{self.what}: {self.name} {self.low:.3g}{more}"

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxquant.observers.inputs import InputStats
+from jaxquant.observers.inputs import Inputs, InputStats
 from jaxquant.qtensor import dequantize, encode_array
 from jaxquant.spec import QSpec
 
@@ -31,13 +31,16 @@ class Rewrite(Protocol):
         `False` leaves such weights as they are.
     """
 
+    name: ClassVar[str] = "rewrite"
+    """How recipes and reports name it."""
+
     @property
     def online(self) -> bool:
         """See above."""
         ...
 
     @property
-    def observer(self) -> Any:
+    def observer(self) -> Inputs:
         """The observer of the statistics that it needs."""
         ...
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxquant.numerics import BlockFormat, Format, get
+from jaxquant.numerics import FORMATS, BlockFormat, Format, get
 from jaxquant.spec import granularity as _granularity
 from jaxquant.spec.granularity import (
     Blocks,
@@ -126,6 +126,22 @@ class QSpec:
             ("zero_dtype", zero_dtype),
         ):
             object.__setattr__(self, name, value)
+
+    @property
+    def name(self) -> str:
+        """The name of the format: of a block format where this is one as it is defined.
+
+        >>> QSpec("mxfp4").name, QSpec("float4_e2m1fn").name
+        ('mxfp4', 'float4_e2m1fn')
+        """
+        own = self.format, self.scale_dtype, self.global_scale
+        for name, block in FORMATS.items():
+            if not isinstance(block, BlockFormat):
+                continue
+            size = isinstance(self.granularity, PerGroup) and self.granularity.size == block.block
+            if size and own == (block.element, block.scale.name, block.global_scale):
+                return name
+        return self.format.name
 
     def __repr__(self) -> str:
         notes = [self.format.name, repr(self.granularity)]

@@ -33,7 +33,7 @@ def assert_same(a: Statistics, b: Statistics) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mean:
+class Mean(jq.observers.Observer):
     """An observer that jaxquant does not know."""
 
     axis: None = None

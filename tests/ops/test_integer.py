@@ -29,14 +29,14 @@ def totals(seed, reach=40000):
 def grids(name):
     """The grid as jaxquant has it, and as numbers."""
     spec, zero = SPECS[name]
-    held = Grid(jnp.float32(STEP), None if zero is None else jnp.int32(zero))
+    held = Grid(jnp.float32(STEP), None if zero is None else jnp.int32(zero), spec, name)
     return held, ref.grid(held, spec)
 
 
 def sums(total, name, mode, key="w", **what):
     values = dict.fromkeys(("offset", "gain", "bias", "folded"))
     values |= {"scale": jnp.asarray(UNIT)[None], "output": grids(name)[0], "channels": (1,)}
-    values |= {"key": key, "name": name, "requantize": mode, "spec": SPECS[name][0]}
+    values |= {"key": key, "requantize": mode}
     return Accumulator(**{"total": jnp.asarray(total), "dtype": "float32", **values, **what})
 
 
@@ -123,16 +123,16 @@ def test_sums_of_two(name, mode):
     assert both.source == ("a", "b")
     # an activation on a grid of its own, on either side
     step, codes = np.float32(0.021), np.arange(-128, 72, dtype=np.int8).reshape(50, 4)
-    x = Activation(jnp.asarray(codes), Grid(jnp.float32(step), jnp.int32(-9)), "x",
-                   QSpec("int8"), "float32", ("x",))  # fmt: skip
+    own = Grid(jnp.float32(step), jnp.int32(-9), QSpec("int8"), "x")
+    x = Activation(jnp.asarray(codes), own, "float32", ("x",))
     term = ref.fine(codes.astype(np.int64) + 9, step / STEP, mode)
     for total in (added(sums(a, name, mode, "a"), x), added(x, sums(a, name, mode, "a"))):
         np.testing.assert_array_equal(total.codes, first.plus(term))
-        assert (total.source, total.added, total.name) == (("a",), ("x",), name)
+        assert (total.source, total.added, total.grid.source) == (("a",), ("x",), name)
     # sums that are requantized to another grid go through that one
-    other = sums(b, "uint8" if name != "uint8" else "int8 asymmetric", mode, "b")
-    here = grids(other.name)[1]
-    term = ref.fine(here.whole(equations(b, other.name, mode).codes()), STEP / STEP, mode)
+    another = "uint8" if name != "uint8" else "int8 asymmetric"
+    other, here = sums(b, another, mode, "b"), grids(another)[1]
+    term = ref.fine(here.whole(equations(b, another, mode).codes()), STEP / STEP, mode)
     np.testing.assert_array_equal(added(sums(a, name, mode, "a"), other).codes, first.plus(term))
     assert added(x, x) is None
     assert added(sums(a, name, mode, output=None), x) is None

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax import lax
 
 import jaxquant as jq
-from jaxquant.encoders import Info
+from jaxquant.encoders import Encoder, Info
 from jaxquant.observers import Inputs, InputStats, input_stats, inputs
 from jaxquant.qtensor import QTensor
 from tests.arrays import normal
@@ -136,7 +136,7 @@ def test_scanned_layers_are_walked_one_by_one(stacked: Any, walked: Any, rewrite
 
 
 @dataclasses.dataclass(frozen=True)
-class Noting:
+class Noting(Encoder):
     """Rounds to nearest; `rows` is how many rows its statistics hold, written into the scale."""
 
     observer: ClassVar[Inputs] = inputs()
@@ -250,7 +250,7 @@ def test_keyword_arguments_and_pytrees_of_inputs() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Failing:
+class Failing(Encoder):
     """GPTQ that fails once `path` holds so many files."""
 
     folder: str

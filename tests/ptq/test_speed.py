@@ -85,7 +85,8 @@ SAID = {
     f"{OF} w8a8() takes about 0.3 to 0.7 times"),
     "one machine": (jq.mxfp4(), 1, f"mxfp4 in groups of 32 at 1 row {IN} 2.2 times {OF} "
     "w4a16() takes about 0.3 times"),
-    "8 bits": (jq.fp8(), 1, f"e4m3fn per channel, activations e4m3fn at 1 row {IN} 2.0 times {OF} "
+    "8 bits": (jq.w8a8_fp8(), 1, "e4m3fn per channel, activations e4m3fn at 1 row "
+    f"{IN} 2.0 times {OF} "
     "w8a16() takes about 0.5 to 0.6 times"),
     "large groups": (jq.nf4(group=512), 1, f"nf4 in groups of 512 at 1 row {IN} 2.8 to 6.0 times "
     f"{OF} w4a16() takes about 0.3 times"),
@@ -173,7 +174,7 @@ def test_a_slow_layer_counts_as_much_as_it_computes(rest) -> None:
 def test_the_range_of_rows_is_that_of_the_slow_layers() -> None:
     two = lambda p, x: (x @ p["up"], x[:2] @ p["down"], x[:1] @ p["last"])
     params = WEIGHTS | {"last": shape(SIZE, SIZE)}
-    recipe = jq.nf4().prepend(jq.Rule("last", weights=jq.int8()))
+    recipe = jq.Recipe(jq.nf4()).prepend(jq.Rule("last", weights=jq.int8()))
     (note,) = spoken(two, params, recipe, shape(8, SIZE))
     assert "nf4 in groups of 64 at 2 to 8 rows saves" in note
 
@@ -185,7 +186,7 @@ def test_leaves_quantized_before_are_counted() -> None:
 
 
 def test_where_no_preset_is_faster_that_is_said(monkeypatch) -> None:
-    monkeypatch.setattr(speed, "_PRESETS", (jq.nf4,))
+    monkeypatch.setattr(speed, "_CHOICES", (jq.nf4,))
     (note,) = spoken(mlp, WEIGHTS, jq.nf4(), shape(1, SIZE))
     assert note.endswith("float's time, and no preset is known to be faster than float here")
 

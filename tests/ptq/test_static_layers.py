@@ -115,11 +115,10 @@ def test_layers_of_a_loop_have_grids_of_their_own() -> None:
     assert q["w"].calibration.input.scale.shape == (3,)
     for i in range(3):
         held = jax.tree.map(lambda a, i=i: a[i], q["w"]).calibration
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7),
-            held,
-            q1[f"w{i}"].calibration,
-        )
+        other = q1[f"w{i}"].calibration
+        assert (held.input.spec, held.input.source) == (other.input.spec, "w:lhs")
+        for a, b in zip(jax.tree.leaves(held), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=3e-7)
     y, y1 = jax.jit(jq.quantized(in_a_loop))(q, x)[0], jax.jit(jq.quantized(separate))(q1, x)
     np.testing.assert_allclose(y, y1, rtol=1e-6)
 

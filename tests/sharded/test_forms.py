@@ -28,7 +28,7 @@ PRESETS = {
     "w4a8": (jq.w4a8(group=32), EXACT),
     "w4a16": (jq.w4a16(group=64), LIMBS),
     "nf4": (jq.nf4(group=32), EXACT),
-    "fp8": (jq.fp8(), EXACT),
+    "fp8": (jq.w8a8_fp8(), EXACT),
     "mxfp4": (jq.mxfp4(), LIMBS),
 }
 
