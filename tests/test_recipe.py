@@ -174,6 +174,20 @@ def test_what_is_no_recipe(value, message):
         as_recipe(value, "here")
 
 
+def test_parts_are_skipped_and_overridden():
+    recipe = jq.w4a8().skip("lm_head", re.compile("a/.*")).override("down", weights=jq.int8())
+    for path in ("lm_head", "params/x/lm_head/kernel", "a/b"):
+        assert recipe.match(path).skip, path
+    down = recipe.match("params/mlp/down/kernel")
+    assert (down.weights, down.activations, down.lookup) == (jq.int8(), jq.int8(), jq.int8())
+    assert recipe.match("params/mlp/up/kernel") == jq.w4a8().rules[0]
+    assert recipe.title == "w4a8 + 3 rules"
+    with pytest.raises(ValueError, match=r"no rule of .* sets weights"):
+        Recipe(Rule("**", attention=jq.int8())).override("down", weights=jq.int8())
+    with pytest.raises(TypeError, match="weight"):
+        recipe.override("down", weight=jq.int8())
+
+
 def test_a_spec_is_a_recipe_for_weights():
     for spec, lookup in ((jq.nf4(), jq.int8()), (jq.int8(), None)):
         assert as_recipe(spec, "here") == Recipe(

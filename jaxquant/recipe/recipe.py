@@ -71,6 +71,42 @@ class Recipe:
         """
         return Recipe(rules + self.rules, self.name, self.added + len(rules))
 
+    def skip(self, *patterns: Pattern) -> Recipe:
+        """This recipe with all that matches one of the patterns left in float.
+
+        A bare name stands for levels of that name and what lies below: `lm_head` for
+        `**/lm_head/**`.
+
+        >>> import jaxquant as jq
+        >>> recipe = jq.w8a8().skip("lm_head", "*/scale")
+        >>> recipe.match("params/lm_head/kernel").skip, recipe.match("params/mlp/kernel").skip
+        (True, False)
+        """
+        return self.prepend(*(Rule(_anywhere(pattern), skip=True) for pattern in patterns))
+
+    def override(self, pattern: Pattern, **changes: Any) -> Recipe:
+        """This recipe with a rule in front for `pattern`: its last for weights, but for `changes`.
+
+        Args:
+          pattern: what the rule is for; bare names as for `skip`.
+          **changes: fields of `Rule`, such as `weights=` or `encoder=`.
+
+        Raises:
+          ValueError: no rule of the recipe sets weights; what `Rule` refuses.
+
+        >>> import jaxquant as jq
+        >>> rule = jq.w4a8().override("**/down/*", weights=jq.int8()).match("block/down/kernel")
+        >>> rule.weights.name, rule.activations.name
+        ('int8', 'int8')
+        """
+        own = [rule for rule in self.rules if rule.weights is not None]
+        if not own:
+            raise ValueError(
+                f"override: no rule of {self!r} sets weights; use prepend(jq.Rule(...))"
+            )
+        changes = {"pattern": _anywhere(pattern), **changes}
+        return self.prepend(dataclasses.replace(own[-1], **changes))
+
     def using(self, encoder: Encoder | None = None, rewrite: Rewrite | None = None) -> Recipe:
         """This recipe with an encoder, or a rewrite, in all rules that quantize weights.
 
@@ -122,6 +158,12 @@ class Recipe:
 
 RecipeLike = Recipe | Rule | QSpec | Iterable[Rule]
 """What `as_recipe` takes."""
+
+
+def _anywhere(pattern: Pattern) -> Pattern:
+    """The pattern of a bare name's levels, wherever they are; others as they are."""
+    bare = isinstance(pattern, str) and not set(pattern) & set("/*?[#")
+    return f"**/{pattern}/**" if bare else pattern
 
 
 def _plural(count: int) -> str:
