@@ -32,7 +32,7 @@ import optax
 from char_lm_measure import Row, Served, draw, expectations, table
 from char_lm_model import CharLM, Config
 from char_lm_text import Text, few_lines, in_order, shakespeare
-from char_lm_training import Settings, Trained, fit, sample, validate
+from char_lm_training import FakeQuantTensor, Settings, fit, sample, validate
 from flax import nnx
 from minilm_measure import progress, terminal, tree_bytes, versions
 from qat_training import NonFiniteLoss, save_state
@@ -99,7 +99,7 @@ def compare(
 
 
 def serve(
-    trained: Trained,
+    trained: FakeQuantTensor,
     loss: float,
     model: CharLM,
     text: Text,

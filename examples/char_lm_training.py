@@ -49,7 +49,7 @@ class State(NamedTuple):
     optimizer: Any
 
 
-class Trained(NamedTuple):
+class FakeQuantTensor(NamedTuple):
     """A trained model, its losses, seconds, and the bytes that its optimizer's state takes."""
 
     model: nnx.Module
@@ -71,7 +71,7 @@ def fit(
     text: Text,
     settings: Settings,
     step_done: Callable[[float], Any] = lambda loss: None,
-) -> Trained:
+) -> FakeQuantTensor:
     """Trains a model's `nnx.Param`s, what it learns about quantization among them.
 
     Args:
@@ -103,7 +103,7 @@ def fit(
     model = nnx.merge(graphdef, state.params, state.rest)
     model.eval()
     stored = sum(x.nbytes for x in jax.tree.leaves(state.optimizer))
-    return Trained(model, losses, seconds, stored)
+    return FakeQuantTensor(model, losses, seconds, stored)
 
 
 def validate(

@@ -13,18 +13,18 @@ import pytest
 from jax import lax
 
 import jaxquant as jq
-from jaxquant.interpret import cuts, moves
-from jaxquant.qtensor import Calibration, Folded, Grid, Use
+from jaxquant.interpret import reshapes, slices
+from jaxquant.qtensor import Calibration, ContractionConfig, Folded, QuantParams
 from tests.arrays import array
 
 L, K, N = 3, 8, 6
 SPEC = jq.QSpec("int8", jq.PerChannel(-1))
 
 
-def grid(seed: int, *batch: int, zero: bool = True) -> Grid:
+def grid(seed: int, *batch: int, zero: bool = True) -> QuantParams:
     rng = np.random.default_rng(seed)
     scale = array(rng.uniform(0.01, 1, batch))
-    return Grid(
+    return QuantParams(
         scale,
         array(rng.integers(-128, 127, batch), jnp.int32) if zero else None,
         jq.int8(granularity=jq.PerTensor()),
@@ -46,8 +46,8 @@ def calibration(*batch: int) -> Calibration:
 def tensor(*batch: int, seed: int = 0) -> jq.QTensor:
     w = array(np.random.default_rng(seed).standard_normal((*batch, K, N)))
     q = jq.quantize(w, SPEC, batch_axes=len(batch))
-    use = Use(jq.int8(granularity=jq.PerTensor()), requantize="float32")
-    return dataclasses.replace(q, use=use, calibration=calibration(*batch))
+    config = ContractionConfig(jq.int8(granularity=jq.PerTensor()), requantize="float32")
+    return dataclasses.replace(q, contraction=config, calibration=calibration(*batch))
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -109,7 +109,7 @@ def test_export_writes_and_reads_it() -> None:
     assert_same(out, q)
     assert out.calibration.axis == (-2,)
     assert out.calibration.folded.chain == ("add", "max")
-    assert out.use == q.use
+    assert out.contraction == q.contraction
 
 
 def kept(q: jq.QTensor, batch: Any) -> None:
@@ -125,26 +125,26 @@ def test_moves_keep_the_grids_that_still_hold() -> None:
     q, one = tensor(L), tensor()
     held = q.calibration
     assert_same(held.moved(), Calibration(held.input, held.output, attention=held.attention))
-    kept(cuts.cut(q, (1, 0, 0), (2, K, N)), lambda a: a[1:3])
-    kept(cuts.cut(q, (jnp.int32(2), 0, 0), (1, K, N)), lambda a: a[2:3])
-    kept(cuts.cut(one, (0, 2), (K, 3)), None)
-    kept(cuts.cut(q, (0, 0, 1), (L, K, 2)), lambda a: a)
-    kept(cuts.reverse(q, (0, 1)), lambda a: a[::-1])
-    kept(cuts.reverse(one, (1,)), None)
+    kept(slices.cut(q, (1, 0, 0), (2, K, N)), lambda a: a[1:3])
+    kept(slices.cut(q, (jnp.int32(2), 0, 0), (1, K, N)), lambda a: a[2:3])
+    kept(slices.cut(one, (0, 2), (K, 3)), None)
+    kept(slices.cut(q, (0, 0, 1), (L, K, 2)), lambda a: a)
+    kept(slices.reverse(q, (0, 1)), lambda a: a[::-1])
+    kept(slices.reverse(one, (1,)), None)
     # a first axis that becomes the layers of a loop shares what there was
-    split = moves.demote(one)
+    split = reshapes.demote(one)
     assert split.batch == (K,)
     assert_same(
         split.calibration,
         jax.tree.map(lambda a: jnp.broadcast_to(a, (K, *a.shape)), one.calibration.moved()),
     )
     # there is no saying which index the grids of layers belong to
-    assert moves.promote(q).calibration is None
+    assert reshapes.promote(q).calibration is None
     index = jnp.array([[2], [0]])
-    rows = cuts.rows(q, index, 0, lax.GatherScatterMode.CLIP)
+    rows = slices.rows(q, index, 0, lax.GatherScatterMode.CLIP)
     assert_same(rows.calibration, jax.tree.map(lambda a: a[jnp.array([2, 0])], q.calibration))
-    assert cuts.rows(one, index, 0, lax.GatherScatterMode.CLIP).calibration is None
-    joined = cuts.concatenate([one, tensor(seed=1)], 1)
+    assert slices.rows(one, index, 0, lax.GatherScatterMode.CLIP).calibration is None
+    joined = slices.concatenate([one, tensor(seed=1)], 1)
     assert joined.shape == (K, 2 * N)
     assert_same(joined.calibration, dataclasses.replace(one.calibration.moved(), output=None))
 
@@ -159,9 +159,9 @@ def test_what_is_divided_is_not_joined_and_comes_back_in_any_stack() -> None:
     np.testing.assert_allclose(jax.vmap(jq.dequantize)(q), want, rtol=1e-6)
     layer = jax.tree.map(lambda a: a[1], q)
     np.testing.assert_allclose(jq.dequantize(layer), want[1], rtol=1e-6)
-    assert cuts.concatenate([layer, layer], 1) is None
+    assert slices.concatenate([layer, layer], 1) is None
     other = dataclasses.replace(layer, calibration=None)
-    assert cuts.concatenate([other, layer], 1) is None
+    assert slices.concatenate([other, layer], 1) is None
     (back,) = jax.tree.leaves(jq.dequantize_params({"w": q}))
     np.testing.assert_allclose(back, want, rtol=1e-6)
 

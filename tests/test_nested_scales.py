@@ -19,7 +19,9 @@ def weight(*shape, seed=0):
 
 
 # one program, and not one for each operation
-quantize = jax.jit(jq.quantize, static_argnums=1, static_argnames=("minor", "batch_axes"))
+quantize = jax.jit(
+    jq.quantize, static_argnums=1, static_argnames=("storage_last_axes", "batch_axes")
+)
 
 
 def spec(name="nf4", group=16, axis=0):
@@ -133,7 +135,7 @@ def served_and_float(functions, q, x):
 @pytest.mark.parametrize("double", [False, True])
 def test_functions(double):
     w, x = weight(64, 32), weight(5, 64, seed=1)
-    q = quantize(w, QSpec("int8", PerGroup(16, 0), double=double), minor=(0,))
+    q = quantize(w, QSpec("int8", PerGroup(16, 0), double=double), storage_last_axes=(0,))
     for name, got, want in served_and_float(FUNCTIONS, q, x):
         most = 1e-3 * np.abs(want).max()
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=most, err_msg=name)
@@ -151,7 +153,7 @@ STACKED = {
 
 def test_stacked_layers():
     w, x = weight(3, 32, 32), weight(5, 32, seed=1)
-    q = quantize(w, spec("int4"), minor=(0,), batch_axes=1)
+    q = quantize(w, spec("int4"), storage_last_axes=(0,), batch_axes=1)
     for name, got, want in served_and_float(STACKED, q, x):
         most = 2e-3 * np.abs(want).max()
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=most, err_msg=name)
@@ -185,7 +187,7 @@ def test_rows_of_a_table():
 
 
 def test_export():
-    q = quantize(weight(64, 16), spec(), minor=(0,))
+    q = quantize(weight(64, 16), spec(), storage_last_axes=(0,))
     served = jax.jit(jq.quantized(lambda p, x: x @ p["w"]))
     x = weight(4, 64, seed=1)
     exported = jax.export.export(served)({"w": q}, x)

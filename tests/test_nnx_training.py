@@ -117,7 +117,7 @@ def error(got: jax.Array, want: jax.Array) -> float:
     return float(jnp.linalg.norm((got - want).ravel()) / jnp.linalg.norm(want.ravel()))
 
 
-class Trained:
+class FakeQuantTensor:
     """A model after some steps."""
 
     def __init__(self) -> None:
@@ -130,11 +130,11 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained() -> Trained:
-    return Trained()
+def trained() -> FakeQuantTensor:
+    return FakeQuantTensor()
 
 
-def test_what_is_trained(trained: Trained) -> None:
+def test_what_is_trained(trained: FakeQuantTensor) -> None:
     fmodel, first = trained.fmodel, trained.first
     assert trained.losses[-1] < 0.5 * trained.losses[0]
     assert same(leaves(trained.model), trained.before)
@@ -146,7 +146,7 @@ def test_what_is_trained(trained: Trained) -> None:
     assert int(fmodel.model.drop.rngs.count[...]) == 25
 
 
-def test_gradients_are_of_parameters_alone(trained: Trained) -> None:
+def test_gradients_are_of_parameters_alone(trained: FakeQuantTensor) -> None:
     fmodel = nnx.clone(trained.fmodel)
     grads = nnx.jit(nnx.grad(lambda fmodel: (fmodel(x) ** 2).mean()))(fmodel)
     paths = {path[0] for path, _ in nnx.to_flat_state(grads)}
@@ -157,7 +157,7 @@ def test_gradients_are_of_parameters_alone(trained: Trained) -> None:
     assert all(np.isfinite(g).all() and (g != 0).any() for g in jax.tree.leaves(grads["quant"]))
 
 
-def test_what_is_trained_is_served(trained: Trained) -> None:
+def test_what_is_trained_is_served(trained: FakeQuantTensor) -> None:
     fmodel = nnx.clone(trained.fmodel)
     fmodel.eval()
     before = leaves(fmodel)
@@ -174,7 +174,7 @@ def test_what_is_trained_is_served(trained: Trained) -> None:
     assert viewed.quant.step[...] == 26 and fmodel.model.norm.use_running_average
 
 
-def test_a_checkpoint_goes_on(trained: Trained, tmp_path: Path) -> None:
+def test_a_checkpoint_goes_on(trained: FakeQuantTensor, tmp_path: Path) -> None:
     whole = copy.deepcopy((trained.fmodel, trained.optimizer))
     graphdef, keys, state = nnx.split(whole, nnx.RngKey, ...)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -253,7 +253,7 @@ def test_random_rounding_moves_on() -> None:
     assert (first != second).any() and error(first, second) < 0.05
 
 
-def test_mistakes(trained: Trained) -> None:
+def test_mistakes(trained: FakeQuantTensor) -> None:
     model = trained.model
     with pytest.raises(ValueError, match=r"^nnx\.fake_quantize: expected an nnx\.Module, got dict"):
         jq.nnx.fake_quantize({}, LSQ, x)

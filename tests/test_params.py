@@ -83,14 +83,14 @@ def test_scales_follow_the_contractions(params):
             q.validate()
             assert report[path].bytes_after == q.nbytes
             assert 40 < report[path].sqnr_db < 55
-            assert q.use.activations == jq.int8()
-            assert q.use.attention == (("**", jq.int8()),)
+            assert q.contraction.activations == jq.int8()
+            assert q.contraction.attention == (("**", jq.int8()),)
 
 
 def test_values_are_those_of_quantize(params):
     qparams, _ = jq.quantize_params(params, jq.w4a16(group=8), sites=SITES)
     spec = QSpec("int4", PerGroup(8, (-3, -2)))
-    layer = jq.quantize(params["o"][1], spec, minor=(0, 1))
+    layer = jq.quantize(params["o"][1], spec, storage_last_axes=(0, 1))
     np.testing.assert_array_equal(
         np.asarray(jq.dequantize(qparams["o"])[1]), np.asarray(jq.dequantize(layer))
     )
@@ -284,9 +284,9 @@ def test_a_rule_without_a_leaf_of_its_own_is_noted(params):
 def test_rules_for_sites_without_a_parameter(params):
     skip = jq.w8a8().prepend(Rule("attn", skip=True))
     qparams, _ = jq.quantize_params(params, skip, sites=SITES)
-    assert qparams["head"].use.attention == (("attn", None), ("**", jq.int8()))
+    assert qparams["head"].contraction.attention == (("attn", None), ("**", jq.int8()))
     plain, _ = jq.quantize_params(params, skip, sites=SITES, use=False)
-    assert plain["head"].use == jq.qtensor.Use()
+    assert plain["head"].contraction == jq.qtensor.ContractionConfig()
 
 
 def test_tied_leaves_are_stored_once(params):

@@ -31,9 +31,12 @@ def data(shape=SHAPE, seed=0, dtype="float32"):
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def round_trips(arrays, specs, minor=()):
+def round_trips(arrays, specs, storage_last_axes=()):
     """Each array by its spec, all in one program: most of the time goes into compilation."""
-    qs = [jq.quantize(w, spec, minor=minor) for w, spec in zip(arrays, specs, strict=True)]
+    qs = [
+        jq.quantize(w, spec, storage_last_axes=storage_last_axes)
+        for w, spec in zip(arrays, specs, strict=True)
+    ]
     return [(q, jq.dequantize(q)) for q in qs]
 
 
@@ -277,9 +280,9 @@ def test_minor_changes_the_storage_only():
     specs = tuple(QSpec(s.format, PerChannel(1), s.symmetric, s.range) for s in odd)
     arrays = [data((12, 6, 4))] * len(specs)
     pairs = zip(round_trips(arrays, specs), round_trips(arrays, specs, (0,)), strict=True)
-    for spec, ((_, plain), (q, minor)) in zip(specs, pairs, strict=True):
+    for spec, ((_, plain), (q, storage_last_axes)) in zip(specs, pairs, strict=True):
         assert q.axes[-1] == (-3,), spec
-        np.testing.assert_array_equal(plain, minor, err_msg=repr(spec))
+        np.testing.assert_array_equal(plain, storage_last_axes, err_msg=repr(spec))
 
 
 @pytest.mark.parametrize("name", ["int4", "nf4", "float8_e4m3fn"])

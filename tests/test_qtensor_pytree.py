@@ -13,7 +13,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import PerChannel, PerGroup, PerTensor, QSpec
-from jaxquant.qtensor import Use, with_use
+from jaxquant.qtensor import ContractionConfig, with_contraction
 
 SPECS = [
     QSpec("int8", PerChannel(1)),
@@ -109,7 +109,9 @@ def test_placeholders_are_not_validated(w):
 
 
 def test_copies_and_pickles(w):
-    q = with_use(jq.quantize(w[0], SPECS[1]), Use(jq.int8(), ((re.compile("a.*"), jq.int8()),)))
+    q = with_contraction(
+        jq.quantize(w[0], SPECS[1]), ContractionConfig(jq.int8(), ((re.compile("a.*"), jq.int8()),))
+    )
     assert_same(copy.copy(q), q)
     assert_same(copy.deepcopy(q), q)
     assert_same(pickle.loads(pickle.dumps(q)), q)
@@ -127,14 +129,16 @@ def test_static_data_take_part_in_the_cache_key(w):
     run(q)
     run(jq.quantize(w[1], SPECS[0]))
     assert len(traces) == 1
-    run(with_use(q, Use(jq.int8())))
+    run(with_contraction(q, ContractionConfig(jq.int8())))
     assert len(traces) == 2
 
 
 def test_export_writes_and_reads_the_structure(w):
     pytest.importorskip("flatbuffers", reason="jax.export serializes with flatbuffers")
     attention = (("a/**", jq.int8()), (re.compile("b.*", re.IGNORECASE), None))
-    q = with_use(jq.quantize(w, SPECS[3], batch_axes=1), Use(jq.int8(), attention))
+    q = with_contraction(
+        jq.quantize(w, SPECS[3], batch_axes=1), ContractionConfig(jq.int8(), attention)
+    )
     exported = jax.export.export(jax.jit(lambda q: (q, jq.dequantize(q))))(q)
     again = jax.export.deserialize(exported.serialize())
     out, values = again.call(q)

@@ -105,7 +105,7 @@ def test_grouped_and_minor_axes_are_stored_last():
     blocks = QSpec("int4", PerGroup(8, (0, 2))).resolve((4, 3, 6))
     assert blocks.axes == ((-2,), (-3, -1))
     assert blocks.blocks == (1, 8)
-    blocks = QSpec("int8", PerChannel(1)).resolve((4, 3), minor=(0,))
+    blocks = QSpec("int8", PerChannel(1)).resolve((4, 3), storage_last_axes=(0,))
     assert blocks.axes == ((-1,), (-2,))
     assert blocks.blocks == (1, 4)
 

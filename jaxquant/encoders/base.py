@@ -89,7 +89,7 @@ class Encoder(Protocol):
         spec: QSpec,
         *,
         key: Array | None = None,
-        minor: tuple[int, ...] = (),
+        storage_last_axes: tuple[int, ...] = (),
         batch_axes: int = 0,
         stats: Any = None,
     ) -> tuple[QTensor, Info]:
@@ -99,7 +99,7 @@ class Encoder(Protocol):
           w: float array `[*batch, *core]`, finite.
           spec: format, granularity and range rule; axes named, counted within the core.
           key: PRNG key, for encoders that draw.
-          minor: core axes to store last, contiguous.
+          storage_last_axes: core axes to store last, contiguous.
           batch_axes: how many leading axes are encoded one by one.
           stats: statistics of the inputs that the array is contracted with, for encoders that
             look at data.

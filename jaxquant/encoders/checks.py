@@ -15,7 +15,7 @@ from jaxquant.spec import QSpec
 
 
 def checked_weight(
-    name: str, w: ArrayLike, spec: QSpec, minor: tuple[int, ...], batch_axes: int
+    name: str, w: ArrayLike, spec: QSpec, storage_last_axes: tuple[int, ...], batch_axes: int
 ) -> Array:
     """The array, if it can be encoded by the spec.
 
@@ -30,7 +30,7 @@ def checked_weight(
         raise ValueError(f"{name}: expected a float array, got {w.dtype.name}{list(w.shape)}")
     if not 0 <= batch_axes <= w.ndim:
         raise ValueError(f"{name}: batch_axes={batch_axes} of an array of rank {w.ndim}")
-    spec.resolve(w.shape[batch_axes:], minor)
+    spec.resolve(w.shape[batch_axes:], storage_last_axes)
     check_finite(name, "weight", w)
     return w
 

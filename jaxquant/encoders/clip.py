@@ -52,7 +52,7 @@ class Clip(Called, Encoder):
         spec: QSpec,
         *,
         key: Array | None = None,
-        minor: tuple[int, ...] = (),
+        storage_last_axes: tuple[int, ...] = (),
         batch_axes: int = 0,
         stats: InputStats | None = None,
     ) -> tuple[QTensor, Info]:
@@ -68,11 +68,11 @@ class Clip(Called, Encoder):
         """
         del key
         w = jnp.asarray(w)
-        stats = check_moments("clip", w, spec, minor, batch_axes, stats)
+        stats = check_moments("clip", w, spec, storage_last_axes, batch_axes, stats)
         assert stats.hessian is not None
         moments = Moments(stats.axes, stats.batched)
         _check(spec, w.ndim - batch_axes, moments)
-        return _encode(w, stats.hessian, self, spec, minor, batch_axes, moments)
+        return _encode(w, stats.hessian, self, spec, storage_last_axes, batch_axes, moments)
 
 
 def clip(steps: int = 10, least: float = 0.5) -> Clip:
@@ -130,12 +130,14 @@ def _encode(
     hessian: Array,
     encoder: Clip,
     spec: QSpec,
-    minor: tuple[int, ...],
+    storage_last_axes: tuple[int, ...],
     batch_axes: int,
     moments: Moments,
 ) -> tuple[QTensor, Info]:
     batch = w.shape[:batch_axes]
-    one = functools.partial(_core, encoder=encoder, spec=spec, minor=minor, moments=moments)
+    one = functools.partial(
+        _core, encoder=encoder, spec=spec, storage_last_axes=storage_last_axes, moments=moments
+    )
     flat = w.reshape(-1, *w.shape[batch_axes:]), hessian.reshape(-1, *hessian.shape[batch_axes:])
     q, details = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), mapped(one, flat))
     return q, measure(w, q)._replace(details=details)
@@ -147,7 +149,7 @@ def _core(
     *,
     encoder: Clip,
     spec: QSpec,
-    minor: tuple[int, ...],
+    storage_last_axes: tuple[int, ...],
     moments: Moments,
 ) -> tuple[QTensor, dict[str, Array]]:
     """One array without batch axes."""
@@ -177,7 +179,7 @@ def _core(
     def stored(a: Array) -> Array:
         each = jnp.broadcast_to(a, x.shape).reshape(-1, groups * size, n)[:, :k]
         core = from_matrix(each.reshape(shape), w.shape, axes, moments.batched)
-        return stored_scales(core, spec, minor)
+        return stored_scales(core, spec, storage_last_axes)
 
     q = encode_given(
         w,
@@ -185,7 +187,7 @@ def _core(
         None if zero is None else stored(zero),
         total,
         spec,
-        minor=minor,
+        storage_last_axes=storage_last_axes,
     )
     error = to_matrix(
         w.astype(jnp.float32) - dequantize(q, jnp.float32), axes, moments.batched

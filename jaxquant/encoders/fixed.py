@@ -22,7 +22,7 @@ from jaxquant.spec import QSpec
 def fixed_grid(
     w: Array,
     spec: QSpec,
-    minor: tuple[int, ...],
+    storage_last_axes: tuple[int, ...],
     weights: Array | None,
     steps: int | None,
     least: float,
@@ -32,7 +32,7 @@ def fixed_grid(
     Args:
       w: float32 `[*core]`.
       spec: axes named, without a global scale.
-      minor: core axes to be stored last.
+      storage_last_axes: core axes to be stored last.
       weights: `[*core]`, what squared errors count; `None`: 1.
       steps: how many factors the range is shrunk by in search of the least error; `None`: it is
         taken as it is.
@@ -48,7 +48,7 @@ def fixed_grid(
     >>> stored[0].tolist(), each[0].tolist()
     ([[1.0, 2.0]], [[1.0], [1.0], [2.0]])
     """
-    blank = storage_layout(w.shape, spec, minor, "float32")
+    blank = storage_layout(w.shape, spec, storage_last_axes, "float32")
     x = blocked(blank, to_storage(blank, w))
     inner = tuple(range(1, x.ndim, 2))
     if steps is None:
@@ -70,7 +70,7 @@ def fixed_grid(
     return stored, each, again
 
 
-def stored_scales(each: Array, spec: QSpec, minor: tuple[int, ...]) -> Array:
+def stored_scales(each: Array, spec: QSpec, storage_last_axes: tuple[int, ...]) -> Array:
     """`[*groups]` as stored, of what is the same for all values of a group, `[*core]`.
 
     >>> from jaxquant.spec import PerGroup
@@ -78,7 +78,7 @@ def stored_scales(each: Array, spec: QSpec, minor: tuple[int, ...]) -> Array:
     >>> stored_scales(jnp.array([[1.0], [1.0], [2.0]]), spec, ()).tolist()
     [[1.0, 2.0]]
     """
-    blank = storage_layout(each.shape, spec, minor, "float32")
+    blank = storage_layout(each.shape, spec, storage_last_axes, "float32")
     x = blocked(blank, to_storage(blank, each))
     first = tuple(slice(None) if a % 2 == 0 else 0 for a in range(x.ndim))
     return x[first]
@@ -92,7 +92,7 @@ def scales_of_groups(
     s: Array,
     shape: tuple[int, ...],
     spec: QSpec,
-    minor: tuple[int, ...],
+    storage_last_axes: tuple[int, ...],
     axes: tuple[int, ...],
     batched: tuple[int, ...],
 ) -> Array:
@@ -102,14 +102,14 @@ def scales_of_groups(
       s: `[matrices, groups, N]`, the matrices those of `batched`.
       shape: of the core array.
       spec: with groups over `axes`, in that order.
-      minor: core axes to be stored last.
+      storage_last_axes: core axes to be stored last.
       axes: contracted axes (negative).
       batched: as in `to_matrix`.
 
     Returns:
       `[*groups]` of the stored array: other axes in the order stored, then groups.
     """
-    blank = storage_layout(shape, spec, minor, "float32")
+    blank = storage_layout(shape, spec, storage_last_axes, "float32")
     rank = len(shape)
     kept = [a for a in range(-rank, 0) if a not in axes and a not in batched]
     have: list[int | None] = [*batched, None, *kept]  # None: the groups

@@ -83,7 +83,7 @@ class GPTQ(Called, Encoder):
         spec: QSpec,
         *,
         key: Array | None = None,
-        minor: tuple[int, ...] = (),
+        storage_last_axes: tuple[int, ...] = (),
         batch_axes: int = 0,
         stats: InputStats | None = None,
     ) -> tuple[QTensor, Info]:
@@ -99,11 +99,11 @@ class GPTQ(Called, Encoder):
         """
         del key
         w = jnp.asarray(w)
-        stats = check_moments("gptq", w, spec, minor, batch_axes, stats)
+        stats = check_moments("gptq", w, spec, storage_last_axes, batch_axes, stats)
         assert stats.hessian is not None
         _warn_of_few(stats)
         moments = Moments(stats.axes, stats.batched)
-        return _encode(w, stats.hessian, self, spec, minor, batch_axes, moments)
+        return _encode(w, stats.hessian, self, spec, storage_last_axes, batch_axes, moments)
 
 
 def gptq(
@@ -178,12 +178,14 @@ def _encode(
     hessian: Array,
     encoder: GPTQ,
     spec: QSpec,
-    minor: tuple[int, ...],
+    storage_last_axes: tuple[int, ...],
     batch_axes: int,
     moments: Moments,
 ) -> tuple[QTensor, Info]:
     batch = w.shape[:batch_axes]
-    one = functools.partial(_core, encoder=encoder, spec=spec, minor=minor, moments=moments)
+    one = functools.partial(
+        _core, encoder=encoder, spec=spec, storage_last_axes=storage_last_axes, moments=moments
+    )
     flat = w.reshape(-1, *w.shape[batch_axes:]), hessian.reshape(-1, *hessian.shape[batch_axes:])
     made = mapped(one, flat)
     q, details = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), made)
@@ -196,7 +198,7 @@ def _core(
     *,
     encoder: GPTQ,
     spec: QSpec,
-    minor: tuple[int, ...],
+    storage_last_axes: tuple[int, ...],
     moments: Moments,
 ) -> tuple[QTensor, dict[str, Array]]:
     """One array without batch axes: its matrices one after another."""
@@ -232,14 +234,18 @@ def _core(
         if encoder.grid == "hessian":
             weights = core(jnp.broadcast_to(counting(diagonal)[..., None], m.shape))
         steps = None if encoder.grid == "range" else _STEPS
-        (scale, zero), each, again = fixed_grid(core(m), local, minor, weights, steps, _LEAST)
+        (scale, zero), each, again = fixed_grid(
+            core(m), local, storage_last_axes, weights, steps, _LEAST
+        )
         given = jax.tree.map(lambda a: to_matrix(a, axes, batched).reshape(m.shape), each)
 
     solve = functools.partial(_matrix, encoder=encoder, spec=local, lay=lay, order=order)
     d, grids, details = mapped(solve, (m, hessian, given))
     if chosen_on_the_way:
         scale, zero = (
-            None if a is None else scales_of_groups(a, w.shape, spec, minor, axes, batched)
+            None
+            if a is None
+            else scales_of_groups(a, w.shape, spec, storage_last_axes, axes, batched)
             for a in grids
         )
     assert scale is not None
@@ -247,7 +253,7 @@ def _core(
     rounded = core(m - d)
     for unit in (again, total):
         rounded = rounded if unit is None else rounded * unit
-    q = encode_given(rounded, scale, zero, total, spec, minor=minor)
+    q = encode_given(rounded, scale, zero, total, spec, storage_last_axes=storage_last_axes)
     q = dataclasses.replace(q, dtype=w.dtype.name)
     if total is not None:
         details["loss"] = details["loss"] * total**2

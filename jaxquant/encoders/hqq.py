@@ -61,7 +61,7 @@ class HQQ(Called, Encoder):
         spec: QSpec,
         *,
         key: Array | None = None,
-        minor: tuple[int, ...] = (),
+        storage_last_axes: tuple[int, ...] = (),
         batch_axes: int = 0,
         stats: Any = None,
     ) -> tuple[QTensor, Info]:
@@ -76,13 +76,13 @@ class HQQ(Called, Encoder):
             float array, or not finite (not under a trace).
         """
         del key, stats
-        w = checked_weight("hqq", w, spec, minor, batch_axes)
+        w = checked_weight("hqq", w, spec, storage_last_axes, batch_axes)
         if not spec.format.is_integer or spec.symmetric:
             raise ValueError(
                 "hqq finds a zero point: expected an asymmetric spec of an integer format such as "
                 f"jq.int4(group=64, symmetric=False), got {spec!r}"
             )
-        return _encode(w, self, spec, minor, batch_axes)
+        return _encode(w, self, spec, storage_last_axes, batch_axes)
 
 
 def hqq(
@@ -137,10 +137,10 @@ def hqq(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _encode(
-    w: Array, how: HQQ, spec: QSpec, minor: tuple[int, ...], batch_axes: int
+    w: Array, how: HQQ, spec: QSpec, storage_last_axes: tuple[int, ...], batch_axes: int
 ) -> tuple[QTensor, Info]:
     def one(w: Array) -> tuple[QTensor, dict[str, Array]]:
-        return _encode_core(w, how, spec, minor)
+        return _encode_core(w, how, spec, storage_last_axes)
 
     if not batch_axes:
         q, details = one(w)
@@ -163,10 +163,10 @@ class _Step(NamedTuple):
 
 
 def _encode_core(
-    w: Array, how: HQQ, spec: QSpec, minor: tuple[int, ...]
+    w: Array, how: HQQ, spec: QSpec, storage_last_axes: tuple[int, ...]
 ) -> tuple[QTensor, dict[str, Array]]:
     fmt = spec.format
-    blank = storage_layout(w.shape, spec, minor, w.dtype.name)
+    blank = storage_layout(w.shape, spec, storage_last_axes, w.dtype.name)
     x = blocked(blank, to_storage(blank, w.astype(jnp.float32)))
     inner = tuple(range(1, x.ndim, 2))
     real = blocked(blank, to_storage(blank, jnp.ones(w.shape, jnp.float32)))  # not padding

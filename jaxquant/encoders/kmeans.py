@@ -70,7 +70,7 @@ class KMeans(Called, Encoder):
         spec: QSpec,
         *,
         key: Array | None = None,
-        minor: tuple[int, ...] = (),
+        storage_last_axes: tuple[int, ...] = (),
         batch_axes: int = 0,
         stats: Any = None,
     ) -> tuple[QTensor, Info]:
@@ -81,7 +81,7 @@ class KMeans(Called, Encoder):
           spec: a codebook format of as many values as are wanted, such as `palette(4)`; its own
             values are not used. Each block of its granularity has a codebook.
           key: for `start="kmeans++"`.
-          minor: core axes to store last, contiguous.
+          storage_last_axes: core axes to store last, contiguous.
           batch_axes: how many leading axes are encoded one by one.
           stats: with `weighted`, `InputStats` with a Hessian, whose diagonal counts; or an array of
             what the square of each value's error costs (a Fisher information), that broadcasts to
@@ -98,18 +98,18 @@ class KMeans(Called, Encoder):
             `weighted` without statistics, or statistics of another shape, not finite or negative;
             `"kmeans++"` without a key.
         """
-        w = checked_weight("kmeans", w, spec, minor, batch_axes)
+        w = checked_weight("kmeans", w, spec, storage_last_axes, batch_axes)
         if spec.format.codebook is None or spec.double:
             raise ValueError(
                 "kmeans takes a codebook format of as many values as are wanted, such as "
                 f"jq.palette(4), without scales of its own; got {spec!r}"
             )
-        blank = storage_layout(w.shape[batch_axes:], spec, minor, w.dtype.name)
+        blank = storage_layout(w.shape[batch_axes:], spec, storage_last_axes, w.dtype.name)
         _check_size(len(spec.format.codebook), blank, w.shape)
         how = Clustering(self.start, self.iterations, self.exact)
         how.check_key(key)
-        weights = _weights(stats, w, spec, minor, batch_axes) if self.weighted else None
-        return _encode(w, weights, key, how, spec, minor, batch_axes)
+        weights = _weights(stats, w, spec, storage_last_axes, batch_axes) if self.weighted else None
+        return _encode(w, weights, key, how, spec, storage_last_axes, batch_axes)
 
 
 def kmeans(
@@ -161,7 +161,9 @@ def _check_size(levels: int, blank: QTensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _weights(stats: Any, w: Array, spec: QSpec, minor: tuple[int, ...], batch_axes: int) -> Array:
+def _weights(
+    stats: Any, w: Array, spec: QSpec, storage_last_axes: tuple[int, ...], batch_axes: int
+) -> Array:
     """What each value's squared error costs, of the shape of `w`."""
     if stats is None:
         raise ValueError(
@@ -169,7 +171,7 @@ def _weights(stats: Any, w: Array, spec: QSpec, minor: tuple[int, ...], batch_ax
         )
     if not isinstance(stats, InputStats):
         return spread_weights(jnp.asarray(stats), w.shape)
-    stats = check_moments("kmeans(weighted=True)", w, spec, minor, batch_axes, stats)
+    stats = check_moments("kmeans(weighted=True)", w, spec, storage_last_axes, batch_axes, stats)
     assert stats.hessian is not None
     core = w.shape[batch_axes:]
     axes = (*stats.batched, *stats.axes)
@@ -188,11 +190,11 @@ def _encode(
     key: Array | None,
     how: Clustering,
     spec: QSpec,
-    minor: tuple[int, ...],
+    storage_last_axes: tuple[int, ...],
     batch_axes: int,
 ) -> tuple[QTensor, Info]:
     assert spec.format.codebook is not None
-    levels, lay = len(spec.format.codebook), (spec, minor, batch_axes)
+    levels, lay = len(spec.format.codebook), (spec, storage_last_axes, batch_axes)
     x, h, real = _rows(w, weights, *lay)
     keys = None if key is None else jax.random.split(key, x.shape[0])
     codebooks, codes, steps = clustered(x, h, keys, how, levels)
@@ -201,10 +203,14 @@ def _encode(
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _rows(
-    w: Array, weights: Array | None, spec: QSpec, minor: tuple[int, ...], batch_axes: int
+    w: Array,
+    weights: Array | None,
+    spec: QSpec,
+    storage_last_axes: tuple[int, ...],
+    batch_axes: int,
 ) -> tuple[Array, Array | None, Array | None]:
     """Values and weights of each group, `[batch * groups, n]`, and which are not padding."""
-    blank = storage_layout(w.shape[batch_axes:], spec, minor, w.dtype.name)
+    blank = storage_layout(w.shape[batch_axes:], spec, storage_last_axes, w.dtype.name)
     count, groups = math.prod(w.shape[:batch_axes]), math.prod(blank.groups)
     padded = groups > 1 and blank.padded != blank.storage
 
@@ -230,11 +236,11 @@ def _filled(
     steps: Array,
     real: Array | None,
     spec: QSpec,
-    minor: tuple[int, ...],
+    storage_last_axes: tuple[int, ...],
     batch_axes: int,
 ) -> tuple[QTensor, Info]:
     batch, levels = w.shape[:batch_axes], codebooks.shape[-1]
-    blank = storage_layout(w.shape[batch_axes:], spec, minor, w.dtype.name)
+    blank = storage_layout(w.shape[batch_axes:], spec, storage_last_axes, w.dtype.name)
     count, rank = math.prod(batch), len(blank.axes)
     whole = math.prod(blank.groups) == 1
     if real is None:

@@ -82,7 +82,7 @@ def check_moments(
     name: str,
     w: Array,
     spec: QSpec,
-    minor: tuple[int, ...],
+    storage_last_axes: tuple[int, ...],
     batch_axes: int,
     stats: InputStats | None,
 ) -> InputStats:
@@ -103,7 +103,7 @@ def check_moments(
             f"{name}: stats: expected second moments, got InputStats without: gather them with "
             "inputs(), not inputs(hessian=False)"
         )
-    w = checked_weight(name, w, spec, minor, batch_axes)
+    w = checked_weight(name, w, spec, storage_last_axes, batch_axes)
     core = w.shape[batch_axes:]
     rank = len(core)
     for a in (*stats.axes, *stats.batched):

@@ -31,7 +31,7 @@ class RoundToNearest(Called, Encoder):
         spec: QSpec,
         *,
         key: Array | None = None,
-        minor: tuple[int, ...] = (),
+        storage_last_axes: tuple[int, ...] = (),
         batch_axes: int = 0,
         stats: Any = None,
     ) -> tuple[QTensor, Info]:
@@ -48,9 +48,11 @@ class RoundToNearest(Called, Encoder):
             raise ValueError(
                 "rtn(stochastic=True) draws random numbers: pass key=jax.random.key(0)"
             )
-        w = check_quantizable(w, spec, minor, batch_axes)
+        w = check_quantizable(w, spec, storage_last_axes, batch_axes)
         key = key if self.stochastic else None
-        q, error, signal = encode_measured(w, spec, key=key, minor=minor, batch_axes=batch_axes)
+        q, error, signal = encode_measured(
+            w, spec, key=key, storage_last_axes=storage_last_axes, batch_axes=batch_axes
+        )
         return q, Info(error, signal)
 
 

@@ -42,7 +42,7 @@ class Vectorwise(Called, Encoder):
         spec: QSpec,
         *,
         key: Array | None = None,
-        minor: tuple[int, ...] = (),
+        storage_last_axes: tuple[int, ...] = (),
         batch_axes: int = 0,
         stats: Any = None,
     ) -> tuple[QTensor, Info]:
@@ -54,14 +54,14 @@ class Vectorwise(Called, Encoder):
             under a trace).
         """
         del key
-        w = checked_weight("vectorwise", w, spec, minor, batch_axes)
+        w = checked_weight("vectorwise", w, spec, storage_last_axes, batch_axes)
         fmt = spec.format
         eight = fmt.is_integer and fmt.signed and fmt.bits == 8
         if not eight or not spec.symmetric or spec.range != "qmax":
             raise ValueError(
                 f"vectorwise: expected a symmetric int8 spec with range='qmax', got {spec!r}"
             )
-        q, info = _encode(w, spec, minor, batch_axes)
+        q, info = _encode(w, spec, storage_last_axes, batch_axes)
         if self.observer is None or self.outliers is None:
             return q, info
         if not isinstance(stats, InputStats):
@@ -105,9 +105,11 @@ def vectorwise(outliers: Outliers | None = None) -> Vectorwise:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _encode(w: Array, spec: QSpec, minor: tuple[int, ...], batch_axes: int) -> tuple[QTensor, Info]:
+def _encode(
+    w: Array, spec: QSpec, storage_last_axes: tuple[int, ...], batch_axes: int
+) -> tuple[QTensor, Info]:
     def one(row: Array) -> QTensor:
-        return encode_products(row, spec, minor=minor)
+        return encode_products(row, spec, storage_last_axes=storage_last_axes)
 
     run = one
     for _ in range(batch_axes):

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxquant.fold.demand import Demand, Option, Refused, Rule, Ties, is_zero
 from jaxquant.fold.graph import Node
-from jaxquant.fold.moving import LAYOUT, MOVING
+from jaxquant.fold.layout_rules import LAYOUT, MOVING
 
 
 def options(node: Node, demand: Demand, ties: Ties) -> list[tuple[Option, Ties]]:

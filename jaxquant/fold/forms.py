@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxquant.fold.graph import Node
 from jaxquant.interpret import primitives
-from jaxquant.interpret.runs import factors
+from jaxquant.interpret.shape_factors import factors
 
 # a variable is (path, None), the leaf itself, or (path, eps), its inverse root
 Variable = tuple[str, float | None]

@@ -15,7 +15,7 @@ from jaxquant.fold.absorb import Absorbed, Absorber
 from jaxquant.fold.commuting import RULES, options
 from jaxquant.fold.demand import UNASKED, Demand, Option, Refused, Ties, is_zero, lean
 from jaxquant.fold.graph import Graph, Node
-from jaxquant.fold.moving import LAYOUT, cut, part
+from jaxquant.fold.layout_rules import LAYOUT, cut, part
 
 _COMPARISONS = ("ge", "gt", "le", "lt", "eq", "ne")
 Asked = list[tuple[Node, Demand]]

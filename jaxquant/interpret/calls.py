@@ -14,7 +14,7 @@ from jaxquant.interpret import _compat
 from jaxquant.interpret.evaluate import Interpreter, abstract
 from jaxquant.interpret.sites import path_str
 from jaxquant.interpret.values import Facts, Origin, Value
-from jaxquant.qtensor import dequantize, is_qtensor, is_trained
+from jaxquant.qtensor import dequantize, is_fake_quant, is_qtensor
 
 STATIC = (bool, int, float, complex, str, bytes)
 
@@ -82,7 +82,7 @@ class Call:
             return value.data
         origin = value.facts.origin
         if origin is None or not origin.moved:
-            if is_trained(value.data) and origin is not None:
+            if is_fake_quant(value.data) and origin is not None:
                 return self.leaves[self.paths.index(origin.path)]  # the float one, which is trained
             return dequantize(value.data) if value.facts.live else value.data
         return dequantize(value.data)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxquant import ops
-from jaxquant.interpret import _compat, cuts, moves, placed, primitives
-from jaxquant.interpret.runs import factors
+from jaxquant.interpret import _compat, placed, primitives, reshapes, slices
+from jaxquant.interpret.shape_factors import factors
 from jaxquant.interpret.values import Origin, Value
-from jaxquant.qtensor import Calibration, QTensor, dequantize, is_qtensor, is_trained
+from jaxquant.qtensor import Calibration, QTensor, dequantize, is_fake_quant, is_qtensor
 
 Axes = tuple[tuple[int, ...], ...]
 
@@ -128,7 +128,7 @@ def _divisor_moved(eqn: Any, q: Any, data: list[Any]) -> list[Any] | None:
     if results and is_qtensor(results[0]) and results[0].batch == q.batch:
         order = tuple(eqn.params["permutation"])
         axes = tuple(order.index(a + q.ndim) - q.ndim for a in held.axis)
-        kept = moves.calibrated(results[0], lambda a: a)
+        kept = reshapes.calibrated(results[0], lambda a: a)
         moved = dataclasses.replace(kept, divisor=held.divisor, axis=axes) if kept else None
     return None if moved is None else [dataclasses.replace(results[0], calibration=moved)]
 
@@ -137,15 +137,15 @@ def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
     """Results of a layout primitive on quantized operands; `None` if it is none or cannot be."""
     name, params, move = eqn.primitive.name, eqn.params, primitives.of(eqn).move
     data = [v.data for v in operands]
-    if any(is_trained(d) for d in data):
+    if any(is_fake_quant(d) for d in data):
         return _trained_results(eqn, operands)
     if move in ("concatenate", "stack"):
         if not all(is_qtensor(d) for d in data):
             return None
         axis = params["dimension"] if move == "concatenate" else params["axis"]
         if move == "stack":
-            data = [moves.expand(d, [axis]) for d in data]
-        return _one(cuts.concatenate(data, axis))
+            data = [reshapes.expand(d, [axis]) for d in data]
+        return _one(slices.concatenate(data, axis))
     if name == "mul" and len(data) == 2 and not is_qtensor(data[0]):
         data = data[::-1]
     q = data[0]
@@ -168,7 +168,7 @@ def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
 
 def _still(move: str | None, q: QTensor, moved: QTensor) -> Calibration | None:
     """What calibration fixed for `q` and still holds for what it became."""
-    kept, held = moves.calibrated(moved, lambda a: a), q.calibration
+    kept, held = reshapes.calibrated(moved, lambda a: a), q.calibration
     if kept is None or held is None or held.offset is None or move != "transpose":
         return kept
     # one kept axis has one order; a tied embedding is transposed for every token
@@ -178,8 +178,8 @@ def _still(move: str | None, q: QTensor, moved: QTensor) -> Calibration | None:
 
 def _trained_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
     """The same on codes and on the floats beside them, which gradients go to."""
-    trained = [v.data for v in operands if is_trained(v.data)]
-    codes = [Value(v.data.constant, v.facts) if is_trained(v.data) else v for v in operands]
+    trained = [v.data for v in operands if is_fake_quant(v.data)]
+    codes = [Value(v.data.constant, v.facts) if is_fake_quant(v.data) else v for v in operands]
     moved = quantized_results(eqn, codes)
     if moved is None:
         return None
@@ -187,7 +187,7 @@ def _trained_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
     values = _compat.bind(eqn, floats)
     if primitives.of(eqn).move == "barrier":
         return [
-            v.data.over(m, w) if is_trained(v.data) else m
+            v.data.over(m, w) if is_fake_quant(v.data) else m
             for v, m, w in zip(operands, moved, values, strict=True)
         ]
     return [
@@ -204,7 +204,7 @@ def _scaled(name: str, q: QTensor, data: list[Any]) -> list[Any] | None:
     if jnp.shape(data[1]) != () or isinstance(data[1], jax.core.Tracer):
         return None
     factor = jnp.asarray(data[1]).astype(jnp.float32)
-    return [cuts.rescale(q, factor if name == "mul" else 1.0 / factor)]
+    return [slices.rescale(q, factor if name == "mul" else 1.0 / factor)]
 
 
 def _convert(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
@@ -217,32 +217,32 @@ def _convert(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
 def _reshape(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
     if eqn.params.get("dimensions") is not None:
         return None
-    return _one(moves.reshape(q, eqn.params["new_sizes"]))
+    return _one(reshapes.reshape(q, eqn.params["new_sizes"]))
 
 
 def _squeeze(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
     gone = [d % q.ndim for d in eqn.params["dimensions"]]
-    squeezed = moves.squeeze(q, gone)
+    squeezed = reshapes.squeeze(q, gone)
     kept = [n for a, n in enumerate(q.shape) if a not in gone]
-    return _one(moves.reshape(q, kept) if squeezed is None else squeezed)
+    return _one(reshapes.reshape(q, kept) if squeezed is None else squeezed)
 
 
 def _broadcast(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
     shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     if math.prod(shape) == q.size:
-        return _one(moves.reshape(q, shape))
-    return _one(cuts.broadcast(q, shape, dims))
+        return _one(reshapes.reshape(q, shape))
+    return _one(slices.broadcast(q, shape, dims))
 
 
 def _slice(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * q.ndim
     sizes = [-(-(e - s) // t) for s, e, t in zip(starts, limits, strides, strict=True)]
-    return _one(cuts.cut(q, starts, sizes, strides))
+    return _one(slices.cut(q, starts, sizes, strides))
 
 
 def _dynamic_slice(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
-    return _one(cuts.cut(q, data[1:], eqn.params["slice_sizes"]))
+    return _one(slices.cut(q, data[1:], eqn.params["slice_sizes"]))
 
 
 def _split(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
@@ -250,7 +250,7 @@ def _split(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
     for n in eqn.params["sizes"]:
         starts, sizes = [0] * q.ndim, list(q.shape)
         starts[axis], sizes[axis] = start, n
-        piece = cuts.cut(q, starts, sizes)
+        piece = slices.cut(q, starts, sizes)
         if piece is None:
             return None
         out.append(piece)
@@ -262,7 +262,7 @@ def _gather(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
     p, axis = eqn.params, gathered_axis(eqn.params, q.shape)
     moved = None
     if axis is not None and rows_lead(eqn) and p.get("fill_value") is None:
-        moved = cuts.rows(q, data[1], axis, p["mode"])
+        moved = slices.rows(q, data[1], axis, p["mode"])
     # else the rows taken are dequantized, and no others
     found = ops.gather(q, data[1], **p) if moved is None else moved
     return None if found is None else [found]
@@ -283,17 +283,17 @@ _MOVES: dict[primitives.Move, Rule] = {
     "place": _placed,
     "barrier": _barrier,
     "convert": _convert,
-    "transpose": lambda e, q, d: _one(moves.transpose(q, e.params["permutation"])),
+    "transpose": lambda e, q, d: _one(reshapes.transpose(q, e.params["permutation"])),
     "reshape": _reshape,
     "squeeze": _squeeze,
     "broadcast": _broadcast,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "split": _split,
-    "rev": lambda e, q, d: _one(cuts.reverse(q, e.params["dimensions"])),
+    "rev": lambda e, q, d: _one(slices.reverse(q, e.params["dimensions"])),
     "gather": _gather,
 }
 _RULES: dict[str, Rule] = {
     **primitives.by_move(_MOVES),
-    "neg": lambda e, q, d: [cuts.rescale(q, -1.0)],
+    "neg": lambda e, q, d: [slices.rescale(q, -1.0)],
 }

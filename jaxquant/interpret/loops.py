@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxquant.interpret import _compat, moves
+from jaxquant.interpret import _compat, reshapes
 from jaxquant.interpret.bodies import scan_body, while_body
 from jaxquant.interpret.slots import Frame
 from jaxquant.interpret.values import Facts, Value
-from jaxquant.qtensor import is_qtensor, is_trained
+from jaxquant.qtensor import is_fake_quant, is_qtensor
 
 if TYPE_CHECKING:
     from jaxquant.interpret.evaluate import Interpreter
@@ -105,8 +105,8 @@ def _as_scanned(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
     """A value whose leading axis `scan` can take, which for a `QTensor` is a batch axis."""
     if not is_qtensor(value.data) or value.data.batch:
         return value
-    led = moves.demote(value.data)
-    if led is not None and is_trained(led):
+    led = reshapes.demote(value.data)
+    if led is not None and is_fake_quant(led):
         length = value.data.core[0]  # what is learned holds for all steps
         learned = jax.tree.map(lambda a: jnp.broadcast_to(a, (length, *a.shape)), led.learned)
         led = dataclasses.replace(led, learned=learned)

@@ -17,7 +17,7 @@ from jaxquant.interpret.calls import Call
 from jaxquant.interpret.evaluate import Interpreter
 from jaxquant.interpret.serve import Serve
 from jaxquant.interpret.values import Facts, Value
-from jaxquant.qtensor import Calibration, Grid, QTensor, is_qtensor
+from jaxquant.qtensor import Calibration, QTensor, QuantParams, is_qtensor
 from jaxquant.recipe import Recipe
 from jaxquant.spec import QSpec
 
@@ -155,10 +155,10 @@ def plan(call: Call, recipe: Recipe, *, as_it_is: bool = False) -> Planner:
 
 def _open(leaf: Any) -> Any:
     """A leaf whose results may stay integers, whoever takes them."""
-    if not is_qtensor(leaf) or leaf.use.requantize is None or leaf.calibration is None:
+    if not is_qtensor(leaf) or leaf.contraction.requantize is None or leaf.calibration is None:
         return leaf
     held: Calibration = leaf.calibration
     assert held.input is not None
     like = held.input.scale
-    anything = Grid(jnp.ones_like(like), jnp.zeros_like(like, jnp.int32), QSpec("int8"), "?")
+    anything = QuantParams(jnp.ones_like(like), jnp.zeros_like(like, jnp.int32), QSpec("int8"), "?")
     return dataclasses.replace(leaf, calibration=dataclasses.replace(held, output=anything))

@@ -22,7 +22,7 @@ from jaxquant.interpret.slots import SiteValues, Slot
 from jaxquant.interpret.values import Facts, Value
 from jaxquant.numerics import get
 from jaxquant.ops import is_integers
-from jaxquant.qtensor import Grid, QTensor, dequantize, is_qtensor
+from jaxquant.qtensor import QTensor, QuantParams, dequantize, is_qtensor
 from jaxquant.recipe import Recipe, as_recipe, attention_spec
 from jaxquant.report import Event
 from jaxquant.spec import QSpec
@@ -93,7 +93,7 @@ def policy_of(call: Call, recipe: Recipe | None = None, *, audit: bool = False) 
 
 def attention_grids(call: Call) -> SiteValues:
     """Calibrated grids of contractions without a parameter, each where its site is."""
-    grids: dict[str, tuple[Grid, Grid]] = {}
+    grids: dict[str, tuple[QuantParams, QuantParams]] = {}
     for leaf in call.leaves:
         if is_qtensor(leaf) and leaf.calibration is not None:
             grids |= leaf.calibration.attention or {}
@@ -106,7 +106,7 @@ def attention_grids(call: Call) -> SiteValues:
 
 
 def _attention(found: list[QTensor]) -> tuple[tuple[Any, QSpec | None], ...]:
-    given = dict.fromkeys(q.use.attention for q in found if q.use.attention)
+    given = dict.fromkeys(q.contraction.attention for q in found if q.contraction.attention)
     if len(given) > 1:
         raise ValueError(
             "quantized: the params carry attention rules of different recipes; "
@@ -175,7 +175,7 @@ class Serve(Policy):
         flipped = is_qtensor(site.lhs.data)
         value, q = (site.rhs, site.lhs.data) if flipped else (site.lhs, site.rhs.data)
         name, p = site.eqn.primitive.name, site.eqn.params
-        if not is_qtensor(q) or q.use.requantize is None or is_qtensor(value.data):
+        if not is_qtensor(q) or q.contraction.requantize is None or is_qtensor(value.data):
             return None
         held = q.calibration
         if held is None or held.input is None or held.input.scale.ndim or held.divisor is not None:
@@ -196,7 +196,7 @@ class Serve(Policy):
         if taken is not None:
             codes = taken.codes
         else:
-            codes, spec = self._in_float(ip, site, value).data, q.use.activations
+            codes, spec = self._in_float(ip, site, value).data, q.contraction.activations
             if spec is None or not jnp.issubdtype(codes.dtype, jnp.floating):
                 return None
             codes = ops.on_grid(ops.inference_only(codes), grid, spec)
@@ -249,14 +249,19 @@ class Serve(Policy):
 
 @functools.partial(jax.jit, static_argnames=("params",))
 def _of_activations(
-    lhs: Any, rhs: Any, lhs_grid: Grid | None, rhs_grid: Grid | None, *, params: tuple[Any, ...]
+    lhs: Any,
+    rhs: Any,
+    lhs_grid: QuantParams | None,
+    rhs_grid: QuantParams | None,
+    *,
+    params: tuple[Any, ...],
 ) -> Any:
     """Traced once for layers that are alike, and one function of the lowered program."""
     how: dict[str, Any] = dict(params)
     return ops.dot_general_dynamic(lhs, rhs, lhs_grid=lhs_grid, rhs_grid=rhs_grid, **how)
 
 
-def _suited(grid: Grid | None, spec: QSpec) -> Grid | None:
+def _suited(grid: QuantParams | None, spec: QSpec) -> QuantParams | None:
     """A calibrated grid, unless it was made for another spec than the recipe's."""
     return grid if grid is not None and grid.suits(spec) else None
 
@@ -281,7 +286,7 @@ def _undivided(data: Any) -> Any:
 def _without_outliers(ip: Interpreter, site: Contraction, operands: Any) -> None:
     """Reports a contraction whose outlier columns are quantized with the rest."""
     name = site.eqn.primitive.name
-    asked = any(is_qtensor(d) and d.use.outliers is not None for d in operands)
+    asked = any(is_qtensor(d) and d.contraction.outliers is not None for d in operands)
     if asked and name != "dot_general":
         ip.report("without outliers", site.keys[0], name, "outlier columns are quantized too")
 
@@ -289,7 +294,7 @@ def _without_outliers(ip: Interpreter, site: Contraction, operands: Any) -> None
 def _audit(ip: Interpreter, site: Contraction, op: Callable[..., Any], operands: Any) -> None:
     """Reports a contraction that was to run on integers and on no platform does."""
     (q,) = (d for d in operands if is_qtensor(d))
-    spec = q.use.activations
+    spec = q.contraction.activations
     if spec is None or not spec.format.is_integer:
         return
     jaxpr, _ = _compat.opened(jax.make_jaxpr(op)(*operands))

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from jaxquant.interpret import _compat, placed
 from jaxquant.interpret.values import Facts, Value
-from jaxquant.qtensor import QTensor, is_qtensor, is_trained, with_plain_scales
+from jaxquant.qtensor import QTensor, is_fake_quant, is_qtensor, with_plain_scales
 
 if TYPE_CHECKING:
     from jaxquant.interpret.evaluate import Interpreter
@@ -72,7 +72,7 @@ def shard_map(
         lead = PartitionSpec(*scales[: len(data.batch)])
         parts = {"codes": codes, "scale": scales, "zero_point": scales}
         parts |= {"codebook": scales if data.grouped_codebook else lead, "global_scale": lead}
-        if is_trained(data):
+        if is_fake_quant(data):
             parts["values"] = spec
         names = [name for name in parts if getattr(data, name) is not None]
         leaves.append([getattr(data, name) for name in names])

@@ -18,7 +18,7 @@ from jaxquant.interpret.policy import Contraction, Policy
 from jaxquant.interpret.record import dimensions
 from jaxquant.interpret.serve import Serve
 from jaxquant.interpret.values import Value
-from jaxquant.qtensor import QTensor, Trained, dequantize, is_trained
+from jaxquant.qtensor import FakeQuantTensor, QTensor, dequantize, is_fake_quant
 from jaxquant.spec import Gradients, QSpec
 from jaxquant.ste import straight_through
 
@@ -30,7 +30,7 @@ class InFloat(Policy):
 
 
 class Train(Serve):
-    """The policy that contracts on codes of `Trained` leaves, and passes gradients to their floats.
+    """The policy of training: contracts on codes, and passes gradients to the floats beside them.
 
     The result is what `Serve` computes with the same codes. Its gradient is that of the contraction
     of both operands as they are rounded, which then passes the rounding of each by its estimator.
@@ -47,17 +47,17 @@ class Train(Serve):
         self.key = key
 
     def contract(self, ip: Interpreter, site: Contraction) -> Any:
-        """Contracts on codes where an operand is `Trained`, else as served."""
+        """Contracts on codes where an operand is `FakeQuantTensor`, else as served."""
         lhs, rhs = site.lhs, site.rhs
-        if is_trained(lhs.data) and is_trained(rhs.data):
+        if is_fake_quant(lhs.data) and is_fake_quant(rhs.data):
             # the one that is more an activation (rows looked up) gives way
             live = lhs.facts.live or not rhs.facts.live
             lhs = Value(dequantize(lhs.data), lhs.facts) if live else lhs
             rhs = rhs if live else Value(dequantize(rhs.data), rhs.facts)
-        if not is_trained(lhs.data) and not is_trained(rhs.data):
+        if not is_fake_quant(lhs.data) and not is_fake_quant(rhs.data):
             return super().contract(ip, dataclasses.replace(site, lhs=lhs, rhs=rhs))
-        flipped = is_trained(lhs.data)
-        held: Trained = lhs.data if flipped else rhs.data
+        flipped = is_fake_quant(lhs.data)
+        held: FakeQuantTensor = lhs.data if flipped else rhs.data
         x, rest = (rhs if flipped else lhs).data, [v.data for v in site.rest]
         q, values = held.constant, held.values
         assert values is not None
@@ -159,9 +159,9 @@ def _kept(eqn: Any, flipped: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return pair[::-1] if flipped else pair
 
 
-def _rounded(x: Array, held: Trained, over: tuple[int, ...]) -> Array:
+def _rounded(x: Array, held: FakeQuantTensor, over: tuple[int, ...]) -> Array:
     """An activation rounded as its contraction rounds it, with the gradient of its estimator."""
-    spec = held.use.activations
+    spec = held.contraction.activations
     if spec is None or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     grid = None if held.calibration is None else held.calibration.input

@@ -11,7 +11,7 @@ from jax import Array
 
 from jaxquant.numerics import Format, clamp, decode, encode, nearest_even
 from jaxquant.ops.operands import int8_codes, integer_range
-from jaxquant.qtensor import Grid, dequantize, encode_array, scaled_codes, scales_over
+from jaxquant.qtensor import QuantParams, dequantize, encode_array, scaled_codes, scales_over
 from jaxquant.spec import PerChannel, PerTensor, QSpec
 
 
@@ -84,13 +84,13 @@ def _quantized(
     return codes, scale, jnp.full((1,) * x.ndim, -shift, jnp.int32) if shift else None
 
 
-def on_grid(x: Array, grid: Grid, spec: QSpec) -> Array:
+def on_grid(x: Array, grid: QuantParams, spec: QSpec) -> Array:
     """Codes of an activation on a calibrated grid: `q = clip(round(x (1 / S)) + Z)`, int8.
 
     Integer formats only, 8-bit unsigned codes shifted as in `quantize_activation`; 8-bit floats
     keep their dtype. Values beyond the grid, infinite ones too, take its ends; NaN becomes 0.
 
-    >>> grid = Grid(jnp.float32(0.5), jnp.int32(-128))
+    >>> grid = QuantParams(jnp.float32(0.5), jnp.int32(-128))
     >>> on_grid(jnp.array([0.0, 1.0, 1000.0]), grid, QSpec("uint8", PerTensor())).tolist()
     [-128, -126, 127]
     """
@@ -105,7 +105,7 @@ def on_grid(x: Array, grid: Grid, spec: QSpec) -> Array:
     return clamp(low, codes, high).astype(jnp.int8)
 
 
-def grid_of(scale: Array, zero_point: Array | None, spec: QSpec, source: str = "") -> Grid:
+def grid_of(scale: Array, zero_point: Array | None, spec: QSpec, source: str = "") -> QuantParams:
     """The grid of a scale and a zero point in the format's own codes.
 
     >>> int(grid_of(jnp.float32(1.0), jnp.int32(3), QSpec("uint8", symmetric=False)).zero_point)
@@ -117,13 +117,13 @@ def grid_of(scale: Array, zero_point: Array | None, spec: QSpec, source: str = "
         zero = jnp.full(scale.shape, -shift, jnp.int32) if shift else None
     else:
         zero = zero_point.astype(jnp.int32) - shift
-    return Grid(scale.astype(jnp.float32), zero, spec, source)
+    return QuantParams(scale.astype(jnp.float32), zero, spec, source)
 
 
-def fake_on_grid(x: Array, grid: Grid, spec: QSpec) -> Array:
+def fake_on_grid(x: Array, grid: QuantParams, spec: QSpec) -> Array:
     """An activation rounded to a calibrated grid, in its own dtype.
 
-    >>> grid = Grid(jnp.float32(0.5), None)
+    >>> grid = QuantParams(jnp.float32(0.5), None)
     >>> fake_on_grid(jnp.array([0.7, 100.0]), grid, QSpec("int8", PerTensor())).tolist()
     [0.5, 63.5]
     """
@@ -134,7 +134,7 @@ def fake_on_grid(x: Array, grid: Grid, spec: QSpec) -> Array:
     return (values * grid.scale).astype(x.dtype)
 
 
-def own_zero_point(grid: Grid, spec: QSpec) -> Array | None:
+def own_zero_point(grid: QuantParams, spec: QSpec) -> Array | None:
     """The zero point of a grid in the format's own codes: the inverse of `grid_of`.
 
     >>> grid = grid_of(jnp.float32(1.0), jnp.int32(3), QSpec("uint8", symmetric=False))

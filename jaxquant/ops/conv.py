@@ -23,7 +23,7 @@ from jaxquant.ops.activations import (
 )
 from jaxquant.ops.backward import straight_through
 from jaxquant.ops.convolve import Conv, conv_of, pad, padding, window_sum
-from jaxquant.ops.dot_general import FROM_USE
+from jaxquant.ops.dot_general import FROM_TENSOR
 from jaxquant.ops.operands import Placement, int8_codes, integer_range, place, result_dtype
 from jaxquant.ops.static import conv_static
 from jaxquant.qtensor import QTensor, dequantize, storage_codes, storage_scale, storage_values
@@ -43,7 +43,7 @@ def conv_general_dilated(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     *,
-    activations: QSpec | None = FROM_USE,
+    activations: QSpec | None = FROM_TENSOR,
 ) -> Array:
     """`lax.conv_general_dilated` of an image and a QTensor of kernels.
 
@@ -70,7 +70,7 @@ def conv_general_dilated(
       precision: as for `lax.conv_general_dilated`; integers are summed exactly.
       preferred_element_type: dtype of the result.
       activations: spec to quantize the image by, `PerChannel()` one scale for each image of the
-        batch or `PerTensor()`; `None` keeps it float. Default: `q.use.activations`.
+        batch or `PerTensor()`; `None` keeps it float. Default: `q.contraction.activations`.
 
     Returns:
       The result, whose gradient is that of the convolution with `dequantize(q)`.
@@ -95,7 +95,7 @@ def conv_general_dilated(
     )  # fmt: skip
     if isinstance(lhs, QTensor):
         other = dequantize(rhs) if isinstance(rhs, QTensor) else rhs
-        spec = lhs.use.activations if activations is FROM_USE else activations
+        spec = lhs.contraction.activations if activations is FROM_TENSOR else activations
         # of a kernel, an index of the output keeps a scale of its own
         over = conv.numbers.rhs_spec[1:]
 
@@ -105,9 +105,9 @@ def conv_general_dilated(
         return straight_through(left, lambda x, w: conv(w, x))(other, lhs)
     if not isinstance(rhs, QTensor):
         return conv(lhs, rhs)
-    spec = rhs.use.activations if activations is FROM_USE else activations
+    spec = rhs.contraction.activations if activations is FROM_TENSOR else activations
     conv = dataclasses.replace(conv, activations=spec)
-    if activations is not FROM_USE:  # the spec does not go with the grid that the kernel carries
+    if activations is not FROM_TENSOR:  # the spec does not go with the grid that the kernel carries
         rhs = dataclasses.replace(rhs, calibration=None)
     return straight_through(functools.partial(_forward, conv), conv)(lhs, rhs)
 

@@ -36,8 +36,8 @@ from jaxquant.ops.operands import (
 from jaxquant.ops.outliers import fake_with_outliers, in_order, in_storage, product, split
 from jaxquant.ops.static import dot_static
 from jaxquant.qtensor import (
-    Grid,
     QTensor,
+    QuantParams,
     dequantize,
     storage_codes,
     storage_values,
@@ -123,7 +123,7 @@ def _as_stored(call: Call, x: Array, q: QTensor, at: Placement, together: bool) 
     return True
 
 
-def _grid(call: Call, q: QTensor) -> Grid | None:
+def _grid(call: Call, q: QTensor) -> QuantParams | None:
     """The calibrated grid of the other operand, if the contraction shares its batch axes."""
     grid = None if q.calibration is None else q.calibration.input
     if grid is None or call.activations is None or not call.calibrated:
@@ -140,7 +140,7 @@ def _quantized(
     q: QTensor,
     at: Placement,
     spec: QSpec,
-    grid: Grid | None,
+    grid: QuantParams | None,
     key: Array | None,
 ) -> Array:
     """Codes of both operands multiplied."""

@@ -14,10 +14,10 @@ from jax.typing import DTypeLike
 from jaxquant.ops.backward import straight_through
 from jaxquant.ops.dot_call import Axes, Call
 from jaxquant.ops.dot_codes import evaluated
-from jaxquant.qtensor import Calibration, QTensor, Use, along, dequantize
+from jaxquant.qtensor import Calibration, ContractionConfig, QTensor, along, dequantize
 from jaxquant.spec import PerChannel, PerTensor, QSpec
 
-FROM_USE: Any = type("FromUse", (), {"__repr__": lambda _: "q.use.activations"})()
+FROM_TENSOR: Any = type("FromTensor", (), {"__repr__": lambda _: "q.contraction.activations"})()
 """Stands for the activation spec that the QTensor carries."""
 
 
@@ -29,7 +29,7 @@ def dot_general(
     preferred_element_type: DTypeLike | None = None,
     *,
     out_sharding: Any = None,
-    activations: QSpec | None = FROM_USE,
+    activations: QSpec | None = FROM_TENSOR,
 ) -> Array:
     """`lax.dot_general` of a float array and a QTensor, on either side.
 
@@ -62,7 +62,7 @@ def dot_general(
       preferred_element_type: dtype of the result.
       out_sharding: sharding of the result, under an explicit mesh.
       activations: spec to quantize the float operand by, `PerChannel()` one scale for each row or
-        `PerTensor()`; `None` keeps it float. Default: `q.use.activations`.
+        `PerTensor()`; `None` keeps it float. Default: `q.contraction.activations`.
 
     Returns:
       `[batch, free of lhs, free of rhs]`. Its gradient is that of the contraction with
@@ -94,10 +94,10 @@ def dot_general(
         call = Call(tuple(lc), tuple(rc), tuple(lb), tuple(rb), False, *rest, None)
     else:
         return lax.dot_general(lhs, rhs, dimension_numbers, *rest[:2], out_sharding=out_sharding)
-    spec = q.use.activations if activations is FROM_USE else activations
-    found = q.use.outliers if activations is FROM_USE and spec is not None else None
+    spec = q.contraction.activations if activations is FROM_TENSOR else activations
+    found = q.contraction.outliers if activations is FROM_TENSOR and spec is not None else None
     call = dataclasses.replace(
-        call, activations=spec, outliers=found, calibrated=activations is FROM_USE
+        call, activations=spec, outliers=found, calibrated=activations is FROM_TENSOR
     )
     if q.calibration is not None and q.calibration.divisor is not None:
         call, x, q = _divided(call, jnp.asarray(x), q, q.calibration)
@@ -110,7 +110,7 @@ def _sourceless(q: QTensor) -> QTensor:
     if held is not None:
         grid = None if held.input is None else dataclasses.replace(held.input, source="")
         held = Calibration(input=grid, offset=held.offset, outliers=held.outliers, over=held.over)
-    return dataclasses.replace(q, use=Use(), calibration=held)
+    return dataclasses.replace(q, contraction=ContractionConfig(), calibration=held)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -23,7 +23,7 @@ from jaxquant.ops.backward import straight_through_both
 from jaxquant.ops.contract import contract
 from jaxquant.ops.operands import Operand, integer_range, result_dtype
 from jaxquant.ops.out_sharding import Sharding
-from jaxquant.qtensor import Grid
+from jaxquant.qtensor import QuantParams
 from jaxquant.spec import QSpec
 
 
@@ -36,8 +36,8 @@ def dot_general_dynamic(
     *,
     lhs_spec: QSpec,
     rhs_spec: QSpec,
-    lhs_grid: Grid | None = None,
-    rhs_grid: Grid | None = None,
+    lhs_grid: QuantParams | None = None,
+    rhs_grid: QuantParams | None = None,
     out_sharding: Any = None,
 ) -> Array:
     """`lax.dot_general` of two float arrays, both quantized at run time.
@@ -121,7 +121,7 @@ def _same_kind(a: QSpec, b: QSpec, terms: int | None) -> bool:
 def _operand(
     x: Array,
     spec: QSpec,
-    grid: Grid | None,
+    grid: QuantParams | None,
     shared: Sequence[int],
     contract_: Sequence[int],
     batch: Sequence[int],

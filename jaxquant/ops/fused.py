@@ -113,6 +113,6 @@ def _accumulator(
         folded=jax.tree.map(sums.lay, held.folded),
         output=held.output,
         channels=sums.channels,
-        requantize=q.use.requantize or "float32",
+        requantize=q.contraction.requantize or "float32",
         **about,
     )

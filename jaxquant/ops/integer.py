@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from jaxquant.ops.activations import int8_limits, on_grid
 from jaxquant.ops.requantize import fixed_point, rescaled
-from jaxquant.qtensor import Folded, Grid
+from jaxquant.qtensor import Folded, QuantParams
 
 MOST = 2**30  # a bias beyond would leave the sums no room in 32 bits
 _PARTS = float(2**20)
@@ -43,7 +43,7 @@ class Activation:
     """
 
     codes: Array
-    grid: Grid
+    grid: QuantParams
     dtype: str
     source: tuple[str, ...]
     added: tuple[str, ...] = ()
@@ -106,7 +106,7 @@ class Accumulator:
     gain: Array | None
     bias: Array | None
     folded: Folded | None
-    output: Grid | None
+    output: QuantParams | None
     channels: tuple[int, ...]
     key: str
     requantize: str

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxquant.ops import lowering
 from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared_axes
 from jaxquant.ops.backward import straight_through
-from jaxquant.ops.dot_general import FROM_USE
+from jaxquant.ops.dot_general import FROM_TENSOR
 from jaxquant.ops.operands import Placement, int8_codes, integer_range, place, result_dtype
 from jaxquant.qtensor import QTensor, dequantize, storage_codes, storage_scale, storage_values
 from jaxquant.spec import QSpec
@@ -27,7 +27,7 @@ def ragged_dot_general(
     group_offset: Array | None = None,
     *,
     out_sharding: Any = None,
-    activations: QSpec | None = FROM_USE,
+    activations: QSpec | None = FROM_TENSOR,
 ) -> Array:
     """`lax.ragged_dot_general`, where rows of `lhs` meet the matrix of their expert.
 
@@ -49,7 +49,7 @@ def ragged_dot_general(
     (5, 3)
     """
     numbers = ragged_dot_dimension_numbers
-    spec = rhs.use.activations if activations is FROM_USE else activations
+    spec = rhs.contraction.activations if activations is FROM_TENSOR else activations
     ((xc, wc), (xb, _)) = numbers.dot_dimension_numbers
     kept = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
 

@@ -16,9 +16,9 @@ from jaxquant.ops.contract import integer_sums
 from jaxquant.ops.convolve import Conv, window_sum_int32
 from jaxquant.ops.operands import Placement, arranged, int8_codes, integer_range, place, weight
 from jaxquant.qtensor import (
-    Grid,
+    ContractionConfig,
     QTensor,
-    Use,
+    QuantParams,
     from_storage,
     storage_codes,
     storage_scale,
@@ -107,7 +107,9 @@ def with_fine_scales(q: QTensor, contracted: Sequence[int]) -> QTensor:
         return q
     if q.scale.shape != tuple(1 if s in at.contract else n for s, n in enumerate(at.padded)):
         return q
-    bare = dataclasses.replace(q, calibration=None, use=Use())  # alike layers compile once
+    bare = dataclasses.replace(
+        q, calibration=None, contraction=ContractionConfig()
+    )  # alike layers compile once
     return dataclasses.replace(q, scale=_fine_scales(bare, at.contract))
 
 
@@ -184,7 +186,7 @@ def conv_sums(
 def dot_static(
     codes: Array,
     q: QTensor,
-    grid: Grid,
+    grid: QuantParams,
     over: tuple[Sequence[int], Sequence[int]],
     flipped: bool,
 ) -> Array | None:
@@ -193,26 +195,26 @@ def dot_static(
     return None if sums is None else _scaled(sums, q, grid, over[1])
 
 
-def conv_static(conv: Conv, codes: Array, q: QTensor, grid: Grid) -> Array | None:
+def conv_static(conv: Conv, codes: Array, q: QTensor, grid: QuantParams) -> Array | None:
     """`dot_static` of a convolution."""
     sums = conv_sums(conv, codes, grid.zero_point, q)
     return None if sums is None else _scaled(sums, q, grid, conv.numbers.rhs_spec[1:])
 
 
-def _scaled(sums: Sums, q: QTensor, grid: Grid, contracted: Sequence[int]) -> Array:
+def _scaled(sums: Sums, q: QTensor, grid: QuantParams, contracted: Sequence[int]) -> Array:
     scale, offset = sum_scale(q, grid, contracted), sum_offset(q, grid, contracted)
     total = sums.total if offset is None else sums.total + sums.lay(offset)
     return total.astype(jnp.float32) * sums.lay(scale)
 
 
-def sum_scale(q: QTensor, grid: Grid, contracted: Sequence[int]) -> Array:
+def sum_scale(q: QTensor, grid: QuantParams, contracted: Sequence[int]) -> Array:
     """`S_x S_w` for each channel, `[*kept]`."""
     at = plain_place(q, contracted)
     assert at is not None
     return kept_vector(q, at, storage_scale(q)) * grid.scale
 
 
-def sum_offset(q: QTensor, grid: Grid, contracted: Sequence[int]) -> Array | None:
+def sum_offset(q: QTensor, grid: QuantParams, contracted: Sequence[int]) -> Array | None:
     """What zero points of the activation add to the sums: known beforehand, or found now."""
     if grid.zero_point is None:
         return None

@@ -24,7 +24,7 @@ def tiling(q: QTensor, at: Placement, rows: int) -> tuple[int, int] | None:
     >>> import jax, jaxquant as jq
     >>> from jaxquant.ops.operands import place
     >>> w = jax.random.normal(jax.random.key(0), (32, 64))
-    >>> q, _ = jq.kmeans(iterations=1)(w, jq.palette(1), minor=(0,))
+    >>> q, _ = jq.kmeans(iterations=1)(w, jq.palette(1), storage_last_axes=(0,))
     >>> tiling(q, place(q, (0,), ()), rows=1) is None  # so little is looked up at once
     True
     """

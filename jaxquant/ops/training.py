@@ -104,7 +104,7 @@ def dot_trained(
     (own, others), (own_batch, others_batch) = (
         (numbers[0][::-1], numbers[1][::-1]) if flipped else (numbers[0], numbers[1])
     )
-    spec = q.use.activations
+    spec = q.contraction.activations
 
     w_side = _Side(tuple(others), tuple(others_batch), q.ndim)
     x_side = _Side(tuple(own), tuple(own_batch), x.ndim)

@@ -61,7 +61,14 @@ def encode_leaf(
     def run(w: Array, k: Array | None, stats: InputStats | None) -> tuple[QTensor, Info]:
         assert plan.spec is not None
         more = {} if stats is None else {"stats": stats}
-        return encoder(w, plan.spec, key=k, minor=plan.minor, batch_axes=plan.batch_axes, **more)
+        return encoder(
+            w,
+            plan.spec,
+            key=k,
+            storage_last_axes=plan.storage_last_axes,
+            batch_axes=plan.batch_axes,
+            **more,
+        )
 
     try:
         if isinstance(leaf, jax.ShapeDtypeStruct):

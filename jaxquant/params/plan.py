@@ -32,7 +32,7 @@ class Plan:
       rule: the rule that decided; `None` where none matches.
       action: in words, as reports print it.
       spec: how to encode, axes named within the core; `None` keeps the leaf.
-      minor: core axes to store last.
+      storage_last_axes: core axes to store last.
       batch_axes: how many leading axes are encoded one by one.
       sites: the sites that use the leaf.
       notes: remarks for the report.
@@ -44,7 +44,7 @@ class Plan:
     rule: Rule | None
     action: str
     spec: QSpec | None = None
-    minor: tuple[int, ...] = ()
+    storage_last_axes: tuple[int, ...] = ()
     batch_axes: int = 0
     sites: tuple[Site, ...] = ()
     notes: tuple[str, ...] = ()
@@ -213,7 +213,7 @@ def _plan(
     if local != spec and math.prod(blocks) == 1 and math.prod(core) > 0 and _is_open(spec):
         return kept("every value would need its own scale")
     conv = bool(ordered) and ordered[0].primitive == "conv_general_dilated"
-    minor = () if conv else tuple(a - batch for a in contracted or () if a >= batch)
+    storage_last_axes = () if conv else tuple(a - batch for a in contracted or () if a >= batch)
     words = describe(spec)
     words += (
         f", activations {_short(rule.activations)}" + (" static" if rule.observer else "")
@@ -221,7 +221,7 @@ def _plan(
         else ""
     )
     words += " (looked up)" if lookups and not contractions else ""
-    return Plan(path, rule, words, local, minor, batch, uses, notes, table)
+    return Plan(path, rule, words, local, storage_last_axes, batch, uses, notes, table)
 
 
 def _is_open(spec: QSpec) -> bool:

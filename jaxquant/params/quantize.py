@@ -17,7 +17,7 @@ from jaxquant.interpret.sites import Sites, path_str
 from jaxquant.params.donated import consume, last_uses, rehearse, wait_for
 from jaxquant.params.leaf import Encoded, encode_leaf, require_no_inputs
 from jaxquant.params.plan import Plan, identity, make_plans
-from jaxquant.qtensor import Use, is_qtensor, with_use
+from jaxquant.qtensor import ContractionConfig, is_qtensor, with_contraction
 from jaxquant.recipe import Recipe, RecipeLike, as_recipe
 from jaxquant.report import LeafReport, Report, shown
 
@@ -109,7 +109,7 @@ def apply_recipe(
             out.append(leaf)
             shared = seen.get(array)
         else:
-            how = (array, plan.spec, plan.minor, plan.batch_axes, plan.rule)
+            how = (array, plan.spec, plan.storage_last_axes, plan.batch_axes, plan.rule)
             rule, made = plan.rule, given.get(path)
             if how not in done:
                 if made is None:
@@ -117,8 +117,10 @@ def apply_recipe(
                     wait_for(infos)  # or what several leaves need would be in memory together
                     made = encode_leaf(leaf, plan, plan.encoder or rtn(), key)
                 if use:
-                    how_used = Use(rule.activations, recipe.attention, outliers=rule.outliers)
-                    made = made._replace(q=with_use(made.q, how_used))
+                    how_used = ContractionConfig(
+                        rule.activations, recipe.attention, outliers=rule.outliers
+                    )
+                    made = made._replace(q=with_contraction(made.q, how_used))
                 done[how] = (path, made)
             else:
                 shared = done[how][0]

@@ -20,7 +20,7 @@ from jaxquant.interpret.serve import serve
 from jaxquant.interpret.sites import Sites, path_str
 from jaxquant.numerics import compute_dtype
 from jaxquant.params import Encoded, apply_recipe, make_plans
-from jaxquant.ptq.calibrate import How, encoded_by_inputs
+from jaxquant.ptq.calibrate import PTQOptions, encoded_by_inputs
 from jaxquant.ptq.channels import divided
 from jaxquant.ptq.fuse import fused, with_offsets
 from jaxquant.ptq.speed import Meter, speed_notes
@@ -144,7 +144,7 @@ def ptq(
                 "batches, not stats: ranges are those of activations as rewrites and quantized "
                 "weights leave them"
             )
-        how = How(sequential, budget, offload, progress, save, resume)
+        how = PTQOptions(sequential, budget, offload, progress, save, resume)
         bound = trace_call(with_kwargs, params, args, {}) if kwargs else call
         if stats is not None:
             check_sites(sites, stats)
@@ -240,7 +240,7 @@ def _attention(sites: Sites, qparams: Any, recipe: Recipe) -> tuple[tuple[str, s
     """Sites without a parameter, and the format that `quantized(fn)` computes them in."""
     leaves = jax.tree.leaves(qparams, is_leaf=is_qtensor)
     # leaves quantized earlier may carry the rules of an earlier recipe
-    carried = {q.use.attention for q in leaves if is_qtensor(q) and q.use.attention}
+    carried = {q.contraction.attention for q in leaves if is_qtensor(q) and q.contraction.attention}
     rules = next(iter(carried)) if len(carried) == 1 else recipe.attention
     found = [
         (site.key, attention_spec(rules, site.key)) for site in sites.sites if site.param is None
@@ -267,7 +267,7 @@ def _dtypes(qparams: Any, platforms: Sequence[str]) -> list[Event]:
     leaves = [q for q in jax.tree.leaves(qparams, is_leaf=is_qtensor) if is_qtensor(q)]
     events = []
     for platform in platforms:
-        for dtype in sorted({q.dtype for q in leaves if q.use.activations is None}):
+        for dtype in sorted({q.dtype for q in leaves if q.contraction.activations is None}):
             instead, reason = compute_dtype(dtype, platform)
             if reason is not None:
                 message = f"{dtype} contractions are computed in {instead.name}: {reason}"

@@ -17,9 +17,9 @@ from jaxquant.interpret.calls import Call, is_traced
 from jaxquant.interpret.sites import Sites, path_str
 from jaxquant.observers import Inputs
 from jaxquant.params import Encoded, Plan, check_finite, encode_leaf
+from jaxquant.ptq.absorb import Move, folded, moves_of, stuck
 from jaxquant.ptq.encode import encode_members, placed
 from jaxquant.ptq.gather import BUDGET, expected_stats, fed_by, members_of, misfits, passes
-from jaxquant.ptq.moves import Move, folded, moves_of, stuck
 from jaxquant.ptq.run import run_of
 from jaxquant.ptq.saved import Folder, Path
 from jaxquant.ptq.sequential import Walk, fed_alike, quantize_in_order, walk_of, walked_misfits
@@ -30,7 +30,7 @@ from jaxquant.spec import PerChannel
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
+class PTQOptions:
     """How calibration by inputs goes about it; see `jaxquant.ptq`."""
 
     sequential: bool = True
@@ -61,7 +61,7 @@ def encoded_by_inputs(
     batches: Sequence[Any] | None,
     stats: Statistics | None,
     key: Array | None,
-    how: How,
+    how: PTQOptions,
 ) -> tuple[dict[str, Encoded], Any, dict[str, list[str]]]:
     """Encodes all leaves of a recipe some of whose rules look at inputs.
 
@@ -231,7 +231,15 @@ def _rehearse(
                 continue  # meets no inputs
             stats = expected_stats(plan, leaf.shape)
         where = None if stats is None else (stats.axes, stats.batched)
-        how = (leaf.shape, leaf.dtype, plan.spec, plan.minor, plan.batch_axes, encoder, where)
+        how = (
+            leaf.shape,
+            leaf.dtype,
+            plan.spec,
+            plan.storage_last_axes,
+            plan.batch_axes,
+            encoder,
+            where,
+        )
         if how not in tried:
             tried.add(how)
             abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jaxquant.encoders import Encoder, matrix_spec, measure, rtn, to_matrix
 from jaxquant.observers import InputStats, input_stats
 from jaxquant.params import Encoded, Plan, derive, encode_leaf
-from jaxquant.ptq.moves import Move
+from jaxquant.ptq.absorb import Move
 from jaxquant.qtensor import Calibration, QTensor, along
 from jaxquant.report import Found, shown
 from jaxquant.rewrites.scaling import Rewrite

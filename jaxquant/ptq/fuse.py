@@ -14,7 +14,7 @@ from jaxquant.interpret.plan import Chain, Planner, plan
 from jaxquant.interpret.sites import Site, Sites, path_str
 from jaxquant.ops import folded, zero_offset
 from jaxquant.ptq.static import contractions
-from jaxquant.qtensor import Calibration, Grid, QTensor, Use, is_qtensor
+from jaxquant.qtensor import Calibration, ContractionConfig, QTensor, QuantParams, is_qtensor
 from jaxquant.recipe import Recipe
 from jaxquant.report import Edge
 
@@ -30,7 +30,9 @@ def with_offsets(qparams: Any, sites: Sites) -> Any:
         over = {_contracted(q, site) for site in uses}
         if len(over) != 1:
             return q  # each site will find its own
-        bare = dataclasses.replace(q, calibration=None, use=Use())  # alike layers compile once
+        bare = dataclasses.replace(
+            q, calibration=None, contraction=ContractionConfig()
+        )  # alike layers compile once
         offset = _offset(bare, held.input.zero_point, *over)
         return dataclasses.replace(q, calibration=dataclasses.replace(held, offset=offset))
 
@@ -60,7 +62,7 @@ def fused(qparams: Any, call: Call, recipe: Recipe, sites: Sites) -> tuple[Any, 
     """
     flat, tree = jax.tree.flatten_with_path(qparams, is_leaf=is_qtensor)
     leaves = {path_str(path): leaf for path, leaf in flat}
-    if not any(is_qtensor(q) and q.use.requantize for q in leaves.values()):
+    if not any(is_qtensor(q) and q.contraction.requantize for q in leaves.values()):
         return qparams, ()
     planner = plan(call, recipe)
     where = {site.key: site.param for site in sites.sites if site.param is not None}
@@ -72,7 +74,7 @@ def fused(qparams: Any, call: Call, recipe: Recipe, sites: Sites) -> tuple[Any, 
             clips = source in apart or planner.clips(source)
             reasons[source, target] = _joined(leaves, ends, clips, sites)
     for key, path in where.items():
-        if is_qtensor(leaves[path]) and leaves[path].use.requantize:
+        if is_qtensor(leaves[path]) and leaves[path].contraction.requantize:
             leaves[path] = _folded(leaves[path], sites[key], planner.chain(key), sites)
     fused_params = jax.tree.unflatten(tree, list(leaves.values()))
     edges = [Edge(*ends, False, reason) for ends, reason in planner.exits.items()]
@@ -87,7 +89,7 @@ def fused(qparams: Any, call: Call, recipe: Recipe, sites: Sites) -> tuple[Any, 
 
 def _apart(planner: Planner, leaves: dict[str, Any], where: dict[str, str]) -> set[str]:
     """Sites of whose results different parts are taken, on different grids: none holds them all."""
-    first: dict[str, tuple[int, Grid]] = {}
+    first: dict[str, tuple[int, QuantParams]] = {}
     found = set()
     for (source, target), array in planner.arrays.items():
         grid = leaves[where[target]].calibration.input
@@ -123,7 +125,7 @@ def _joined(leaves: dict[str, Any], ends: tuple[str, str], clips: bool, sites: S
     return ""
 
 
-def _equal(a: Grid, b: Grid) -> bool:
+def _equal(a: QuantParams, b: QuantParams) -> bool:
     return all(
         np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=False)
     ) and (a.zero_point is None) == (b.zero_point is None)

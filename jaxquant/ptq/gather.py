@@ -17,8 +17,8 @@ from jaxquant.interpret.calls import Call
 from jaxquant.interpret.sites import Site, Sites
 from jaxquant.observers import Inputs, InputStats
 from jaxquant.params import Plan
+from jaxquant.ptq.absorb import Move, immovable
 from jaxquant.ptq.encode import Member
-from jaxquant.ptq.moves import Move, immovable
 from jaxquant.report import shown
 
 BUDGET = 2**30  # bytes of statistics held at once, unless said otherwise

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxquant.encoders import Info
 from jaxquant.params import Encoded
-from jaxquant.qtensor import read, written
+from jaxquant.qtensor import deserialize, serialize
 from jaxquant.report import Found
 
 Path = str | os.PathLike[str]
@@ -84,7 +84,7 @@ class Folder:
         arrays: dict[str, Any] = {}
         entries = []
         for n, (name, one) in enumerate(done.items()):
-            text, parts = written(one.q)
+            text, parts = serialize(one.q)
             arrays |= {f"{n}/{part}": a for part, a in parts.items()}
             info = None
             if one.info is not None:
@@ -113,7 +113,7 @@ def _read(path: str) -> dict[str, Encoded]:
                 error, signal = map(jnp.float32, entry["info"])
                 info = Info(error, signal)
             notes = tuple(n if isinstance(n, str) else Found(*n) for n in entry["notes"])
-            done[entry["name"]] = Encoded(read(entry["q"], own), info, notes)
+            done[entry["name"]] = Encoded(deserialize(entry["q"], own), info, notes)
         return done
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"ptq: resume: {path!r} is damaged; delete it to redo its step") from error

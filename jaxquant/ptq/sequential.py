@@ -26,9 +26,9 @@ from jaxquant.interpret.flatten import Flat, Piece, flatten
 from jaxquant.interpret.segments import Group, Segment, groups_of, segments_of
 from jaxquant.observers import Inputs, InputStats, inputs
 from jaxquant.params import Encoded, Plan, identity
+from jaxquant.ptq.absorb import Move, stuck
 from jaxquant.ptq.encode import Member, encode_members, placed, stacked
 from jaxquant.ptq.gather import misfit, require_budget, tree_bytes
-from jaxquant.ptq.moves import Move, stuck
 from jaxquant.ptq.saved import Folder
 from jaxquant.qtensor import dequantize, is_qtensor
 from jaxquant.report import shown

@@ -189,7 +189,7 @@ def _part(platform: str, load: Load, path: str, leaves: Mapping[str, QTensor], d
     q = leaves.get(path) if dtype == "float32" else None  # other floats were not measured
     known = None
     if q is not None:
-        kind = kind_of(q.spec, q.use.activations, q.use.outliers, load.summed)
+        kind = kind_of(q.spec, q.contraction.activations, q.contraction.outliers, load.summed)
         known = ratio(platform, load, kind)
     return _Part(load, known or FLOAT, path, q)
 

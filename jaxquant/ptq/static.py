@@ -14,7 +14,7 @@ from jaxquant.interpret.serve import unsigned
 from jaxquant.interpret.sites import Site, Sites, path_str
 from jaxquant.observers import Observer, Range, finish_stacked, range_to_scale
 from jaxquant.ops import grid_of, with_fine_scales
-from jaxquant.qtensor import Calibration, Grid, is_qtensor
+from jaxquant.qtensor import Calibration, QuantParams, is_qtensor
 from jaxquant.recipe import Recipe
 from jaxquant.report import shown
 from jaxquant.spec import PerTensor, QSpec
@@ -75,8 +75,8 @@ def calibrated(
             held = dataclasses.replace(held, divisor=by.divisor, axis=by.axis)
         if rule.requantize is not None:
             leaf = with_fine_scales(leaf, [a - len(leaf.batch) for a in uses[0].contracted])
-        use = dataclasses.replace(leaf.use, requantize=rule.requantize)
-        leaves[path] = dataclasses.replace(leaf, use=use, calibration=held)
+        config = dataclasses.replace(leaf.contraction, requantize=rule.requantize)
+        leaves[path] = dataclasses.replace(leaf, contraction=config, calibration=held)
     for path, grids in _attention(leaves, recipe, sites, stats).items():
         held = leaves[path].calibration or Calibration()
         leaves[path] = dataclasses.replace(
@@ -215,13 +215,13 @@ def _finished(seen: Observed, spec: QSpec, where: str) -> Range:
 
 def _attention(
     leaves: dict[str, Any], recipe: Recipe, sites: Sites, stats: Statistics
-) -> dict[str, dict[str, tuple[Grid, Grid]]]:
+) -> dict[str, dict[str, tuple[QuantParams, QuantParams]]]:
     """For each leaf that is to carry some, grids of sites without a parameter.
 
     A site's grids are arrays with the layers of the loops around it as leading axes; a leaf with
     the same batch axes carries them along.
     """
-    carried: dict[str, dict[str, tuple[Grid, Grid]]] = {}
+    carried: dict[str, dict[str, tuple[QuantParams, QuantParams]]] = {}
     for site in sites.sites:
         rule = recipe.attention_rule(site.key) if site.param is None else None
         if rule is None or rule.observer is None or rule.attention is None:

@@ -130,7 +130,7 @@ class _AsTrained(Encoder):
         spec: QSpec,
         *,
         key: Array | None = None,
-        minor: tuple[int, ...] = (),
+        storage_last_axes: tuple[int, ...] = (),
         batch_axes: int = 0,
         stats: Any = None,
     ) -> tuple[QTensor, Info]:

@@ -95,7 +95,7 @@ def state_for(
             made = estimator.init(
                 jnp.asarray(weights[plan.path]),
                 plan.spec,
-                minor=plan.minor,
+                storage_last_axes=plan.storage_last_axes,
                 batch_axes=plan.batch_axes,
             )
         except ValueError as error:

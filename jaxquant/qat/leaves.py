@@ -17,13 +17,13 @@ from jaxquant.qat.schedule import wide
 from jaxquant.qat.state import QuantState
 from jaxquant.qtensor import (
     Calibration,
-    Grid,
+    ContractionConfig,
+    FakeQuantTensor,
     QTensor,
-    Trained,
-    Use,
+    QuantParams,
     magnitude,
     storage_layout,
-    with_use,
+    with_contraction,
 )
 from jaxquant.recipe import Recipe
 from jaxquant.spec import QSpec
@@ -91,16 +91,18 @@ def encoded(
         sums stays as it lies: integers that meet integers, in whole bytes.
     """
     assert plan.rule is not None
-    spec, learned, minor = given(leaf, plan, state, bits, turned)
+    spec, learned, storage_last_axes = given(leaf, plan, state, bits, turned)
     activations = wide(plan.rule.activations, bits)
-    q = weight_estimator(plan).encode(leaf, learned, spec, minor=minor, batch_axes=plan.batch_axes)
+    q = weight_estimator(plan).encode(
+        leaf, learned, spec, storage_last_axes=storage_last_axes, batch_axes=plan.batch_axes
+    )
     attention = tuple((pattern, wide(s, bits)) for pattern, s in recipe.attention)
-    return with_use(q, Use(activations, attention))
+    return with_contraction(q, ContractionConfig(activations, attention))
 
 
 def with_grid(q: QTensor, plan: Plan, state: QuantState | None) -> QTensor:
     """The codes of a leaf with the grid of what it is contracted with, where that is known."""
-    spec = q.use.activations
+    spec = q.contraction.activations
     grid = None if state is None or spec is None else grid_for(plan, state, spec)
     if grid is None:
         return q
@@ -127,17 +129,19 @@ def given(
     activations = wide(plan.rule.activations, bits)
     exact = spec.format.is_integer and activations is not None and activations.format.is_integer
     if turned or not exact or spec.format.packed:
-        return spec, learned, plan.minor
+        return spec, learned, plan.storage_last_axes
     # what is learned lies as scales are stored
     core, lead = leaf.shape[plan.batch_axes :], plan.batch_axes
-    stored, own = (storage_layout(core, spec, m, "float32").axes for m in (plan.minor, ()))
+    stored, own = (
+        storage_layout(core, spec, m, "float32").axes for m in (plan.storage_last_axes, ())
+    )
     if set(stored) != set(own):
-        return spec, learned, plan.minor if learned else ()
+        return spec, learned, plan.storage_last_axes if learned else ()
     order = [*range(lead), *(lead + stored.index(axes) for axes in own)]
     return spec, {name: jnp.transpose(a, order) for name, a in learned.items()}, ()
 
 
-def grid_for(plan: Plan, state: QuantState, spec: QSpec) -> Grid | None:
+def grid_for(plan: Plan, state: QuantState, spec: QSpec) -> QuantParams | None:
     """The grid of what a leaf is contracted with, `[*layers]`; `None` where it is dynamic."""
     estimator = learns_activations(plan)
     if estimator is not None:
@@ -178,7 +182,7 @@ def _merged_range(observer: Any, states: list[dict[str, Any]]) -> Range:
 
 def trained(
     leaf: Array, plan: Plan, recipe: Recipe, state: QuantState | None, bits: int = 0
-) -> Trained:
+) -> FakeQuantTensor:
     """A leaf as training computes with it: its codes, and the floats that gradients go to."""
     assert plan.rule is not None
     q = with_grid(encoded(leaf, plan, recipe, state, bits, turned=False), plan, state)
@@ -196,9 +200,9 @@ def trained(
     fields = {f.name: getattr(q, f.name) for f in dataclasses.fields(QTensor)}
     activation = None
     if learns_activations(plan) is not None:
-        assert state is not None and q.use.activations is not None
-        activation = activation_at(plan, state, q.use.activations)
-    return Trained(
+        assert state is not None and q.contraction.activations is not None
+        activation = activation_at(plan, state, q.contraction.activations)
+    return FakeQuantTensor(
         **fields,
         values=values,
         learned=activation,

@@ -65,6 +65,12 @@ def fake_quant_params(
                 "jaxquant.init_quant_state makes it"
             )
         spec, learned = at_bits(plan, quant_state, 0)
-        q = estimator.encode(leaf, learned, spec, minor=plan.minor, batch_axes=plan.batch_axes)
+        q = estimator.encode(
+            leaf,
+            learned,
+            spec,
+            storage_last_axes=plan.storage_last_axes,
+            batch_axes=plan.batch_axes,
+        )
         out.append(estimator.values(leaf, learned, q))
     return jax.tree.unflatten(tree, out)

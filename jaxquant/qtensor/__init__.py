@@ -1,7 +1,7 @@
 """The quantized array: a pytree of codes and scales, and how arrays become one and come back."""
 
 from jaxquant.qtensor import export as _export  # noqa: F401 - registers QTensor with jax.export
-from jaxquant.qtensor.calibration import Calibration, Folded, Grid, along
+from jaxquant.qtensor.calibration import Calibration, Folded, QuantParams, along
 from jaxquant.qtensor.encode import (
     encode_array,
     encode_given,
@@ -21,6 +21,7 @@ from jaxquant.qtensor.scales import (
     scales_over,
     store_scale,
 )
+from jaxquant.qtensor.serialize import deserialize, serialize
 from jaxquant.qtensor.storage import (
     blocked,
     from_storage,
@@ -32,41 +33,41 @@ from jaxquant.qtensor.storage import (
     to_storage,
     unblocked,
 )
-from jaxquant.qtensor.tensor import QTensor, Use, is_qtensor, with_use
-from jaxquant.qtensor.trained import Trained, is_trained
-from jaxquant.qtensor.written import read, written
+from jaxquant.qtensor.tensor import ContractionConfig, QTensor, is_qtensor, with_contraction
+from jaxquant.qtensor.trained import FakeQuantTensor, is_fake_quant
 
 __all__ = [
     "Calibration",
+    "ContractionConfig",
+    "FakeQuantTensor",
     "Folded",
-    "Grid",
     "Nested",
     "Outliers",
     "QTensor",
-    "Trained",
-    "Use",
+    "QuantParams",
     "along",
     "blocked",
     "check_quantizable",
     "dequantize",
+    "deserialize",
     "encode_array",
     "encode_given",
     "encode_measured",
     "encode_products",
     "encode_stacked",
     "from_storage",
+    "is_fake_quant",
     "is_qtensor",
-    "is_trained",
     "largest_magnitude",
     "magnitude",
     "nest",
     "pad_to",
     "quantize",
-    "read",
     "read_back",
     "scaled_codes",
     "scales_of_range",
     "scales_over",
+    "serialize",
     "spread",
     "storage_codes",
     "storage_layout",
@@ -75,7 +76,6 @@ __all__ = [
     "store_scale",
     "to_storage",
     "unblocked",
+    "with_contraction",
     "with_plain_scales",
-    "with_use",
-    "written",
 ]

@@ -19,7 +19,7 @@ from jaxquant.spec import QSpec
     meta_fields=("spec", "source"),
 )
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class QuantParams:
     """The values `S (q - Z)` that an activation can take.
 
     Attributes:
@@ -34,7 +34,7 @@ class Grid:
     spec: QSpec | None = None
     source: str = ""
 
-    def same(self, other: Grid) -> bool:
+    def same(self, other: QuantParams) -> bool:
         """Whether both were calibrated as one grid, so that codes on one are codes on the other."""
         return self.source != "" and (self.source, self.spec) == (other.source, other.spec)
 
@@ -92,11 +92,11 @@ class Calibration:
       over: the core axes (negative) that `outliers` count along, in order.
     """
 
-    input: Grid | None = None
-    output: Grid | None = None
+    input: QuantParams | None = None
+    output: QuantParams | None = None
     offset: Array | None = None
     folded: Folded | None = None
-    attention: dict[str, tuple[Grid, Grid]] | None = None
+    attention: dict[str, tuple[QuantParams, QuantParams]] | None = None
     divisor: Array | None = None
     axis: tuple[int, ...] = ()
     outliers: Array | None = None

@@ -20,33 +20,35 @@ from jaxquant.qtensor.tensor import QTensor
 from jaxquant.spec import PerBlock, PerChannel, PerGroup, QSpec
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "minor", "batch_axes"))
+@functools.partial(jax.jit, static_argnames=("spec", "storage_last_axes", "batch_axes"))
 def encode_stacked(
     w: Array,
     spec: QSpec,
     *,
     key: Array | None = None,
-    minor: tuple[int, ...] = (),
+    storage_last_axes: tuple[int, ...] = (),
     batch_axes: int = 0,
 ) -> QTensor:
     """`quantize` without its checks, compiled as it is: for arrays that may be non-finite."""
     if not batch_axes:
-        return _encode(w, key, spec, minor)
+        return _encode(w, key, spec, storage_last_axes)
     rows = w.reshape(-1, *w.shape[batch_axes:])
     keys = None if key is None else jax.random.split(key, rows.shape[0])
-    stacked = jax.vmap(lambda row, k: _encode(row, k, spec, minor))(rows, keys)
+    stacked = jax.vmap(lambda row, k: _encode(row, k, spec, storage_last_axes))(rows, keys)
     return jax.tree.map(lambda a: a.reshape(w.shape[:batch_axes] + a.shape[1:]), stacked)
 
 
 def encode_array(
-    w: Array, spec: QSpec, *, key: Array | None = None, minor: tuple[int, ...] = ()
+    w: Array, spec: QSpec, *, key: Array | None = None, storage_last_axes: tuple[int, ...] = ()
 ) -> QTensor:
     """`quantize` without its checks: for activations, which may be non-finite."""
-    return _encode(w, key, spec, minor)
+    return _encode(w, key, spec, storage_last_axes)
 
 
-def _encode(w: Array, key: Array | None, spec: QSpec, minor: tuple[int, ...]) -> QTensor:
-    how = laid(storage_layout(w.shape, spec, minor, w.dtype.name))
+def _encode(
+    w: Array, key: Array | None, spec: QSpec, storage_last_axes: tuple[int, ...]
+) -> QTensor:
+    how = laid(storage_layout(w.shape, spec, storage_last_axes, w.dtype.name))
     return _encoded(how, how.lay(w), key)[0]
 
 
@@ -70,7 +72,7 @@ def encode_measured(
     spec: QSpec,
     *,
     key: Array | None = None,
-    minor: tuple[int, ...] = (),
+    storage_last_axes: tuple[int, ...] = (),
     batch_axes: int = 0,
 ) -> tuple[QTensor, Array, Array]:
     """`encode_stacked`, with the sums of squared errors and values: `sum (w - r)^2`, `sum w^2`.
@@ -85,8 +87,8 @@ def encode_measured(
     >>> q.scale.tolist(), error.tolist(), signal.tolist()
     ([4.0], 0.25, 1.25)
     """
-    q, error, signal = _measured_arrays(w, key, spec, minor, batch_axes)
-    how = laid(storage_layout(w.shape[batch_axes:], spec, minor, w.dtype.name))
+    q, error, signal = _measured_arrays(w, key, spec, storage_last_axes, batch_axes)
+    how = laid(storage_layout(w.shape[batch_axes:], spec, storage_last_axes, w.dtype.name))
     if how.moved:
         # by a program of its own: beside other uses of the codes a CPU takes four times as long
         order = (*range(batch_axes), *(batch_axes + a for a in how.order))
@@ -99,29 +101,29 @@ _transposed = jax.jit(jnp.transpose, static_argnums=1)
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _measured_arrays(
-    w: Array, key: Array | None, spec: QSpec, minor: tuple[int, ...], batch_axes: int
+    w: Array, key: Array | None, spec: QSpec, storage_last_axes: tuple[int, ...], batch_axes: int
 ) -> tuple[QTensor, Array, Array]:
     """`encode_measured`, but for the order of the codes' axes, which is that of `w`."""
     if not batch_axes:
-        return _measured(w, key, spec, minor)[:3]
+        return _measured(w, key, spec, storage_last_axes)[:3]
     rows = w.reshape(-1, *w.shape[batch_axes:])
     keys = None if key is None else jax.random.split(key, rows.shape[0])
-    stacked, error, signal, shrink = jax.vmap(lambda row, k: _measured(row, k, spec, minor))(
-        rows, keys
-    )
+    stacked, error, signal, shrink = jax.vmap(
+        lambda row, k: _measured(row, k, spec, storage_last_axes)
+    )(rows, keys)
     q = jax.tree.map(lambda a: a.reshape(w.shape[:batch_axes] + a.shape[1:]), stacked)
     share = jnp.square(jnp.min(shrink, initial=jnp.inf) / shrink)
     return q, jnp.sum(error * share), jnp.sum(signal * share)
 
 
 def _measured(
-    w: Array, key: Array | None, spec: QSpec, minor: tuple[int, ...]
+    w: Array, key: Array | None, spec: QSpec, storage_last_axes: tuple[int, ...]
 ) -> tuple[QTensor, Array, Array, Array]:
     """A QTensor, the sums, and their unit; every pass over the array is one that is needed.
 
     A maximum that sees NaN takes twice as long on a CPU; here the sums see it.
     """
-    how = laid(storage_layout(w.shape, spec, minor, w.dtype.name))
+    how = laid(storage_layout(w.shape, spec, storage_last_axes, w.dtype.name))
     x = how.lay(w)
     # axes of one, on which nothing can be vectorised, are taken off
     ones = tuple(a for a, n in enumerate(x.shape) if n == 1)
@@ -169,7 +171,7 @@ def encode_given(
     global_scale: Array | None,
     spec: QSpec,
     *,
-    minor: tuple[int, ...] = (),
+    storage_last_axes: tuple[int, ...] = (),
 ) -> QTensor:
     """Codes of an array on given scales: `q = clip(round(w / S) + Z)`.
 
@@ -179,7 +181,7 @@ def encode_given(
       zero_point: `[*groups]` float32, integral; `None` for a symmetric spec.
       global_scale: `[]` float32; `None` where the spec has none.
       spec: format and granularity, axes named.
-      minor: axes to store last, as for `quantize`.
+      storage_last_axes: axes to store last, as for `quantize`.
 
     >>> q = encode_given(
     ...     jnp.array([0.4, 3.0]), jnp.ones(1), None, None, QSpec("int8", PerChannel(()))
@@ -187,20 +189,20 @@ def encode_given(
     >>> q.codes.tolist()
     [0, 3]
     """
-    blank = storage_layout(w.shape, spec, minor, w.dtype.name)
+    blank = storage_layout(w.shape, spec, storage_last_axes, w.dtype.name)
     how = laid(blank)
     zero = None if zero_point is None else how.meet(zero_point)
     return _filled(how, how.lay(w), how.meet(scale), zero, global_scale, None)[0]
 
 
-def encode_products(w: Array, spec: QSpec, *, minor: tuple[int, ...] = ()) -> QTensor:
+def encode_products(w: Array, spec: QSpec, *, storage_last_axes: tuple[int, ...] = ()) -> QTensor:
     """Codes by products, `q = round(w (qmax / max |w|))`: symmetric integers, `range="qmax"`.
 
     >>> q = encode_products(jnp.array([-1.0, 127.0]), QSpec("int8", PerChannel(()), range="qmax"))
     >>> q.codes.tolist(), q.scale.tolist()
     ([-1, 127], [1.0])
     """
-    how = laid(storage_layout(w.shape, spec, minor, w.dtype.name))
+    how = laid(storage_layout(w.shape, spec, storage_last_axes, w.dtype.name))
     x = how.lay(w)
     scale, _, _ = scales_over(x, how.inner, spec)
     amax = jnp.max(jnp.abs(x), axis=how.inner, keepdims=True, initial=0.0)
@@ -212,14 +214,14 @@ def encode_products(w: Array, spec: QSpec, *, minor: tuple[int, ...] = ()) -> QT
 
 
 def storage_layout(
-    shape: tuple[int, ...], spec: QSpec, minor: tuple[int, ...], dtype: str
+    shape: tuple[int, ...], spec: QSpec, storage_last_axes: tuple[int, ...], dtype: str
 ) -> QTensor:
     """How an array of `shape` is stored: a `QTensor` without batch axes that holds no arrays.
 
     >>> storage_layout((6, 3), QSpec("int8", PerGroup(4, axis=0)), (), "float32").groups
     (3, 2)
     """
-    placed = spec.resolve(shape, minor)
+    placed = spec.resolve(shape, storage_last_axes)
     none: Any = None
     return QTensor(
         codes=none,

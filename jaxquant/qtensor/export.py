@@ -10,16 +10,17 @@ from typing import Any
 import jax.export
 
 from jaxquant.numerics import Format
-from jaxquant.qtensor.calibration import Calibration, Folded, Grid
+from jaxquant.qtensor.calibration import Calibration, Folded, QuantParams
 from jaxquant.qtensor.nested import Nested
 from jaxquant.qtensor.outliers import Outliers
-from jaxquant.qtensor.tensor import QTensor, Use
+from jaxquant.qtensor.tensor import ContractionConfig, QTensor
 from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
 # `jax.export` keeps the structure of arguments in the artifact. Static data are written as JSON:
 # reading an artifact must run no code, as unpickling would.
 _STATIC = {
-    c.__name__: c for c in (Format, PerTensor, PerChannel, PerGroup, PerBlock, QSpec, Use, Outliers)
+    c.__name__: c
+    for c in (Format, PerTensor, PerChannel, PerGroup, PerBlock, QSpec, ContractionConfig, Outliers)
 }
 
 
@@ -47,7 +48,7 @@ def static_from_json(x: Any) -> Any:
     return x
 
 
-NODES: dict[str, Any] = {c.__name__: c for c in (QTensor, Calibration, Folded, Grid, Nested)}
+NODES: dict[str, Any] = {c.__name__: c for c in (QTensor, Calibration, Folded, QuantParams, Nested)}
 
 for _node in NODES.values():
     jax.export.register_pytree_node_serialization(

@@ -20,7 +20,7 @@ from jaxquant.qtensor.storage import (
     unblocked,
 )
 from jaxquant.qtensor.tensor import QTensor
-from jaxquant.qtensor.trained import Trained
+from jaxquant.qtensor.trained import FakeQuantTensor
 from jaxquant.spec import QSpec
 
 
@@ -29,7 +29,7 @@ def quantize(
     spec: QSpec,
     *,
     key: Array | None = None,
-    minor: tuple[int, ...] = (),
+    storage_last_axes: tuple[int, ...] = (),
     batch_axes: int = 0,
 ) -> QTensor:
     """Quantizes an array by `spec`.
@@ -41,9 +41,10 @@ def quantize(
       spec: format, granularity and range rule; axes must be named in it (see `QSpec.at`).
       key: PRNG key for stochastic rounding, unbiased between the two neighbours; `None` rounds
         to nearest, ties to even.
-      minor: axes to store last, contiguous: those that will be contracted. Values are the same.
+      storage_last_axes: axes to store last, contiguous: those that will be contracted. Values
+        are the same.
       batch_axes: how many leading axes are batch axes, encoded one by one; axes in `spec` and
-        `minor` then count within the rest.
+        `storage_last_axes` then count within the rest.
 
     Raises:
       ValueError: `w` is not a float array, holds non-finite values, or lacks an axis of `spec`.
@@ -56,15 +57,17 @@ def quantize(
     >>> bool(abs(jq.dequantize(q) - w).max() <= 0.5 * q.scale.max() * 1.001)
     True
     """
-    w = check_quantizable(w, spec, minor, batch_axes)
+    w = check_quantizable(w, spec, storage_last_axes, batch_axes)
     finite = _all_finite(w)  # traced where `w` is, or where a trace is under way
     if not isinstance(finite, jax.core.Tracer) and not bool(finite):
         raise ValueError(f"quantize: non-finite values in {w.dtype.name}{list(w.shape)}")
-    return encode_stacked(w, spec, key=key, minor=minor, batch_axes=batch_axes)
+    return encode_stacked(
+        w, spec, key=key, storage_last_axes=storage_last_axes, batch_axes=batch_axes
+    )
 
 
 def check_quantizable(
-    w: Array, spec: QSpec, minor: tuple[int, ...] = (), batch_axes: int = 0
+    w: Array, spec: QSpec, storage_last_axes: tuple[int, ...] = (), batch_axes: int = 0
 ) -> Array:
     """The array that `quantize` would encode, unless shapes or types forbid it.
 
@@ -82,7 +85,7 @@ def check_quantizable(
         raise ValueError(f"quantize: expected a float array, got {w.dtype.name}{list(w.shape)}")
     if not 0 <= batch_axes <= w.ndim:
         raise ValueError(f"quantize: batch_axes={batch_axes} of an array of rank {w.ndim}")
-    spec.resolve(w.shape[batch_axes:], minor)  # raises here, outside any trace
+    spec.resolve(w.shape[batch_axes:], storage_last_axes)  # raises here, outside any trace
     return w
 
 
@@ -106,7 +109,7 @@ def dequantize(q: QTensor, dtype: Any = None) -> Array:
     Array([[-1.,  0.,  1.]], dtype=float32)
     """
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
-    if isinstance(q, Trained) and q.values is not None:
+    if isinstance(q, FakeQuantTensor) and q.values is not None:
         return q.values.astype(dtype)  # equal, and gradients pass
     return _dequantized(q, dtype)
 

@@ -21,7 +21,7 @@ from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Use:
+class ContractionConfig:
     """How contractions use a quantized parameter: what the recipe said of the other operand.
 
     Attributes:
@@ -40,7 +40,7 @@ class Use:
 
 
 DATA = ("codes", "scale", "zero_point", "codebook", "global_scale", "calibration", "nested")
-META = ("spec", "core", "axes", "blocks", "dtype", "use")
+META = ("spec", "core", "axes", "blocks", "dtype", "contraction")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=DATA, meta_fields=META)
@@ -68,7 +68,7 @@ class QTensor:
       axes: for each storage axis, the core axes (negative) flattened into it.
       blocks: for each storage axis, how many indices share one scale.
       dtype: name of the dtype that `dequantize` returns.
-      use: what contractions do with the other operand.
+      contraction: what contractions do with the other operand.
       calibration: what calibration fixed of them; `None` where activations are dynamic.
       nested: what quantized scales stand for; `None` where scales are floats.
     """
@@ -83,7 +83,7 @@ class QTensor:
     axes: tuple[tuple[int, ...], ...]
     blocks: tuple[int, ...]
     dtype: str
-    use: Use = Use()
+    contraction: ContractionConfig = ContractionConfig()
     calibration: Calibration | None = None
     nested: Nested | None = None
 
@@ -197,6 +197,6 @@ def is_qtensor(x: Any) -> TypeGuard[QTensor]:
     return isinstance(x, QTensor)
 
 
-def with_use(q: QTensor, use: Use) -> QTensor:
+def with_contraction(q: QTensor, config: ContractionConfig) -> QTensor:
     """`q` with other instructions for the contractions that meet it."""
-    return dataclasses.replace(q, use=use)
+    return dataclasses.replace(q, contraction=config)

@@ -18,7 +18,7 @@ from jaxquant.qtensor.tensor import DATA, META, QTensor
     meta_fields=(*META, "estimator", "gradients"),
 )
 @dataclasses.dataclass(frozen=True)
-class Trained(QTensor):
+class FakeQuantTensor(QTensor):
     """Codes to compute with, and beside them the float array that gradients go to.
 
     All codes and scales are constants to `jax.grad`. `values` is what they stand for, made from a
@@ -41,12 +41,12 @@ class Trained(QTensor):
         """The codes and scales alone."""
         return QTensor(**{f.name: getattr(self, f.name) for f in dataclasses.fields(QTensor)})
 
-    def over(self, q: QTensor, values: Array) -> Trained:
+    def over(self, q: QTensor, values: Array) -> FakeQuantTensor:
         """This with other codes and values: those of the array after it was moved."""
         own = {f.name: getattr(q, f.name) for f in dataclasses.fields(QTensor)}
         return dataclasses.replace(self, **own, values=values)
 
 
-def is_trained(x: Any) -> TypeGuard[Trained]:
-    """Whether `x` is a `Trained`."""
-    return isinstance(x, Trained)
+def is_fake_quant(x: Any) -> TypeGuard[FakeQuantTensor]:
+    """Whether `x` is a `FakeQuantTensor`."""
+    return isinstance(x, FakeQuantTensor)

@@ -226,7 +226,7 @@ def attention_spec(attention: Iterable[tuple[Pattern, QSpec | None]], key: str) 
     """The spec for a contraction without a parameter: that of the first pattern that matches.
 
     Args:
-      attention: `Recipe.attention`, as `Use.attention` carries it.
+      attention: `Recipe.attention`, as `ContractionConfig.attention` carries it.
       key: key of the contraction's site.
 
     >>> import jaxquant as jq

@@ -156,7 +156,7 @@ def output_error(
     """
     total = jnp.float32(0.0)
     for w, spec in zip(weights, specs, strict=True):
-        q = encode_array(w * c[:, None], spec, minor=(0,))
+        q = encode_array(w * c[:, None], spec, storage_last_axes=(0,))
         d = dequantize(q, jnp.float32) / c[:, None] - w
         total += jnp.sum(jnp.matmul(hessian, d, precision="highest") * d)
     return total

@@ -128,7 +128,7 @@ def at(granularity: Granularity, contracted: tuple[int, ...], ndim: int) -> Gran
 
 
 def resolve(
-    granularity: Granularity, shape: tuple[int, ...], minor: tuple[int, ...] = ()
+    granularity: Granularity, shape: tuple[int, ...], storage_last_axes: tuple[int, ...] = ()
 ) -> Blocks:
     """The storage axes and block sizes for an array of `shape`; see `QSpec.resolve`.
 
@@ -139,9 +139,9 @@ def resolve(
     grouped: tuple[int, ...] = ()
     if isinstance(granularity, PerGroup):
         grouped = _checked(granularity, granularity.axis, ndim)
-    minor = tuple(a % ndim - ndim for a in minor)
-    order = [a for a in range(-ndim, 0) if a not in minor and a not in grouped]
-    order += [a for a in minor if a not in grouped]
+    storage_last_axes = tuple(a % ndim - ndim for a in storage_last_axes)
+    order = [a for a in range(-ndim, 0) if a not in storage_last_axes and a not in grouped]
+    order += [a for a in storage_last_axes if a not in grouped]
     size = {a: shape[a] for a in range(-ndim, 0)}
     axes: list[tuple[int, ...]] = [(a,) for a in order]
     if isinstance(granularity, PerTensor):

@@ -163,16 +163,16 @@ class QSpec:
         filled = _granularity.at(self.granularity, contracted, ndim)
         return dataclasses.replace(self, granularity=filled)
 
-    def resolve(self, shape: tuple[int, ...], minor: tuple[int, ...] = ()) -> Blocks:
+    def resolve(self, shape: tuple[int, ...], storage_last_axes: tuple[int, ...] = ()) -> Blocks:
         """The storage axes and block sizes for an array of `shape`.
 
-        Grouped axes, and those named in `minor`, are stored last, so that what is contracted is
-        contiguous and sub-byte codes pack along it.
+        Grouped axes, and those in `storage_last_axes`, are stored last, so that what is contracted
+        is contiguous and sub-byte codes pack along it.
 
         Raises:
           ValueError: an axis out of range or named twice, or axes left open.
         """
-        return _granularity.resolve(self.granularity, shape, minor)
+        return _granularity.resolve(self.granularity, shape, storage_last_axes)
 
 
 def _zero_dtype(name: str, symmetric: bool) -> str:

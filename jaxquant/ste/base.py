@@ -56,7 +56,7 @@ class Estimator(Protocol):
         ...
 
     def init(
-        self, w: Array, spec: QSpec, *, minor: tuple[int, ...] = (), batch_axes: int = 0
+        self, w: Array, spec: QSpec, *, storage_last_axes: tuple[int, ...] = (), batch_axes: int = 0
     ) -> dict[str, Array]:
         """What is learned of a weight, before training; arguments as of `jaxquant.quantize`.
 
@@ -72,7 +72,7 @@ class Estimator(Protocol):
         learned: Learned,
         spec: QSpec,
         *,
-        minor: tuple[int, ...] = (),
+        storage_last_axes: tuple[int, ...] = (),
         batch_axes: int = 0,
     ) -> QTensor:
         """Codes and scales of a weight, constant to `jax.grad`; may be traced."""

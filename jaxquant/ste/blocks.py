@@ -67,13 +67,13 @@ def for_each(
     function: Callable[..., dict[str, Array]],
     w: Array,
     spec: QSpec,
-    minor: tuple[int, ...],
+    storage_last_axes: tuple[int, ...],
     batch_axes: int,
 ) -> dict[str, Array]:
     """`function(q, blocks)` of every core array along the batch axes; `q` holds no arrays."""
     core = w.shape[batch_axes:]
     rows = w.reshape(math.prod(w.shape[:batch_axes]), *core)
-    q = storage_layout(core, spec, minor, w.dtype.name)
+    q = storage_layout(core, spec, storage_last_axes, w.dtype.name)
 
     def one(row: Array) -> dict[str, Array]:
         return function(q, blocked(q, to_storage(q, row.astype(jnp.float32))))

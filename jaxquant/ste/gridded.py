@@ -79,12 +79,12 @@ class Gridded:
         learned: Learned,
         spec: QSpec,
         *,
-        minor: tuple[int, ...] = (),
+        storage_last_axes: tuple[int, ...] = (),
         batch_axes: int = 0,
     ) -> QTensor:
         """See `Estimator.encode`."""
         w, learned = lax.stop_gradient((jnp.asarray(w), {n: learned[n] for n in self._own(spec)}))
-        return _encode(self, w, learned, spec, minor, batch_axes)
+        return _encode(self, w, learned, spec, storage_last_axes, batch_axes)
 
     def values(self, w: Array, learned: Learned, q: QTensor) -> Array:
         """See `Estimator.values`."""
@@ -147,12 +147,12 @@ def _encode(
     w: Array,
     learned: dict[str, Array],
     spec: QSpec,
-    minor: tuple[int, ...],
+    storage_last_axes: tuple[int, ...],
     batch_axes: int,
 ) -> QTensor:
     def one(row: Array, learned: dict[str, Array]) -> QTensor:
         scale, zero, total = estimator.scales(learned, spec)
-        return encode_given(row, scale, zero, total, spec, minor=minor)
+        return encode_given(row, scale, zero, total, spec, storage_last_axes=storage_last_axes)
 
     if not batch_axes:
         return one(w, learned)

@@ -69,14 +69,14 @@ class KMeans:
         return () if self.reassign else ("codes",)
 
     def init(
-        self, w: Array, spec: QSpec, *, minor: tuple[int, ...] = (), batch_axes: int = 0
+        self, w: Array, spec: QSpec, *, storage_last_axes: tuple[int, ...] = (), batch_axes: int = 0
     ) -> dict[str, Array]:
         """Codebooks float32 `[*batch, levels]`, ascending, and the codes where they are fixed.
 
         Raises:
           ValueError: a spec that is not `PerTensor()` with a codebook, or an array without values.
         """
-        del minor
+        del storage_last_axes
         if not w.size:
             raise ValueError(f"kmeans: expected an array with values, got {list(w.shape)}")
         codebook, codes = _clustered(jnp.asarray(w), _levels(spec), batch_axes)
@@ -88,7 +88,7 @@ class KMeans:
         learned: Learned,
         spec: QSpec,
         *,
-        minor: tuple[int, ...] = (),
+        storage_last_axes: tuple[int, ...] = (),
         batch_axes: int = 0,
     ) -> QTensor:
         """See `Estimator.encode`; a codebook that is not fixed is sorted.
@@ -104,7 +104,7 @@ class KMeans:
             )
         codes = None if self.reassign else learned["codes"]
         w, codebook = lax.stop_gradient((jnp.asarray(w), codebook))
-        return _encode(w, codebook, codes, spec, minor, batch_axes)
+        return _encode(w, codebook, codes, spec, storage_last_axes, batch_axes)
 
     def values(self, w: Array, learned: Learned, q: QTensor) -> Array:
         """See `Estimator.values`."""
@@ -163,11 +163,11 @@ def _encode(
     codebook: Array,
     codes: Array | None,
     spec: QSpec,
-    minor: tuple[int, ...],
+    storage_last_axes: tuple[int, ...],
     batch_axes: int,
 ) -> QTensor:
     batch, core = w.shape[:batch_axes], w.shape[batch_axes:]
-    blank = storage_layout(core, spec, minor, w.dtype.name)
+    blank = storage_layout(core, spec, storage_last_axes, w.dtype.name)
     codebook = codebook.astype(jnp.float32)
     if codes is None:
         codebook = jnp.sort(codebook, axis=-1)

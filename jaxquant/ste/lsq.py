@@ -56,14 +56,14 @@ class LSQ(Gridded):
     learns: ClassVar[tuple[str, ...]] = ("step",)
 
     def init(
-        self, w: Array, spec: QSpec, *, minor: tuple[int, ...] = (), batch_axes: int = 0
+        self, w: Array, spec: QSpec, *, storage_last_axes: tuple[int, ...] = (), batch_axes: int = 0
     ) -> dict[str, Array]:
         """`2 mean|w| / sqrt(Q_max)` of each block."""
 
         def one(q: QTensor, x: Array) -> dict[str, Array]:
             return {"step": _first_step(mean_over_blocks(q, jnp.abs(x)), spec)}
 
-        return for_each(one, w, spec, minor, batch_axes)
+        return for_each(one, w, spec, storage_last_axes, batch_axes)
 
     def init_activation(self, moments: Moments, spec: QSpec) -> dict[str, Array]:
         """`2 mean|x| / sqrt(Q_max)`."""
@@ -154,7 +154,7 @@ class LSQPlus(LSQ):
     learns: ClassVar[tuple[str, ...]] = ("step", "offset")
 
     def init(
-        self, w: Array, spec: QSpec, *, minor: tuple[int, ...] = (), batch_axes: int = 0
+        self, w: Array, spec: QSpec, *, storage_last_axes: tuple[int, ...] = (), batch_axes: int = 0
     ) -> dict[str, Array]:
         """From mean and deviation of each block, of asymmetric specs from its ends."""
 
@@ -165,7 +165,7 @@ class LSQPlus(LSQ):
             low, high = (f(x, axis=inner, initial=0.0) for f in (jnp.min, jnp.max))
             return _first_range(mean, jnp.sqrt(square), low, high, spec)
 
-        return for_each(one, w, spec, minor, batch_axes)
+        return for_each(one, w, spec, storage_last_axes, batch_axes)
 
     def init_activation(self, moments: Moments, spec: QSpec) -> dict[str, Array]:
         """From mean and deviation, of asymmetric specs from the ends."""

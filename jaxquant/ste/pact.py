@@ -56,7 +56,7 @@ class PACT(Gridded):
     learns: ClassVar[tuple[str, ...]] = ("alpha",)
 
     def init(
-        self, w: Array, spec: QSpec, *, minor: tuple[int, ...] = (), batch_axes: int = 0
+        self, w: Array, spec: QSpec, *, storage_last_axes: tuple[int, ...] = (), batch_axes: int = 0
     ) -> dict[str, Array]:
         """The largest magnitude of each block."""
 
@@ -66,7 +66,7 @@ class PACT(Gridded):
             amax = jnp.max(jnp.abs(x) if _both(spec) else x, axis=inner, initial=0.0)
             return {"alpha": jnp.where(amax > 0, amax, 1.0)}
 
-        return for_each(one, w, spec, minor, batch_axes)
+        return for_each(one, w, spec, storage_last_axes, batch_axes)
 
     def init_activation(self, moments: Moments, spec: QSpec) -> dict[str, Array]:
         """The largest value, or magnitude."""

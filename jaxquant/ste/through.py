@@ -59,10 +59,10 @@ class StraightThrough(Gridded):
     clip: bool = True
 
     def init(
-        self, w: Array, spec: QSpec, *, minor: tuple[int, ...] = (), batch_axes: int = 0
+        self, w: Array, spec: QSpec, *, storage_last_axes: tuple[int, ...] = (), batch_axes: int = 0
     ) -> dict[str, Array]:
         """Nothing."""
-        del w, spec, minor, batch_axes
+        del w, spec, storage_last_axes, batch_axes
         return {}
 
     def init_activation(self, moments: Moments, spec: QSpec) -> dict[str, Array]:
@@ -76,13 +76,13 @@ class StraightThrough(Gridded):
         learned: Learned,
         spec: QSpec,
         *,
-        minor: tuple[int, ...] = (),
+        storage_last_axes: tuple[int, ...] = (),
         batch_axes: int = 0,
     ) -> QTensor:
         """As `jaxquant.quantize`; see `Estimator.encode`."""
         del learned
         w = lax.stop_gradient(jnp.asarray(w))
-        return encode_stacked(w, spec, minor=minor, batch_axes=batch_axes)
+        return encode_stacked(w, spec, storage_last_axes=storage_last_axes, batch_axes=batch_axes)
 
     def values(self, w: Array, learned: Learned, q: QTensor) -> Array:
         """See `Estimator.values`."""

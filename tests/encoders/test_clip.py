@@ -58,8 +58,8 @@ def test_it_is_the_reference(spec, scheme, group):
 def test_one_step_rounds_to_nearest():
     w, stats = weights(40, 8), moments(rows(40))
     for spec in (QSpec("int4", PerGroup(16, 0)), QSpec("nf4", PerChannel(1))):
-        q, info = clip(steps=1)(w, spec, stats=stats, minor=(0,))
-        plain, _ = rtn()(w, spec, minor=(0,))
+        q, info = clip(steps=1)(w, spec, stats=stats, storage_last_axes=(0,))
+        plain, _ = rtn()(w, spec, storage_last_axes=(0,))
         np.testing.assert_array_equal(q.codes, plain.codes)
         np.testing.assert_array_equal(q.scale, plain.scale)
         assert float(info.details["factor"]) == 1.0

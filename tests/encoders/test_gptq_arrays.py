@@ -58,8 +58,8 @@ def test_any_axes_may_be_contracted(shape, axes, spec, view, act_order):
     w = weights(72, 10).reshape(-1)[: np.prod(shape)].reshape(shape)
     stats = moments(rows(72), axes)
     wanted = matrix_of(w, stats, view, act_order=act_order)
-    for minor in ((), axes) if not act_order else (axes,):
-        q, _ = gptq(act_order=act_order)(w, spec, stats=stats, minor=minor)
+    for storage_last_axes in ((), axes) if not act_order else (axes,):
+        q, _ = gptq(act_order=act_order)(w, spec, stats=stats, storage_last_axes=storage_last_axes)
         assert q.validate().shape == shape
         np.testing.assert_allclose(jq.dequantize(q), wanted, rtol=1e-5, atol=1e-6)
 
@@ -136,8 +136,8 @@ def test_every_spec_beats_round_to_nearest(spec):
 def test_it_traces(order):
     w, stats, spec = weights(40, 8), moments(rows(40)), QSpec("int4", PerGroup(16, 0))
     encoder = gptq(act_order=order)
-    q, info = encoder(w, spec, stats=stats, minor=(0,))
-    again, said = jax.jit(lambda w, s: encoder(w, spec, stats=s, minor=(0,)))(w, stats)
+    q, info = encoder(w, spec, stats=stats, storage_last_axes=(0,))
+    again, said = jax.jit(lambda w, s: encoder(w, spec, stats=s, storage_last_axes=(0,)))(w, stats)
     np.testing.assert_array_equal(q.codes, again.codes)
     np.testing.assert_array_equal(q.scale, again.scale)
     assert float(error(info)) == pytest.approx(float(error(said)), rel=1e-5)

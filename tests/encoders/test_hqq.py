@@ -12,7 +12,7 @@ import jaxquant as jq
 from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, ops
 from jaxquant.encoders import Encoder, hqq, rtn
 from jaxquant.ops.activations import fake
-from jaxquant.qtensor import Use, storage_codes, with_use
+from jaxquant.qtensor import ContractionConfig, storage_codes, with_contraction
 from tests.arrays import array
 
 codes_of = jax.jit(storage_codes)
@@ -134,9 +134,9 @@ def test_every_granularity(spec):
 def test_stacked_layers_and_dtypes():
     w = heavy(2, 3, 64, 8, seed=4)
     spec = QSpec("uint4", PerGroup(32, 0), symmetric=False, zero_dtype="float32")
-    q, info = jax.jit(lambda w: hqq()(w, spec, minor=(0,), batch_axes=2))(w)
+    q, info = jax.jit(lambda w: hqq()(w, spec, storage_last_axes=(0,), batch_axes=2))(w)
     assert q.validate().batch == (2, 3) and info.details["iterations"].shape == (2, 3)
-    one, _ = hqq()(w[1, 2], spec, minor=(0,))
+    one, _ = hqq()(w[1, 2], spec, storage_last_axes=(0,))
     np.testing.assert_array_equal(np.asarray(q.codes)[1, 2], one.codes)
     half, _ = hqq()(w[0, 0].astype(jnp.bfloat16), spec)
     assert half.dtype == "bfloat16"
@@ -187,7 +187,9 @@ def test_it_is_a_value():
 @functools.cache
 def contracted(name, gran):
     w = heavy(64, 24, seed=6) + np.float32(0.01)
-    q, _ = hqq()(w, QSpec(name, gran, symmetric=False, zero_dtype="float32"), minor=(0,))
+    q, _ = hqq()(
+        w, QSpec(name, gran, symmetric=False, zero_dtype="float32"), storage_last_axes=(0,)
+    )
     return q, np.asarray(jq.dequantize(q), np.float64)
 
 
@@ -197,7 +199,7 @@ def contracted(name, gran):
 )
 def test_contractions_with_float_zero_points(name, gran, activations):
     plain, values = contracted(name, gran)
-    q = with_use(plain, Use(activations))
+    q = with_contraction(plain, ContractionConfig(activations))
     every = [np.random.default_rng(7).normal(size=(n, 64)).astype(np.float32) for n in (1, 9)]
 
     @jax.jit
@@ -230,7 +232,7 @@ def test_convolutions_with_float_zero_points():
 
     for activations in (None, jq.int8()):
         seen = x if activations is None else rounded(x, activations, (1, 2, 3))
-        got, want = run(x, seen, with_use(q, Use(activations)))
+        got, want = run(x, seen, with_contraction(q, ContractionConfig(activations)))
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

@@ -72,7 +72,7 @@ def test_scikit_learn_is_no_better():
 @given(st.integers(1, 5), st.integers(3, 24), st.integers(3, 40), st.integers(1, 3))
 def test_codes_are_the_nearest_values(layers, rows, columns, bits):
     w = normal(rows * columns, layers, rows, columns)
-    q, info = kmeans()(w, palette(bits), batch_axes=1, minor=(0,))
+    q, info = kmeans()(w, palette(bits), batch_axes=1, storage_last_axes=(0,))
     q.validate()
     assert q.codebook.shape == (layers, 2**bits)
     for values, codebook, layer in zip(
@@ -94,21 +94,21 @@ def test_codes_are_the_nearest_values(layers, rows, columns, bits):
 )
 def test_layers_one_by_one_and_jit_give_the_same(spec):
     w, spec = normal(4, 3, 20, 37), spec.at((0,), 2)
-    q, info = kmeans()(w, spec, batch_axes=1, minor=(0,))
+    q, info = kmeans()(w, spec, batch_axes=1, storage_last_axes=(0,))
     q.validate()
     assert info.sqnr_db > 10
     assert np.sum(info.details["counts"]) == w.size  # padding is not counted
     for codes, codebook, layer in zip(*map(np.asarray, (q.codes, q.codebook, w)), strict=True):
-        one, _ = kmeans()(layer, spec, minor=(0,))
+        one, _ = kmeans()(layer, spec, storage_last_axes=(0,))
         np.testing.assert_array_equal(codes, one.codes)
         np.testing.assert_allclose(codebook, one.codebook, rtol=1e-6)
-    compiled, _ = jax.jit(lambda w: kmeans()(w, spec, batch_axes=1, minor=(0,)))(w)
+    compiled, _ = jax.jit(lambda w: kmeans()(w, spec, batch_axes=1, storage_last_axes=(0,)))(w)
     np.testing.assert_array_equal(q.codes, compiled.codes)
 
 
 def test_a_codebook_for_each_group_of_channels():
     w = normal(5, 24, 20) * np.repeat(np.float32(10.0) ** np.arange(5, dtype=np.float32), 4)
-    q, info = kmeans(exact=True)(w, palette(2, channels=4).at((0,), 2), minor=(0,))
+    q, info = kmeans(exact=True)(w, palette(2, channels=4).at((0,), 2), storage_last_axes=(0,))
     assert q.codebook.shape == (5, 1, 4)
     assert info.details["counts"].shape == (5, 1, 4)
     for group in range(5):
@@ -116,7 +116,7 @@ def test_a_codebook_for_each_group_of_channels():
         assert inertia(part, np.asarray(q.codebook)[group, 0]) == pytest.approx(
             optimum(part, 4), rel=1e-3
         )
-    uneven, _ = kmeans()(w[:, :18], palette(2, channels=4).at((0,), 2), minor=(0,))
+    uneven, _ = kmeans()(w[:, :18], palette(2, channels=4).at((0,), 2), storage_last_axes=(0,))
     own = np.asarray(dequantize(uneven))[:, 16:]
     assert inertia(w[:, 16:18], np.asarray(uneven.codebook)[4, 0]) == pytest.approx(
         np.sum((own - w[:, 16:18]) ** 2), rel=1e-4
@@ -158,9 +158,9 @@ def test_weights_say_what_counts(key):
     w, x = normal(7, 48, 2), normal(8, 300, 48) * np.float32(10.0 ** np.linspace(-2, 1, 48))
     stats = input_stats(inputs().update(inputs().init(x), x))
     fisher = np.diagonal(stats.hessian)[:, None]
-    plain, _ = kmeans()(w, palette(3), minor=(0,))
-    by_inputs, _ = kmeans(weighted=True)(w, palette(3), minor=(0,), stats=stats)
-    by_array, _ = kmeans(weighted=True)(w, palette(3), minor=(0,), stats=fisher)
+    plain, _ = kmeans()(w, palette(3), storage_last_axes=(0,))
+    by_inputs, _ = kmeans(weighted=True)(w, palette(3), storage_last_axes=(0,), stats=stats)
+    by_array, _ = kmeans(weighted=True)(w, palette(3), storage_last_axes=(0,), stats=fisher)
     np.testing.assert_array_equal(by_inputs.codes, by_array.codes)
 
     def error(q):

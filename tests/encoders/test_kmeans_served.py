@@ -11,8 +11,8 @@ from jax import lax
 import jaxquant as jq
 from jaxquant import PerBlock, PerChannel, QSpec, dequantize, kmeans, palette
 from jaxquant.encoders import huffman_bits
-from jaxquant.interpret import cuts, moves
-from tests.interpret.test_moves import MOVES, SHAPE
+from jaxquant.interpret import reshapes, slices
+from tests.interpret.test_reshapes import MOVES, SHAPE
 
 FORMAT = palette(2).format
 SPECS = {
@@ -83,14 +83,14 @@ def test_batch_axes_move_too(spec):
 
     @jax.jit
     def run(q, alone):
-        moved = [moves.transpose(q, perm) for perm in perms]
-        whole = moves.promote(q)
+        moved = [reshapes.transpose(q, perm) for perm in perms]
+        whole = reshapes.promote(q)
         made = {
             "layer": jax.tree.map(lambda a: a[1], q),
             "moved": moved,
-            "back": moves.demote(whole),
-            "one": moves.demote(alone),
-            "joined": cuts.concatenate([q, q], 0),
+            "back": reshapes.demote(whole),
+            "one": reshapes.demote(alone),
+            "joined": slices.concatenate([q, q], 0),
         }
         is_q = lambda x: isinstance(x, jq.QTensor)
         assert all(is_q(x) for x in jax.tree.leaves(made, is_leaf=lambda x: x is None or is_q(x)))

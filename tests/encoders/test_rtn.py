@@ -25,8 +25,8 @@ def test_it_is_a_value():
 @pytest.mark.parametrize("spec", [QSpec("int8", PerChannel(1)), QSpec("nf4", PerGroup(16, 0))])
 def test_it_quantizes_and_measures(spec):
     w = normal(64, 8)
-    q, info = rtn()(w, spec, minor=(0,))
-    expected = jq.quantize(w, spec, minor=(0,))
+    q, info = rtn()(w, spec, storage_last_axes=(0,))
+    expected = jq.quantize(w, spec, storage_last_axes=(0,))
     np.testing.assert_array_equal(np.asarray(q.codes), np.asarray(expected.codes))
     w64, restored = np.asarray(w, np.float64), np.asarray(jq.dequantize(q), np.float64)
     sqnr = 10 * np.log10(np.sum(w64**2) / np.sum((w64 - restored) ** 2))
@@ -91,11 +91,11 @@ SPECS = [
 
 
 @pytest.mark.parametrize("batch", [(), (3,)])
-@pytest.mark.parametrize(("spec", "minor"), SPECS)
-def test_sums_are_those_of_the_result_and_codes_those_of_quantize(spec, minor, batch):
+@pytest.mark.parametrize(("spec", "storage_last_axes"), SPECS)
+def test_sums_are_those_of_the_result_and_codes_those_of_quantize(spec, storage_last_axes, batch):
     w = normal(*batch, 64, 40)
-    q, info = rtn()(w, spec, minor=minor, batch_axes=len(batch))
-    expected = jq.quantize(w, spec, minor=minor, batch_axes=len(batch))
+    q, info = rtn()(w, spec, storage_last_axes=storage_last_axes, batch_axes=len(batch))
+    expected = jq.quantize(w, spec, storage_last_axes=storage_last_axes, batch_axes=len(batch))
     jax.tree.map(np.testing.assert_array_equal, q, expected)
     assert info.sqnr_db == pytest.approx(measure(w, q).sqnr_db, abs=1e-3)
 

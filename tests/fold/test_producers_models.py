@@ -295,13 +295,13 @@ def test_factors_of_quantized_producers_go_into_their_scales(key):
     fn = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
     found = find(fn, params, (jnp.ones((1, 24)),), "down")
     [up] = found.producers
-    for spec, minor in (
+    for spec, storage_last_axes in (
         (jq.QSpec("int8", jq.PerChannel(1)), (0,)),
         (jq.QSpec("int4", jq.PerGroup(8, axis=0)), (0,)),
         (jq.QSpec("uint8", jq.PerChannel(1), symmetric=False), ()),
         (jq.QSpec("nf4", jq.PerGroup(16, axis=0)), (0,)),
     ):
-        q = jq.quantize(w, spec, minor=minor)
+        q = jq.quantize(w, spec, storage_last_axes=storage_last_axes)
         new = scaled_leaf(q, up, c).validate()
         np.testing.assert_array_equal(new.codes, q.codes)
         want = np.asarray(jq.dequantize(q)) / np.asarray(c)[None]
@@ -319,7 +319,9 @@ def test_factors_of_quantized_producers_go_into_their_scales(key):
 def test_stacked_quantized_producers(key):
     """Heads and their sizes as output axes, layers in front."""
     w = jax.random.normal(key, (3, 6, 2, 4))
-    q = jq.quantize(w, jq.QSpec("int4", jq.PerGroup(4, axis=0)), minor=(0,), batch_axes=1)
+    q = jq.quantize(
+        w, jq.QSpec("int4", jq.PerGroup(4, axis=0)), storage_last_axes=(0,), batch_axes=1
+    )
     index = np.arange(24).reshape(3, 1, 2, 4)
     absorber = Absorber("v", w.shape, index, -1, "linear")
     c = jnp.exp(jax.random.normal(key, (3, 8)))

@@ -9,7 +9,7 @@ import pytest
 from jax.extend.core import primitives as known
 
 import jaxquant as jq
-from jaxquant.fold import forms, moving
+from jaxquant.fold import forms, layout_rules
 from jaxquant.interpret import control_flow, flatten, layout, primitives
 from jaxquant.interpret.values import known_nonneg, nonneg
 
@@ -27,7 +27,7 @@ NO_ROW = """
 # Moves that a walk does not follow, so that its own way of knowing nothing applies.
 NOT_FOLLOWED = {
     "layout": {"none", "round", "concatenate", "stack", "pad", "reduce", "window"},
-    "fold.moving": {"barrier", "gather", "stack"},
+    "fold.layout_rules": {"barrier", "gather", "stack"},
     "fold.forms": {
         *("barrier", "round", "slice", "dynamic_slice", "split", "gather", "concatenate"),
         *("stack", "pad", "reduce", "window"),
@@ -43,7 +43,11 @@ def test_every_primitive_has_a_row_or_is_listed():
 
 @pytest.mark.parametrize(
     ("walk", "rules"),
-    [("layout", layout._RULES), ("fold.moving", moving.MOVING), ("fold.forms", forms._LAYOUT)],
+    [
+        ("layout", layout._RULES),
+        ("fold.layout_rules", layout_rules.MOVING),
+        ("fold.forms", forms._LAYOUT),
+    ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_every_move_is_followed_or_listed(walk, rules):

@@ -85,7 +85,9 @@ def test_groups_that_do_not_divide(name: str) -> None:
 @pytest.mark.parametrize("fn", [changed_carry, passed_on])
 def test_what_cannot_stay_quantized_is_dequantized_and_reported(fn) -> None:
     params = {"w": np.asarray(sq), "v": 2 * np.asarray(sq)}
-    q = {k: jq.quantize(a, jq.int8().at((0,), 2), minor=(0,)) for k, a in params.items()}
+    q = {
+        k: jq.quantize(a, jq.int8().at((0,), 2), storage_last_axes=(0,)) for k, a in params.items()
+    }
     served = jax.jit(lambda q, x: (jq.quantized(fn)(q, x), fn(jq.dequantize_params(q), x)))
     close(*served(q, x), 1e-6)
     events = serve(trace_call(fn, q, (x,), {}))[1]

@@ -74,7 +74,7 @@ def images() -> tuple[jax.Array, jax.Array]:
     return x, jnp.stack([x[:, :4].mean((1, 2, 3)), x[..., 0].std((1, 2)), x[:, 0, 0, 0]], -1)
 
 
-class Trained:
+class FakeQuantTensor:
     """A convolutional model after some steps, and what can be done with it."""
 
     def __init__(self, batch: tuple[jax.Array, jax.Array]):
@@ -92,11 +92,11 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(images: Any) -> Trained:
-    return Trained(images)
+def trained(images: Any) -> FakeQuantTensor:
+    return FakeQuantTensor(images)
 
 
-def test_what_is_trained(trained: Trained) -> None:
+def test_what_is_trained(trained: FakeQuantTensor) -> None:
     assert trained.losses[-1] < 0.6 * trained.losses[0]
     before, after = trained.first, trained.variables
     assert jax.tree.structure(before) == jax.tree.structure(after)
@@ -109,7 +109,7 @@ def test_what_is_trained(trained: Trained) -> None:
     assert same({name: before[name] for name in trained.float}, trained.float)
 
 
-def test_what_is_trained_is_served(trained: Trained, images: Any) -> None:
+def test_what_is_trained_is_served(trained: FakeQuantTensor, images: Any) -> None:
     x = images[0]
     y = jax.jit(trained.fmodel.apply)(trained.variables, x)
     assert 0 < error(y, trained.model.apply({**trained.variables}, x)) < 0.5
@@ -120,7 +120,7 @@ def test_what_is_trained_is_served(trained: Trained, images: Any) -> None:
         assert same(jax.jit(served)(qvariables, x), y)
 
 
-def test_a_checkpoint_goes_on(trained: Trained, images: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_goes_on(trained: FakeQuantTensor, images: Any, tmp_path: Path) -> None:
     held = {"variables": trained.variables, "moments": trained.moments}
     held = jax.tree.map(jnp.copy, held)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -135,7 +135,7 @@ def test_a_checkpoint_goes_on(trained: Trained, images: Any, tmp_path: Path) -> 
     assert same(results[0], results[1]) and same(results[0], results[2])
 
 
-def test_frozen_variables_and_state(trained: Trained, images: Any) -> None:
+def test_frozen_variables_and_state(trained: FakeQuantTensor, images: Any) -> None:
     fmodel, x = trained.fmodel, images[0]
     frozen = freeze(trained.variables)
     state = fmodel.state(frozen, x)
@@ -402,7 +402,7 @@ def test_random_rounding() -> None:
     assert error(second["params"]["kernel"], first["params"]["kernel"]) < 0.05
 
 
-def test_mistakes(trained: Trained, images: Any) -> None:
+def test_mistakes(trained: FakeQuantTensor, images: Any) -> None:
     fmodel, variables, x = trained.fmodel, trained.variables, images[0]
     for what, message in ((Net, "a class"), (Net().apply, "the module itself"), ({}, "got dict")):
         with pytest.raises(ValueError, match=rf"^linen\.fake_quantized: expected .*{message}"):

@@ -60,9 +60,13 @@ def quantized(w: np.ndarray | jax.Array, spec: QSpec, **rest) -> QTensor:
 
 
 @functools.cache
-def weights(name: str, seed: int = 0, shape: tuple[int, ...] = (K, N), minor=()) -> QTensor:
+def weights(
+    name: str, seed: int = 0, shape: tuple[int, ...] = (K, N), storage_last_axes=()
+) -> QTensor:
     w = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    return quantized(np.abs(w) if name == "uint8" else w, WEIGHTS[name], minor=minor)
+    return quantized(
+        np.abs(w) if name == "uint8" else w, WEIGHTS[name], storage_last_axes=storage_last_axes
+    )
 
 
 def rounded(x: jax.Array, spec: QSpec | None, contracted: tuple[int, ...]) -> jax.Array:

@@ -191,13 +191,13 @@ def layer(q, taker=None) -> Layer:
 
     codes = _whole(q, _stored_codes(q))
     zero = 0 if q.zero_point is None else spread(np.asarray(q.zero_point).astype(np.int64))
-    to = None if taker is None else grid(q.calibration.output, taker.use.activations)
+    to = None if taker is None else grid(q.calibration.output, taker.contraction.activations)
     return Layer(
         codes - zero,
         spread(np.asarray(q.scale).astype(F32)),
-        grid(q.calibration.input, q.use.activations),
+        grid(q.calibration.input, q.contraction.activations),
         to,
-        q.use.requantize,
+        q.contraction.requantize,
     )
 
 

@@ -72,7 +72,7 @@ def test_equals_the_dequantized_convolution(case):
     chosen = WEIGHTS if case in ("same", "depthwise") else ("channel", "asymmetric")
     for i, name in enumerate(chosen):
         specs = ACTIVATIONS if name in ("channel", "asymmetric") else ACTIVATIONS[:2]
-        q = quantized(w, WEIGHTS[name], minor=(0, 1, 2) if i % 2 else ())
+        q = quantized(w, WEIGHTS[name], storage_last_axes=(0, 1, 2) if i % 2 else ())
 
         @jax.jit
         def every(x, q, specs=specs):

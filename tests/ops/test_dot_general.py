@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxquant import PerChannel, PerGroup, PerTensor, QSpec
 from jaxquant.ops import dot_general, fake, lowering
-from jaxquant.qtensor import Use, dequantize, with_use
+from jaxquant.qtensor import ContractionConfig, dequantize, with_contraction
 from tests.arrays import normal
 from tests.ops.cases import (
     ACTIVATIONS,
@@ -44,7 +44,7 @@ ALL = ("int8 channel", "int4 group", "uint8 asymmetric group", "float8", "nf4")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_equals_the_dequantized_contraction(name):
     x = normal(1, 7, K)
-    q = weights(name, minor=(0,) if len(name) % 2 else ())
+    q = weights(name, storage_last_axes=(0,) if len(name) % 2 else ())
 
     chosen = ACTIVATIONS if name in ALL else COMMON
     ours, rows, w = jax.jit(products([ACTIVATIONS[a][0] for a in chosen]))(x, q)
@@ -90,8 +90,10 @@ def test_either_side_any_axes(side):
     specs = ((QSpec("int8", symmetric=False), EXACT), (None, LIMBS))
     qs = {}
     for name, granularity in GRANULARITIES.items():
-        fmt, minor = ("int4", wc) if name == "group" else ("int8", ())
-        qs[name] = quantized(w, QSpec(fmt, granularity).at(wc, w.ndim), minor=minor)
+        fmt, storage_last_axes = ("int4", wc) if name == "group" else ("int8", ())
+        qs[name] = quantized(
+            w, QSpec(fmt, granularity).at(wc, w.ndim), storage_last_axes=storage_last_axes
+        )
 
     @jax.jit
     def every(x, qs):
@@ -215,14 +217,18 @@ def test_float16_does_not_overflow_inside():
     "name", ["int4", "uint4", pytest.param("float4_e2m1fn", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(
-    "minor", [(0,), pytest.param((1,), marks=pytest.mark.slow)], ids=["", "packed along the result"]
+    "storage_last_axes",
+    [(0,), pytest.param((1,), marks=pytest.mark.slow)],
+    ids=["", "packed along the result"],
 )
-def test_packed_codes_are_contracted_as_they_lie(name, minor):
+def test_packed_codes_are_contracted_as_they_lie(name, storage_last_axes):
     """As a CPU does: two products of half the terms, no codes put in order."""
     x, w = normal(1, 5, 192), normal(0, 192, 16)
     for granularity in (PerChannel(1), PerGroup(64, 0)):
         symmetric = name != "uint4"
-        q = quantized(w, QSpec(name, granularity, symmetric=symmetric), minor=minor)
+        q = quantized(
+            w, QSpec(name, granularity, symmetric=symmetric), storage_last_axes=storage_last_axes
+        )
         specs = {QSpec("int8"): EXACT, QSpec("uint8", symmetric=False): EXACT, None: LIMBS}
         for rows in (np.asarray(x), np.asarray(x)[:1]):
             ours, rounded_rows, values = jax.jit(products(specs))(rows, q)
@@ -261,7 +267,7 @@ def test_empty_and_single_axes(shapes):
 
 def test_the_recipe_s_activations_are_the_default():
     spec, x = QSpec("int4"), normal(1, 4, K)
-    q = with_use(weights("int8 channel"), Use(activations=spec))
+    q = with_contraction(weights("int8 channel"), ContractionConfig(activations=spec))
     by_default = np.asarray(dot_general(x, q, MATRIX))
     np.testing.assert_array_equal(by_default, dot_general(x, q, MATRIX, activations=spec))
     assert np.abs(by_default - dot_general(x, q, MATRIX, activations=None)).max() > 0

@@ -44,7 +44,7 @@ SUMS, CODEBOOK = 1e-6, 2.0**-9
 @cache
 def operands(spec, rows, k, n, dtype=jnp.bfloat16):
     """Rows `[rows, k]` and a QTensor of a weight `[k, n]`."""
-    make = jax.jit(lambda x, w: (x.astype(dtype), quantize(w, spec, minor=(0,))))
+    make = jax.jit(lambda x, w: (x.astype(dtype), quantize(w, spec, storage_last_axes=(0,))))
     x, w = (np.random.default_rng(seed).normal(size=s) for seed, s in ((1, (rows, k)), (0, (k, n))))
     return make(x.astype(np.float32), w.astype(np.float32))
 
@@ -158,7 +158,7 @@ def test_axes_and_dtypes_are_those_of_lax():
 
 def test_a_weight_is_contracted_along_its_last_axis_too():
     x, w = normal(1, 3, 128), normal(2, 64, 128)  # an embedding and its logits
-    q = jax.jit(lambda w: quantize(w, QSpec("int4", PerGroup(64, 1)), minor=(1,)))(w)
+    q = jax.jit(lambda w: quantize(w, QSpec("int4", PerGroup(64, 1)), storage_last_axes=(1,)))(w)
     numbers = (((1,), (1,)), ((), ()))
     y = jax.jit(lambda x, q: dot_general_packed(x, q, numbers, interpret="tpu"))(x, q)
     np.testing.assert_allclose(y, matmul(x, dequantize(q).T), rtol=1e-4, atol=1e-4)

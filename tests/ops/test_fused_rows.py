@@ -47,7 +47,7 @@ def test_the_largest_sums_do_not_overflow(name, size):
     w, x = np.ones((size, 2), np.float32), np.ones((1, size), np.float32)
     w[0] = 0.0
     symmetric = not name.startswith("u")
-    q = quantized(w, QSpec(name, PerChannel(1), symmetric=symmetric), minor=(0,))
+    q = quantized(w, QSpec(name, PerChannel(1), symmetric=symmetric), storage_last_axes=(0,))
     specs = (None, QSpec("int8")), (QSpec("int8", symmetric=False),)
     for these in specs if size == 2304 else [specs[0] + specs[1]]:
         lowered = optimised(functools.partial(served, specs=these)).lower(x, {name: q})
@@ -66,7 +66,7 @@ def test_uneven_sizes_equal_numpy(size, group):
     formats = ("int8", "uint8", "int4", "uint4", "float4_e2m1fn")
     specs = [QSpec(name, by, symmetric=not name.startswith("u")) for name in formats]
     w, x, activations = normal(0, size, 6), normal(1, 1, size), {None: LIMBS, QSpec("int8"): EXACT}
-    make = jax.jit(lambda w: [quantize(w, spec, minor=(0,)) for spec in specs])
+    make = jax.jit(lambda w: [quantize(w, spec, storage_last_axes=(0,)) for spec in specs])
     qs = dict(zip(formats, make(w), strict=True))
     ours, values = jax.jit(functools.partial(served, specs=activations))(x, qs)
     for (fx, ys), (spec, bound) in zip(ours, activations.items(), strict=True):
@@ -76,7 +76,7 @@ def test_uneven_sizes_equal_numpy(size, group):
 
 
 def test_rows_that_are_not_finite():
-    q = quantized(normal(0, 64, 4), QSpec("int8", PerChannel(1)), minor=(0,))
+    q = quantized(normal(0, 64, 4), QSpec("int8", PerChannel(1)), storage_last_axes=(0,))
     specs = (None, QSpec("int8"))
     call = jax.jit(lambda x, q: [dot_general(x, q, MATRIX, activations=spec) for spec in specs])
     for bad in (np.inf, np.nan):

@@ -8,7 +8,7 @@ import pytest
 
 from jaxquant import PerTensor, QSpec
 from jaxquant.ops.integer import Accumulator, Activation, added, is_integers
-from jaxquant.qtensor import Folded, Grid
+from jaxquant.qtensor import Folded, QuantParams
 from tests.ops import integer_reference as ref
 
 MODES = ("float32", "fixed_point")
@@ -29,7 +29,7 @@ def totals(seed, reach=40000):
 def grids(name):
     """The grid as jaxquant has it, and as numbers."""
     spec, zero = SPECS[name]
-    held = Grid(jnp.float32(STEP), None if zero is None else jnp.int32(zero), spec, name)
+    held = QuantParams(jnp.float32(STEP), None if zero is None else jnp.int32(zero), spec, name)
     return held, ref.grid(held, spec)
 
 
@@ -123,7 +123,7 @@ def test_sums_of_two(name, mode):
     assert both.source == ("a", "b")
     # an activation on a grid of its own, on either side
     step, codes = np.float32(0.021), np.arange(-128, 72, dtype=np.int8).reshape(50, 4)
-    own = Grid(jnp.float32(step), jnp.int32(-9), QSpec("int8"), "x")
+    own = QuantParams(jnp.float32(step), jnp.int32(-9), QSpec("int8"), "x")
     x = Activation(jnp.asarray(codes), own, "float32", ("x",))
     term = ref.fine(codes.astype(np.int64) + 9, step / STEP, mode)
     for total in (added(sums(a, name, mode, "a"), x), added(x, sums(a, name, mode, "a"))):

@@ -34,7 +34,7 @@ def dots(program):
 
 
 # A CPU sums groups of less than 64 in float, and rows alone in one loop: test_lowering_table.py.
-LONG_GROUPS = quantize(normal(0, 128, N), QSpec("int4", PerGroup(64, 0)), minor=(0,))
+LONG_GROUPS = quantize(normal(0, 128, N), QSpec("int4", PerGroup(64, 0)), storage_last_axes=(0,))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import Outliers, PerChannel, PerGroup, QSpec, ops
-from jaxquant.qtensor import Calibration, Use, with_use
+from jaxquant.qtensor import Calibration, ContractionConfig, with_contraction
 from tests.arrays import array
 from tests.encoders import bnb_reference as ref
 
@@ -44,8 +44,8 @@ def llm_int8(x, codes, scale, threshold, capacity):
 def kernel(rng, k, n, outliers, spec=None):
     w = jax.device_put(rng.normal(size=(k, n)).astype(np.float32))
     spec = jq.int8(range="qmax", granularity=PerChannel(1)) if spec is None else spec
-    q = jq.quantize(w, spec, minor=(0,))
-    return w, with_use(q, Use(ROWS, outliers=outliers))
+    q = jq.quantize(w, spec, storage_last_axes=(0,))
+    return w, with_contraction(q, ContractionConfig(ROWS, outliers=outliers))
 
 
 def dot(x, q, over=((1,), (0,))):
@@ -70,7 +70,7 @@ def test_outliers_no_longer_cost_the_rest():
     x = activations(rng, 64, 96, columns=(5, 60))
     _, q = kernel(rng, 96, 32, Outliers())
     want = x @ np.asarray(jq.dequantize(q))
-    plain = with_use(q, Use(ROWS))
+    plain = with_contraction(q, ContractionConfig(ROWS))
     error = [np.abs(np.asarray(dot(jnp.asarray(x), p)) - want).mean() for p in (q, plain)]
     assert error[0] < 0.25 * error[1]
 
@@ -97,12 +97,12 @@ def test_weights_are_those_of_vectorwise_quantization():
     rng = np.random.default_rng(2)
     w = rng.normal(size=(256, 300)).astype(np.float32)
     spec = jq.int8(range="qmax", granularity=PerChannel(1))
-    for q in (jq.vectorwise()(jnp.asarray(w), spec, minor=(0,))[0],):
+    for q in (jq.vectorwise()(jnp.asarray(w), spec, storage_last_axes=(0,))[0],):
         codes, amax, _ = ref.vectorwise(w.T)
         np.testing.assert_array_equal(q.validate().codes, codes)
         # XLA multiplies by the reciprocal of a constant
         np.testing.assert_allclose(np.asarray(q.scale)[:, 0], amax / 127, rtol=1.2e-7)
-    two, _ = jq.vectorwise()(jnp.stack([w, 2 * w]), spec, minor=(0,), batch_axes=1)
+    two, _ = jq.vectorwise()(jnp.stack([w, 2 * w]), spec, storage_last_axes=(0,), batch_axes=1)
     np.testing.assert_array_equal(two.codes[1], q.codes)
     with pytest.raises(ValueError, match="range='qmax'"):
         jq.vectorwise()(jnp.asarray(w), jq.int8(granularity=PerChannel(1)))
@@ -135,7 +135,10 @@ def test_several_axes_batches_and_half_precision():
     rng = np.random.default_rng(4)
     w = jax.device_put(rng.normal(size=(3, 4, 8, 10)).astype(np.float32))
     spec = jq.int8(range="qmax", granularity=PerChannel((0, 3)))
-    q = with_use(jq.quantize(w, spec, minor=(1, 2)), Use(ROWS, outliers=Outliers(6.0, 4)))
+    q = with_contraction(
+        jq.quantize(w, spec, storage_last_axes=(1, 2)),
+        ContractionConfig(ROWS, outliers=Outliers(6.0, 4)),
+    )
     x = activations(rng, 3, 5, 4, 8)
     x[0, :, 1, 2] *= 40
     x[2, :, 3, 7] *= 30
@@ -192,7 +195,7 @@ def test_a_model():
 
     recipe = jq.llm_int8(capacity=8)
     qparams, report = jq.ptq(fn, params, recipe, x)
-    assert qparams["a"].use.outliers == Outliers(6.0, 8)
+    assert qparams["a"].contraction.outliers == Outliers(6.0, 8)
     assert not report.events
     got, want = jax.jit(jq.quantized(fn))(qparams, x), fn(params, x)
     plain, _ = jq.ptq(fn, params, jq.w8a8(), x)

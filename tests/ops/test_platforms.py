@@ -71,7 +71,7 @@ def wide_lines(text, size):
 def matrix(weights, dtype=jnp.bfloat16):
     x = np.random.default_rng(1).normal(size=(ROWS, K)).astype(dtype)
     w = np.random.default_rng(0).normal(size=(K, N)).astype(np.float32)
-    return x, jax.jit(lambda w: quantize(w, weights, minor=(0,)))(w)
+    return x, jax.jit(lambda w: quantize(w, weights, storage_last_axes=(0,)))(w)
 
 
 @pytest.mark.parametrize("platform", ACCELERATORS)

@@ -37,7 +37,10 @@ def by_expert(x, w, sizes):
 def test_equals_the_dequantized(name):
     x, w, sizes = normal(1, 9, 16), normal(2, 3, 16, 5), np.array([4, 0, 5], np.int32)
     specs = (None, QSpec("int8"), QSpec("int8", PerTensor()), QSpec("uint8"))
-    qs = {minor: quantized(w, SPECS[name], minor=minor) for minor in ((), (1,))}
+    qs = {
+        storage_last_axes: quantized(w, SPECS[name], storage_last_axes=storage_last_axes)
+        for storage_last_axes in ((), (1,))
+    }
 
     @jax.jit
     def every(x, qs, sizes):
@@ -49,9 +52,9 @@ def test_equals_the_dequantized(name):
         return ours, rows, [dequantize(q) for q in qs.values()]
 
     ours, rows, values = every(x, qs, sizes)
-    for minor, found, held in zip(qs, ours, values, strict=True):
+    for storage_last_axes, found, held in zip(qs, ours, values, strict=True):
         for spec, y, fx in zip(specs, found, rows, strict=True):
-            close = {"rtol": 1e-5, "atol": 1e-4, "err_msg": f"{minor}, {spec}"}
+            close = {"rtol": 1e-5, "atol": 1e-4, "err_msg": f"{storage_last_axes}, {spec}"}
             np.testing.assert_allclose(y, by_expert(fx, held, sizes), **close)
 
 

@@ -11,7 +11,7 @@ from jax import lax
 from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, quantize
 from jaxquant.ops.convolve import conv_of
 from jaxquant.ops.static import conv_static, dot_static, zero_offset
-from jaxquant.qtensor import Calibration, Grid, Use
+from jaxquant.qtensor import Calibration, ContractionConfig, QuantParams
 from tests.arrays import normal
 from tests.ops import integer_reference as ref
 
@@ -37,11 +37,11 @@ NONE = {
 }
 
 
-USE = Use(activations=QSpec("int8", PerTensor()))
+USE = ContractionConfig(activations=QSpec("int8", PerTensor()))
 
 
 def grid(zero):
-    return Grid(jnp.float32(0.037), None if zero is None else jnp.int32(zero))
+    return QuantParams(jnp.float32(0.037), None if zero is None else jnp.int32(zero))
 
 
 def codes(seed, *shape):
@@ -51,23 +51,31 @@ def codes(seed, *shape):
 def layer(q, zero):
     """The tensor as NumPy arrays."""
     calibration = Calibration(input=grid(zero))
-    return ref.layer(dataclasses.replace(q, calibration=calibration, use=USE))
+    return ref.layer(dataclasses.replace(q, calibration=calibration, contraction=USE))
 
 
 def encoded(arrays):
-    """Quantizes `(array, spec, minor)` of every name, in one program."""
+    """Quantizes `(array, spec, storage_last_axes)` of every name, in one program."""
     specs = [how for _, *how in arrays.values()]
 
     @jax.jit
     def every(arrays):
-        return [quantize(w, spec, minor=m) for w, (spec, m) in zip(arrays, specs, strict=True)]
+        return [
+            quantize(w, spec, storage_last_axes=m)
+            for w, (spec, m) in zip(arrays, specs, strict=True)
+        ]
 
     return dict(zip(arrays, every([w for w, *_ in arrays.values()]), strict=True))
 
 
 def test_dense():
     w = normal(1, 6, 4, 10) + 0.3
-    weights = encoded({name: (w, spec, minor) for name, (spec, minor, _) in LAYOUTS.items()})
+    weights = encoded(
+        {
+            name: (w, spec, storage_last_axes)
+            for name, (spec, storage_last_axes, _) in LAYOUTS.items()
+        }
+    )
     # each layout with two grids, as the left operand in one
     calls = {
         (name, kind): (n + m) % 2 == 1
@@ -107,7 +115,7 @@ def test_dense():
 @pytest.mark.parametrize("name", NONE)
 def test_forms_that_have_no_sums(name):
     spec, over = NONE[name]
-    q = quantize(normal(1, 6, 4, 10), spec, minor=over)
+    q = quantize(normal(1, 6, 4, 10), spec, storage_last_axes=over)
     x = codes(2, 3, *(q.shape[a] for a in over))
     axes = tuple(range(1, x.ndim)), over
     assert dot_static(x, q, grid(None), axes, False) is None
@@ -169,9 +177,13 @@ def test_convolution():
         )
         over = tuple(a for a, c in enumerate(kernel) if c != "O")
         spec_name = list(KERNELS)[n % 4]
-        minor = over if n % 3 == 0 else ()
+        storage_last_axes = over if n % 3 == 0 else ()
         calls[name, spec_name] = conv, groups
-        arrays[name, spec_name] = normal(n, *shape) + 0.2, KERNELS[spec_name].at(over, 4), minor
+        arrays[name, spec_name] = (
+            normal(n, *shape) + 0.2,
+            KERNELS[spec_name].at(over, 4),
+            storage_last_axes,
+        )
     zeros = [list(GRIDS.values())[n % 3] for n in range(len(calls))]
 
     @jax.jit

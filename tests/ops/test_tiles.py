@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("fused_sums")
 def learned(bits, channels=None):
     """A weight `[512, 1024]` of a learned codebook, and its values."""
     spec = palette(bits, channels=channels).at((0,), 2)
-    make = jax.jit(lambda w: kmeans("linear", iterations=2)(w, spec, minor=(0,))[0])
+    make = jax.jit(lambda w: kmeans("linear", iterations=2)(w, spec, storage_last_axes=(0,))[0])
     q = make(normal(0, 512, 1024))
     return q, np.asarray(dequantize(q))
 
@@ -64,11 +64,13 @@ def test_bfloat16_and_a_codebook_on_the_left():
 
 
 @pytest.mark.parametrize("name", ["nf4", "int4", "int3", "uint2"])
-@pytest.mark.parametrize("minor", [(0,), (1,)], ids=["", "packed along the result"])
+@pytest.mark.parametrize("storage_last_axes", [(0,), (1,)], ids=["", "packed along the result"])
 @pytest.mark.parametrize("granularity", [PerChannel(1), PerChannel(0), PerGroup(128, 0)], ids=str)
-def test_formats_in_tiles(name, minor, granularity):
+def test_formats_in_tiles(name, storage_last_axes, granularity):
     w, x = normal(0, 640, 1024), normal(1, 3, 640)
-    q = quantized(w, QSpec(name, granularity, symmetric=name != "uint2"), minor=minor)
+    q = quantized(
+        w, QSpec(name, granularity, symmetric=name != "uint2"), storage_last_axes=storage_last_axes
+    )
     call = jax.jit(lambda x, q: (dot_general(x, q, OVER, activations=None), dequantize(q)))
     got, values = map(np.asarray, call(x, q))
     reach = float(np.abs(x).max() * np.abs(values).sum(0).max())

@@ -68,7 +68,7 @@ def test_each_layer_sees_what_the_quantized_ones_before_it_give() -> None:
     xs, expected = BATCHES, {}
     for name in "abc":
         spec = jq.int3(granularity=jq.PerGroup(4, axis=0))
-        expected[name], _ = jq.gptq()(MLP[name], spec, minor=(0,), stats=stats_of(xs))
+        expected[name], _ = jq.gptq()(MLP[name], spec, storage_last_axes=(0,), stats=stats_of(xs))
         w = np.asarray(jq.dequantize(expected[name]))
         xs = [np.tanh(np.asarray(x) @ w) for x in xs]
     qparams, _ = jq.ptq(mlp, MLP, rules(), batches=BATCHES)
@@ -206,7 +206,7 @@ def test_what_needs_no_inputs_is_quantized_first() -> None:
     first = np.asarray(jq.dequantize(q["a"]))
     spec = jq.int3(granularity=jq.PerGroup(4, axis=0))
     stats = stats_of([np.tanh(np.asarray(x) @ first) for x in BATCHES])
-    want, _ = jq.gptq()(MLP["b"], spec, minor=(0,), stats=stats)
+    want, _ = jq.gptq()(MLP["b"], spec, storage_last_axes=(0,), stats=stats)
     got, want = (np.asarray(jq.dequantize(t)) for t in (q["b"], want))
     assert np.mean(np.abs(got - want) > 1e-6) < 0.02
 

@@ -46,7 +46,7 @@ def test_sharded_equals_unsharded_and_gathers_no_weight(kind, shard, name):
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
     spec = QSpec("int8", PerChannel(1)) if name == "int8" else QSpec("int4", PerGroup(64, 0))
     w, x = normal(0, 512, 128), normal(1, 8, 512)
-    q = quantize(w, spec, minor=(0,))
+    q = quantize(w, spec, storage_last_axes=(0,))
     with jax.set_mesh(mesh):
         placed = sharded(q, mesh, codes)
         px = jax.device_put(x, NamedSharding(mesh, activation))
@@ -70,7 +70,7 @@ def test_sharded_equals_unsharded_and_gathers_no_weight(kind, shard, name):
 def test_gradients_under_an_explicit_mesh():
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     w, x = normal(0, 64, 32), normal(1, 8, 64)
-    q = quantize(w, QSpec("int8", PerChannel(1)), minor=(0,))
+    q = quantize(w, QSpec("int8", PerChannel(1)), storage_last_axes=(0,))
     expected = jax.grad(lambda x: (jnp.sin(jnp.arange(32.0))[None] * (x @ dequantize(q))).sum())(x)
     with jax.set_mesh(mesh):
         placed = sharded(q, mesh, P("model", None))

@@ -89,7 +89,7 @@ def groups_of(shape, granularity) -> np.ndarray:
 
     Read off a tensor whose codes are all 1 and whose scales count.
     """
-    q = jq.quantize(jnp.ones(shape), QSpec("int8", granularity), minor=(0,))
+    q = jq.quantize(jnp.ones(shape), QSpec("int8", granularity), storage_last_axes=(0,))
     count = np.arange(q.scale.size, dtype=np.float32).reshape(q.scale.shape)
     q = dataclasses.replace(q, codes=jnp.ones_like(q.codes), scale=jnp.asarray(count))
     index = np.asarray(jq.dequantize(q)).astype(int)
@@ -143,7 +143,7 @@ def trained(estimator, spec, w, learned, g):
     w, g = jnp.asarray(w), jnp.asarray(g)
 
     def values(w, learned):
-        q = estimator.encode(w, learned, spec, minor=(0,))
+        q = estimator.encode(w, learned, spec, storage_last_axes=(0,))
         return estimator.values(w, learned, q), q
 
     y, pull, q = jax.vjp(values, w, learned, has_aux=True)

@@ -59,7 +59,7 @@ def test_gradient_of_a_value_is_the_sum_over_its_members(reassign):
     spec, levels = EIGHT, 8
     w, g = cases.normal(seed=43), cases.normal(seed=44)
     estimator = kmeans(reassign=reassign)
-    made = estimator.init(w, spec, minor=(0,))
+    made = estimator.init(w, spec, storage_last_axes=(0,))
     assert made["codebook"].shape == (levels,) and set(made) == {"codebook", *estimator.constants}
     codebook = np.random.default_rng(45).permutation(np.asarray(made["codebook"]))  # as trained
     at = np.abs(w[..., None] - codebook).argmin(-1) if reassign else np.asarray(made["codes"])
@@ -67,7 +67,7 @@ def test_gradient_of_a_value_is_the_sum_over_its_members(reassign):
 
     def values(w, codebook):
         learned = {"codebook": codebook, **constants}
-        q = estimator.encode(w, learned, spec, minor=(0,))
+        q = estimator.encode(w, learned, spec, storage_last_axes=(0,))
         return estimator.values(w, learned, q), q
 
     y, pull, q = jax.vjp(values, jnp.asarray(w), jnp.asarray(codebook), has_aux=True)

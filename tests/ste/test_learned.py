@@ -32,7 +32,10 @@ def test_where_weights_begin(spec):
     zero = 0 if spec.symmetric else (values[0] + values[-1] + 1) // 2
 
     def made(estimator):
-        return {n: np.asarray(a).ravel() for n, a in estimator.init(w, spec, minor=(0,)).items()}
+        return {
+            n: np.asarray(a).ravel()
+            for n, a in estimator.init(w, spec, storage_last_axes=(0,)).items()
+        }
 
     step = [2 * np.abs(p).mean() / np.sqrt(values[-1] - zero) for p in parts]
     np.testing.assert_allclose(made(lsq())["step"], step, rtol=1e-6)

@@ -29,11 +29,13 @@ def name(v) -> str:
 @pytest.mark.parametrize(("estimator", "spec"), PAIRS, ids=name)
 def test_batch_axes_vmap_and_scan_agree(estimator, spec):
     """Layers encoded as one stack, mapped over, or scanned, jitted, against one after the other."""
-    made = estimator.init(STACK, spec, minor=(0,), batch_axes=1)
+    made = estimator.init(STACK, spec, storage_last_axes=(0,), batch_axes=1)
     fixed = {n: made.pop(n) for n in estimator.constants}
 
     def loss(batch_axes, w, learned, fixed):
-        q = estimator.encode(w, {**learned, **fixed}, spec, minor=(0,), batch_axes=batch_axes)
+        q = estimator.encode(
+            w, {**learned, **fixed}, spec, storage_last_axes=(0,), batch_axes=batch_axes
+        )
         return jnp.sum(jnp.cos(estimator.values(w, {**learned, **fixed}, q))), q
 
     one = jax.value_and_grad(functools.partial(loss, 0), argnums=(0, 1), has_aux=True)
@@ -122,7 +124,7 @@ def test_codes_are_those_of_every_other_program(estimator, spec):
 @pytest.mark.parametrize(("estimator", "spec"), PAIRS[:4], ids=name)
 def test_narrow_weights_keep_their_dtype(estimator, spec, dtype):
     w = STACK[0].astype(dtype)
-    learned = estimator.init(w, spec, minor=(0,))
+    learned = estimator.init(w, spec, storage_last_axes=(0,))
     assert all(a.dtype == jnp.float32 for a in learned.values())
     g = STACK[1].astype(dtype)
     q, y, again, (dw, dlearned) = cases.compiled(estimator, spec, w, learned, g)

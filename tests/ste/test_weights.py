@@ -32,7 +32,7 @@ def run(estimator, spec, learned, g=G):
 @pytest.mark.parametrize("spec", cases.table(0, odd=False), ids=cases.label)
 def test_straight_through_is_one_inside_and_zero_outside(spec):
     q, _, dw, dlearned = run(straight_through(), spec, {})
-    expected = jq.quantize(W, spec, minor=(0,))
+    expected = jq.quantize(W, spec, storage_last_axes=(0,))
     jax.tree.map(np.testing.assert_array_equal, q, expected)
     assert dlearned == {}
     # the scale comes from the largest magnitude: only what has no sign there is cut off
@@ -82,7 +82,7 @@ def test_lsq(spec):
     values, groups = cases.values_of(spec), cases.groups_of(W.shape, spec.granularity)
     zero = 0 if spec.symmetric else (values[0] + values[-1] + 1) // 2
     low, high = values[0] - zero, values[-1] - zero
-    shape = jax.eval_shape(lambda w: lsq().init(w, spec, minor=(0,)), W)["step"].shape
+    shape = jax.eval_shape(lambda w: lsq().init(w, spec, storage_last_axes=(0,)), W)["step"].shape
     step = spread(0.9 / high, groups.max() + 1, seed=3)
     scale = cases.stored(np.abs(step), spec)[groups]
     v = W / scale
@@ -105,7 +105,7 @@ def test_lsq(spec):
 @pytest.mark.parametrize("spec", cases.asymmetric(2), ids=cases.label)
 def test_lsq_plus(spec):
     values, groups = cases.values_of(spec), cases.groups_of(W.shape, spec.granularity)
-    shape = jax.eval_shape(lambda w: lsq().init(w, spec, minor=(0,)), W)["step"].shape
+    shape = jax.eval_shape(lambda w: lsq().init(w, spec, storage_last_axes=(0,)), W)["step"].shape
     width = values[-1] - values[0]
     step = spread(1.5 / width if not spec.symmetric else 0.9 / values[-1], groups.max() + 1, seed=4)
     offset = -np.random.default_rng(5).uniform(0.3, 1.0, step.size).astype(np.float32)
@@ -147,7 +147,7 @@ def test_lsq_plus(spec):
 @pytest.mark.parametrize("spec", cases.asymmetric(3), ids=cases.label)
 def test_pact(spec):
     groups = cases.groups_of(W.shape, spec.granularity)
-    shape = jax.eval_shape(lambda w: pact().init(w, spec, minor=(0,)), W)["alpha"].shape
+    shape = jax.eval_shape(lambda w: pact().init(w, spec, storage_last_axes=(0,)), W)["alpha"].shape
     alpha = spread(0.9, groups.max() + 1, seed=6)
     _, y, dw, got = run(pact(), spec, {"alpha": alpha.reshape(shape)})
 

@@ -14,15 +14,15 @@ from jaxquant.qtensor.export import NODES, static_from_json, static_to_json
 from jaxquant.qtensor.tensor import QTensor
 
 
-def written(q: QTensor) -> tuple[str, dict[str, np.ndarray]]:
-    """What `read` makes the same QTensor of, bit for bit.
+def serialize(q: QTensor) -> tuple[str, dict[str, np.ndarray]]:
+    """What `deserialize` makes the same QTensor of, bit for bit.
 
     Returns:
       JSON, and arrays by name: raw bytes as uint8, whatever the dtype.
 
     >>> import jax.numpy as jnp, jaxquant as jq
-    >>> text, arrays = written(jq.quantize(jnp.eye(2), jq.QSpec("int8", jq.PerTensor())))
-    >>> sorted(arrays), read(text, arrays).codes.dtype.name
+    >>> text, arrays = serialize(jq.quantize(jnp.eye(2), jq.QSpec("int8", jq.PerTensor())))
+    >>> sorted(arrays), deserialize(text, arrays).codes.dtype.name
     (['0', '1'], 'int8')
     """
     arrays: dict[str, np.ndarray] = {}
@@ -43,8 +43,8 @@ def written(q: QTensor) -> tuple[str, dict[str, np.ndarray]]:
     return json.dumps(node(q)), arrays
 
 
-def read(text: str, arrays: Mapping[str, np.ndarray]) -> QTensor:
-    """The QTensor that `written` was given."""
+def deserialize(text: str, arrays: Mapping[str, np.ndarray]) -> QTensor:
+    """The QTensor that `serialize` was given."""
 
     def made(x: Any) -> Any:
         if "node" in x:

@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, dequantize, quantize
-from jaxquant.interpret import cuts, moves
+from jaxquant.interpret import reshapes, slices
 from jaxquant.qtensor import QTensor
 
 SPECS = {
@@ -26,30 +26,33 @@ SPECS = {
 SHAPE = (6, 8, 4)
 
 MOVES = {
-    "transpose": (lambda q: moves.transpose(q, (2, 0, 1)), lambda w: w.transpose(2, 0, 1)),
-    "merge": (lambda q: moves.reshape(q, (48, 4)), lambda w: w.reshape(48, 4)),
-    "split": (lambda q: moves.reshape(q, (6, 2, 4, 4)), lambda w: w.reshape(6, 2, 4, 4)),
-    "regroup": (lambda q: moves.reshape(q, (12, 4, 4)), lambda w: w.reshape(12, 4, 4)),
-    "flatten": (lambda q: moves.reshape(q, (192,)), lambda w: w.reshape(192)),
-    "unit axes": (lambda q: moves.reshape(q, (1, 6, 1, 8, 4)), lambda w: w.reshape(1, 6, 1, 8, 4)),
-    "slice": (lambda q: cuts.cut(q, (0, 4, 0), (6, 4, 4)), lambda w: w[:, 4:]),
-    "slice to end": (lambda q: cuts.cut(q, (0, 5, 0), (6, 3, 4)), lambda w: w[:, 5:]),
-    "row": (lambda q: cuts.cut(q, (2, 0, 0), (1, 8, 4)), lambda w: w[2:3]),
-    "stride": (lambda q: cuts.cut(q, (1, 0, 0), (3, 8, 4), (2, 1, 1)), lambda w: w[1:6:2]),
-    "reverse": (lambda q: cuts.reverse(q, (0, 2)), lambda w: w[::-1, :, ::-1]),
-    "join": (lambda q: cuts.concatenate([q, q], 2), lambda w: jnp.concatenate([w, w], 2)),
-    "join 0": (lambda q: cuts.concatenate([q, q], 0), lambda w: jnp.concatenate([w, w], 0)),
+    "transpose": (lambda q: reshapes.transpose(q, (2, 0, 1)), lambda w: w.transpose(2, 0, 1)),
+    "merge": (lambda q: reshapes.reshape(q, (48, 4)), lambda w: w.reshape(48, 4)),
+    "split": (lambda q: reshapes.reshape(q, (6, 2, 4, 4)), lambda w: w.reshape(6, 2, 4, 4)),
+    "regroup": (lambda q: reshapes.reshape(q, (12, 4, 4)), lambda w: w.reshape(12, 4, 4)),
+    "flatten": (lambda q: reshapes.reshape(q, (192,)), lambda w: w.reshape(192)),
+    "unit axes": (
+        lambda q: reshapes.reshape(q, (1, 6, 1, 8, 4)),
+        lambda w: w.reshape(1, 6, 1, 8, 4),
+    ),
+    "slice": (lambda q: slices.cut(q, (0, 4, 0), (6, 4, 4)), lambda w: w[:, 4:]),
+    "slice to end": (lambda q: slices.cut(q, (0, 5, 0), (6, 3, 4)), lambda w: w[:, 5:]),
+    "row": (lambda q: slices.cut(q, (2, 0, 0), (1, 8, 4)), lambda w: w[2:3]),
+    "stride": (lambda q: slices.cut(q, (1, 0, 0), (3, 8, 4), (2, 1, 1)), lambda w: w[1:6:2]),
+    "reverse": (lambda q: slices.reverse(q, (0, 2)), lambda w: w[::-1, :, ::-1]),
+    "join": (lambda q: slices.concatenate([q, q], 2), lambda w: jnp.concatenate([w, w], 2)),
+    "join 0": (lambda q: slices.concatenate([q, q], 0), lambda w: jnp.concatenate([w, w], 0)),
     "repeat": (
-        lambda q: cuts.broadcast(q, (6, 3, 8, 4), (0, 2, 3)),
+        lambda q: slices.broadcast(q, (6, 3, 8, 4), (0, 2, 3)),
         lambda w: jnp.broadcast_to(w[:, None], (6, 3, 8, 4)),
     ),
-    "scale": (lambda q: cuts.rescale(q, -2.0), lambda w: -2.0 * w),
+    "scale": (lambda q: slices.rescale(q, -2.0), lambda w: -2.0 * w),
     "rows": (
-        lambda q: cuts.rows(q, jnp.array([[[4], [0]]]), 0, lax.GatherScatterMode.CLIP),
+        lambda q: slices.rows(q, jnp.array([[[4], [0]]]), 0, lax.GatherScatterMode.CLIP),
         lambda w: w[np.array([[4, 0]])],
     ),
     "rows of axis 1": (
-        lambda q: cuts.rows(q, jnp.array([[3]]), 1, lax.GatherScatterMode.CLIP),
+        lambda q: slices.rows(q, jnp.array([[3]]), 1, lax.GatherScatterMode.CLIP),
         lambda w: w[:, np.array([3])].swapaxes(0, 1),
     ),
 }
@@ -119,17 +122,17 @@ def test_batch_axes_move_too(spec: str, weights: np.ndarray) -> None:
     def program(stacked: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         q = quantize(stacked, SPECS[spec], batch_axes=1)
         assert q.batch == (3,)
-        whole = moves.promote(q)
+        whole = reshapes.promote(q)
         assert whole is not None
         assert whole.batch == ()
-        back = moves.demote(whole)
+        back = reshapes.demote(whole)
         assert back is not None
         assert back.batch == (3,)
-        one = cuts.cut(q, (2, 0, 0, 0), (1, *SHAPE))
+        one = slices.cut(q, (2, 0, 0, 0), (1, *SHAPE))
         assert one is not None
         made = {"layer": jax.tree.map(lambda a: a[1], q), "whole": whole, "back": back}
-        made |= {"bare": moves.squeeze(one, [0])}
-        made |= {str(perm): moves.transpose(q, perm) for perm in perms}
+        made |= {"bare": reshapes.squeeze(one, [0])}
+        made |= {str(perm): reshapes.transpose(q, perm) for perm in perms}
         assert all(m is not None for m in made.values())
         return dequantize(q), {name: dequantize(m) for name, m in made.items()}
 

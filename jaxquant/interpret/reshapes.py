@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.interpret.runs import factors, merge_blocks, split_block
+from jaxquant.interpret.shape_factors import factors, merge_blocks, split_block
 from jaxquant.numerics import Format, decode, get
 from jaxquant.qtensor import (
     Calibration,

@@ -12,7 +12,7 @@ import numpy as np
 from jaxquant.fold.demand import UNASKED, Demand, Option, Refused, Rule, Ties, is_zero
 from jaxquant.fold.graph import Node
 from jaxquant.interpret import primitives
-from jaxquant.interpret.runs import factors
+from jaxquant.interpret.shape_factors import factors
 
 
 def _transpose(node: Node, d: Demand, ties: Ties) -> list[Option]:

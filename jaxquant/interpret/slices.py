@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.interpret.moves import (
+from jaxquant.interpret.reshapes import (
     calibrated,
     opened,
     place_of,
