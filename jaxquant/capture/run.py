@@ -17,7 +17,7 @@ from jaxquant.capture.batches import Alike, arguments, lists_told, require_itera
 from jaxquant.capture.plan import Observing, Plan, observed_call, plan_of
 from jaxquant.capture.progress import Progress
 from jaxquant.capture.statistics import Statistics
-from jaxquant.capture.storage import Path, before_of, described, require_folder
+from jaxquant.capture.storage import Path, described, require_folder
 from jaxquant.interpret.calls import is_traced, trace_call
 from jaxquant.observers import Observer
 from jaxquant.qtensor import is_qtensor
@@ -109,7 +109,7 @@ def capture_with(
         raise ValueError(f"{where}: expected a function of params first, got {type(fn).__name__}")
     if save is not None:
         require_folder(save, where)
-    before = before_of(resume, save)
+    before = _before(resume, save)
     require_iterable(batches, where)
     total = len(batches) if isinstance(batches, Sized) else None
     run: _Run | None = None
@@ -299,3 +299,13 @@ def _require_storable(plan: Plan, where: str) -> None:
             described(observer)
         except ValueError as error:
             raise ValueError(f"{where}: save: {error}") from None
+
+
+def _before(resume: Statistics | Path | None, save: Path | None) -> Statistics | None:
+    """The statistics to go on with."""
+    if not isinstance(resume, (str, os.PathLike)):
+        return resume
+    same = save is not None and os.path.abspath(resume) == os.path.abspath(save)
+    if same and not os.path.exists(resume):
+        return None
+    return Statistics.load(resume)

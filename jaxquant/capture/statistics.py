@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxquant.capture import storage
 from jaxquant.observers import Observer, Range, finish_stacked
 from jaxquant.spec import QSpec
 
@@ -122,9 +123,7 @@ class Statistics(Mapping[str, Mapping[str, Observed]]):
         Raises:
           ValueError: an observer that is not of `jaxquant.observers`.
         """
-        from jaxquant.capture.storage import save  # which makes Statistics itself
-
-        save(self, path)
+        storage.save(self, path)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Statistics:
@@ -133,9 +132,8 @@ class Statistics(Mapping[str, Mapping[str, Observed]]):
         Raises:
           ValueError: there is no such file, or not one of these.
         """
-        from jaxquant.capture.storage import load
-
-        return load(path)
+        entries, batches, sites = storage.load(path)
+        return Statistics({n: Observed(*fields) for n, fields in entries.items()}, batches, sites)
 
     def unseen(self) -> list[str]:
         """Sites of which some layer was never updated, in words."""

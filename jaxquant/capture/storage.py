@@ -8,14 +8,16 @@ import json
 import os
 import tempfile
 import zipfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant import observers
-from jaxquant.capture.statistics import Observed, Statistics
 from jaxquant.observers import Observer
+
+if TYPE_CHECKING:
+    from jaxquant.capture.statistics import Statistics
 
 Path = str | os.PathLike[str]
 
@@ -61,8 +63,12 @@ def save(stats: Statistics, path: str | os.PathLike[str]) -> None:
         raise
 
 
-def load(path: str | os.PathLike[str]) -> Statistics:
-    """See `Statistics.load`."""
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[Any, ...]], int, tuple[Any, ...]]:
+    """The fields of `Statistics` in a file, entries as the fields of `Observed`.
+
+    Raises:
+      ValueError: see `Statistics.load`.
+    """
     path = os.fspath(path)
     if not os.path.exists(path):
         raise ValueError(f"no statistics at {path!r}: there is no such file")
@@ -78,7 +84,7 @@ def load(path: str | os.PathLike[str]) -> Statistics:
         entries = {}
         for number, entry in enumerate(meta["entries"]):
             start = f"{number}/"
-            entries[entry["name"]] = Observed(
+            entries[entry["name"]] = (
                 {
                     k.removeprefix(start): jnp.asarray(v)
                     for k, v in arrays.items()
@@ -96,7 +102,7 @@ def load(path: str | os.PathLike[str]) -> Statistics:
         raise ValueError(f"{other}another: it has no {error}") from error
     except (TypeError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{other}damaged") from error
-    return Statistics(entries, meta["batches"], sites)
+    return entries, meta["batches"], sites
 
 
 def require_folder(save: Path, where: str) -> None:
@@ -106,16 +112,6 @@ def require_folder(save: Path, where: str) -> None:
         raise ValueError(f"{where}: save: there is no folder {folder!r} for {os.fspath(save)!r}")
     if os.path.isdir(save):
         raise ValueError(f"{where}: save: expected a file, got the folder {os.fspath(save)!r}")
-
-
-def before_of(resume: Statistics | Path | None, save: Path | None) -> Statistics | None:
-    """The statistics to go on with."""
-    if not isinstance(resume, (str, os.PathLike)):
-        return resume
-    same = save is not None and os.path.abspath(resume) == os.path.abspath(save)
-    if same and not os.path.exists(resume):
-        return None
-    return Statistics.load(resume)
 
 
 def described(observer: Observer) -> dict[str, Any]:
