@@ -9,8 +9,8 @@ import ctypes
 import gc
 import os
 import platform
-import resource
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,13 +33,24 @@ from tests.compiled import CHEAP_FLAGS
 if CHEAP_FLAGS and jax.config.read("jax_disable_most_optimizations"):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CHEAP_FLAGS}"
 
-# The folder has the machine's name, as programs are made for its processor. JAX's own variables
-# choose another folder, JAX_COMPILATION_CACHE_DIR, which is not bounded here, or none,
+# A folder of the tests alone, since what is oldest in it is deleted. JAX's own variables choose
+# another, JAX_COMPILATION_CACHE_DIR, which is not bounded here, or none,
 # JAX_ENABLE_COMPILATION_CACHE=0.
-CACHES = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "jaxquant"
+CACHES = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "jaxquant-tests"
 MOST_KEPT = 1 << 30  # bytes
+
+
+def _machine() -> str:
+    """A name for this machine and its processor, for which programs are made."""
+    flags = ""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.node()}-{zlib.crc32((platform.machine() + flags).encode()):08x}"
+
+
 if not jax.config.jax_compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", str(CACHES / platform.node()))
+    jax.config.update("jax_compilation_cache_dir", str(CACHES / _machine()))
 
 # A scale that broadcasts by accident is the classic quantization bug: ranks must be made to agree.
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -73,14 +84,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     """Takes the oldest programs away while more than `MOST_KEPT` are kept."""
     if hasattr(session.config, "workerinput"):  # the process that started this one has done so
         return
-    with contextlib.suppress(OSError):  # another run may do the same
-        found = [(f.stat(), f) for f in CACHES.glob("*/*") if f.is_file()]
-        kept = sum(stat.st_size for stat, _ in found)
-        for stat, file in sorted(found, key=lambda entry: entry[0].st_mtime):
-            if kept <= MOST_KEPT:
-                break
+    found = []
+    for file in CACHES.glob("*/*-cache"):
+        with contextlib.suppress(OSError):  # another run may delete it
+            found.append((file.stat(), file))
+    kept = sum(stat.st_size for stat, _ in found)
+    for stat, file in sorted(found, key=lambda entry: entry[0].st_mtime):
+        if kept <= MOST_KEPT:
+            break
+        with contextlib.suppress(OSError):
             file.unlink()
-            kept -= stat.st_size
+        kept -= stat.st_size
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +136,10 @@ def _bounded_memory() -> Iterator[None]:
 def _held() -> int:
     """Bytes: what the process holds where Linux says it, else the most it has held."""
     with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -222,7 +222,7 @@ def by_room(outcomes: list[Outcome], found: list[Mutant], reached: set[Mutant]) 
     for room in [*sorted({m.room for m in found}), "all"]:
         mine = [m for m in found if room in (m.room, "all")]
         ends = Counter(o.result for o in outcomes if room in (o.mutant.room, "all"))
-        planted = ends["caught"] + ends["survived"] + ends[LATE]
+        planted = sum(ends.values()) - ends["gone"]  # a line that is no longer run is not seen
         row = {"room": room, "candidates": len(mine), "unreached": len(set(mine) - reached)}
         row |= {"planted": planted, "caught": ends["caught"], "share": "-"}
         table.append(row | ({"share": f"{row['caught'] / planted:.0%}"} if planted else {}))

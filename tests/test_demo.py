@@ -13,8 +13,6 @@ from jaxquant import demo
 
 # Preset: the most points of accuracy it may lose (a digit of 597 is 0.17), least agreement with
 # float, and most bits per weight.
-
-
 EXPECTED = {
     "w8a8": (0.5, 0.99, 8.3),
     "w8a16": (0.5, 0.99, 8.3),

@@ -15,7 +15,8 @@ from jaxquant.ops.operands import Operand, integer_range
 _LANES = 32
 
 # A loop of more steps is slow: at 4096 x 4096 one of 16 takes 2 to 4 times as long as a product.
-# With so few a sum has at most 2,304 terms: an int32 holds that of bytes, and of a lane any.
+# A sum then has at most 2,304 terms: an int32 holds that of products of bytes, and of each lane's
+# products of 15 bits, but not always the total of the latter.
 _STEPS = 9
 
 _WIDE = 16319  # the largest of the codes that hold 15 bits of an activation

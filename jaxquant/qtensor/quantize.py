@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.qtensor.calibration import along
+from jaxquant.qtensor.calibration import Calibration, along
 from jaxquant.qtensor.encode import encode_stacked
 from jaxquant.qtensor.storage import (
     blocked,
@@ -19,7 +20,7 @@ from jaxquant.qtensor.storage import (
     storage_values,
     unblocked,
 )
-from jaxquant.qtensor.tensor import QTensor
+from jaxquant.qtensor.tensor import ContractionConfig, QTensor
 from jaxquant.qtensor.trained import FakeQuantTensor
 from jaxquant.spec import QSpec
 
@@ -111,7 +112,13 @@ def dequantize(q: QTensor, dtype: Any = None) -> Array:
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
     if isinstance(q, FakeQuantTensor) and q.values is not None:
         return q.values.astype(dtype)  # equal, and gradients pass
-    return _dequantized(q, dtype)
+    held = q.calibration  # only a divisor matters: layers that compute alike share one program
+    if held is not None:
+        kept = Calibration(divisor=held.divisor, axis=held.axis)
+        held = None if held.divisor is None else kept
+    return _dequantized(
+        dataclasses.replace(q, contraction=ContractionConfig(), calibration=held), dtype
+    )
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)  # one program where it is called alone

@@ -53,7 +53,10 @@ LONG_GROUPS = quantize(normal(0, 128, N), QSpec("int4", PerGroup(64, 0)), storag
 )
 def test_operands_are_int8(platform, rows, name):
     q = LONG_GROUPS if name == "int4 long group" else weights(name)
-    x = normal(1, rows, q.shape[0])
+    assert_operands_are_int8(q, normal(1, rows, q.shape[0]), platform)
+
+
+def assert_operands_are_int8(q, x, platform):
     for spec in (QSpec("int8"), QSpec("uint8", symmetric=False)):
         program = text(
             lambda x, q, s=spec: dot_general(x, q, MATRIX, activations=s), x, q, platform=platform

@@ -57,6 +57,20 @@ def test_served_equals_trained_up_to_roundings(rows: int) -> None:
         assert (apart <= ROUNDINGS * np.asarray(reach)).all(), kind
 
 
+def test_weights_are_the_same_bit_for_bit() -> None:
+    many = Many(Program(dense, params, (normal(9, 6, D),)), tuple(KINDS))
+    state, sites = many.state(), jq.trace(many.fn, many.params, *many.args)
+
+    @optimised
+    def fake(params: Any, state: Any) -> Any:
+        return jq.fake_quant_params(params, many.recipe, sites=sites, quant_state=state)
+
+    trained, qparams = fake(many.params, state), many.served(state)
+    for kind in KINDS:
+        served = optimised(jq.dequantize)(qparams[kind]["w"])
+        np.testing.assert_array_equal(trained[kind]["w"], served, err_msg=kind)
+
+
 def test_doors_up_to_roundings() -> None:
     """Linen from a frozen tree, a state given by itself, and NNX."""
     x, recipe = normal(9, 6, D), jq.Recipe([rule("lsq 4")])

@@ -14,7 +14,7 @@ def _restart(devices: int) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _eight_devices() -> Iterator[None]:
     before = jax.config.jax_num_cpu_devices
     _restart(8)

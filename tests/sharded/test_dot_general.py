@@ -11,12 +11,8 @@ from jaxquant import PerChannel, PerGroup, QSpec, quantize
 from jaxquant.ops import dot_general
 from jaxquant.qtensor import dequantize
 from tests.arrays import normal
-from tests.ops.cases import (
-    EXACT,
-    LIMBS,
-    MATRIX,
-    assert_near,
-)
+from tests.ops.cases import EXACT, LIMBS, MATRIX, K, assert_near, weights
+from tests.ops.test_lowering import assert_operands_are_int8
 
 
 def sharded(q, mesh, spec):
@@ -64,7 +60,17 @@ def test_sharded_equals_unsharded_and_gathers_no_weight(kind, shard, name):
                 assert y.sharding.is_equivalent_to(NamedSharding(mesh, out), 2)
             program = call.lower(px, placed).compile().as_text()
             gathers = [line for line in program.splitlines() if "all-gather" in line]
-            assert not [g for g in gathers if "512" in g and "128" in g], gathers
+            packed = q.codes.shape[-1]
+            assert not [g for g in gathers if f"128,{packed}]" in g], gathers
+
+
+@pytest.mark.parametrize("rows", [1, 7, 600])
+@pytest.mark.parametrize(
+    "name",
+    ["int8 channel", "int4 group", "uint8 asymmetric group", "mxfp4", "float6", "int8 block"],
+)
+def test_operands_are_int8_where_codes_may_be_divided(rows, name):
+    assert_operands_are_int8(weights(name), normal(1, rows, K), "cpu")
 
 
 def test_gradients_under_an_explicit_mesh():

@@ -14,11 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxquant as jq
 from jaxquant.ops import lowering
 from tests.arrays import normal
-from tests.ops.cases import (
-    EXACT,
-    LIMBS,
-    assert_near,
-)
+from tests.ops.cases import EXACT, LIMBS, assert_near
 
 K, N = 256, 96
 WIDE = 2048  # values enough for tiles
@@ -30,6 +26,10 @@ PRESETS = {
     "nf4": (jq.nf4(group=32), EXACT),
     "fp8": (jq.w8a8_fp8(), EXACT),
     "mxfp4": (jq.mxfp4(), LIMBS),
+    "fp4": (jq.fp4(group=32), EXACT),
+    "nf4 double": (jq.nf4(double=True), EXACT),
+    "llm_int8": (jq.llm_int8(), EXACT),
+    "static": (jq.w8a8_static(), EXACT),
 }
 
 
@@ -100,10 +100,10 @@ def test_without_a_mesh_devices_are_counted() -> None:
 @pytest.fixture(scope="module")
 def qparams() -> Any:
     """A weight for each preset: one program has them all."""
-    rules = [dataclasses.replace(r.rules[0], pattern=n) for n, (r, _) in PRESETS.items()]
+    rules = [dataclasses.replace(jq.Recipe(r).rules[0], pattern=n) for n, (r, _) in PRESETS.items()]
     wide = {"nf4": WIDE}
     params = {name: normal(i, K, wide.get(name, N)) for i, name in enumerate(PRESETS)}
-    return jq.ptq(fn, params, jq.Recipe(rules), normal(1, 1, K))[0]
+    return jq.ptq(fn, params, jq.Recipe(rules), batches=[normal(1, 1, K)], progress=False)[0]
 
 
 def placed(tree: Any, mesh: jax.sharding.Mesh, axis: str | None) -> Any:
