@@ -5,11 +5,18 @@ optimise little. A test says `optimised` where what users' programs do is the po
 """
 
 import functools
+import os
 
 import jax
 
 CHEAP_FLAGS = {(0, 10): "--xla_cpu_use_fusion_emitters=false"}.get(jax.__version_info__[:2], "")
 """Kernels by XLA's older emitters, which compile faster. Newer versions have none."""
+
+
+def without_cheap_flags() -> list[str]:
+    """The flags in `XLA_FLAGS` that a user gave: a worker inherits those of `conftest.py`, too."""
+    return [flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag != CHEAP_FLAGS]
+
 
 EMITTERS = {"xla_cpu_use_fusion_emitters": True} if CHEAP_FLAGS else {}
 LEVEL, LESS = "xla_backend_optimization_level", "xla_llvm_disable_expensive_passes"

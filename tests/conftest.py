@@ -27,11 +27,11 @@ import hypothesis
 import jax
 import pytest
 
-from tests.compiled import CHEAP_FLAGS
+from tests.compiled import CHEAP_FLAGS, without_cheap_flags
 
 # XLA reads this when JAX starts a backend.
 if CHEAP_FLAGS and jax.config.read("jax_disable_most_optimizations"):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CHEAP_FLAGS}"
+    os.environ["XLA_FLAGS"] = " ".join([*without_cheap_flags(), CHEAP_FLAGS])
 
 # A folder of the tests alone, since what is oldest in it is deleted. JAX's own variables choose
 # another, JAX_COMPILATION_CACHE_DIR, which is not bounded here, or none,
