@@ -1,4 +1,4 @@
-"""Measures the table of `jaxquant/ops/lowering_table.py` again, and says where it disagrees.
+"""Measures the table of `suite/lowering_table.py` again, and says where it disagrees.
 
     python benchmarks/lowering.py                      # all rows; about five minutes on two cores
     python benchmarks/lowering.py --quick              # small shapes, three rounds: does it run?
@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.suite import forms
+from benchmarks.suite.lowering_table import TABLE, Row
 from benchmarks.suite.measure import in_turns
 from benchmarks.suite.report import versions
 from jaxquant.ops.lowering import FUSES_SUMS
-from jaxquant.ops.lowering_table import TABLE, Row
 
 LOSES = 0.9
 

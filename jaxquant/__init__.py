@@ -7,7 +7,6 @@ from float ones by a recipe. See the README for five-line examples.
 from jaxquant import linen, nnx, observers, optim, ste
 from jaxquant.capture import Statistics, activation_report, capture
 from jaxquant.encoders import clip, gptq, hqq, huffman_bits, kmeans, rtn, vectorwise
-from jaxquant.fold import fold_batchnorm
 from jaxquant.interpret import Site, Sites, quantized, trace
 from jaxquant.numerics import BlockFormat, Format, codebook_format
 from jaxquant.numerics.table import formats
@@ -21,7 +20,18 @@ from jaxquant.qat import (
     fake_quantized,
     init_quant_state,
 )
-from jaxquant.qtensor import Outliers, QTensor, dequantize, quantize
+from jaxquant.qtensor import (
+    Gradients,
+    Outliers,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    QSpec,
+    QTensor,
+    dequantize,
+    quantize,
+)
 from jaxquant.recipe import (
     Recipe,
     Rule,
@@ -51,8 +61,7 @@ from jaxquant.recipe import (
     w8a16,
 )
 from jaxquant.report import ActivationReport, Edge, Event, LeafReport, Report, SiteReport
-from jaxquant.rewrites import awq, smoothquant
-from jaxquant.spec import Gradients, PerBlock, PerChannel, PerGroup, PerTensor, QSpec
+from jaxquant.rewrites import awq, fold_batchnorm, smoothquant
 
 __version__ = "0.1.0"
 

@@ -28,8 +28,8 @@ from rich.table import Table
 import jaxquant
 from jaxquant.interpret import quantized
 from jaxquant.ptq import ptq
+from jaxquant.qtensor import QSpec
 from jaxquant.recipe import Recipe, mxfp4, nf4, w4a8, w4a16, w8a8, w8a8_fp8, w8a16
-from jaxquant.spec import QSpec
 
 # Name: what it stores and computes with, and the recipe.
 PRESETS: Mapping[str, tuple[str, Callable[[], Recipe | QSpec]]] = {

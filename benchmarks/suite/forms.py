@@ -1,7 +1,7 @@
 """Ways to compute one contraction: what `jaxquant/ops/lowering.py` chooses between, each by itself.
 
 `forms_of(case)[name](x, q)` computes the same by every form that a row of
-`jaxquant/ops/lowering_table.py` compares: what `jaxquant.ops` makes of the call, and what it might
+`lowering_table.py` compares: what `jaxquant.ops` makes of the call, and what it might
 have made.
 """
 
@@ -17,13 +17,13 @@ from jax import Array, lax
 
 import jaxquant as jq
 from benchmarks.suite.cases import normal
+from benchmarks.suite.lowering_table import Case
 from jaxquant.ops import conv_general_dilated, dot_general, products
 from jaxquant.ops.activations import quantize_activation
 from jaxquant.ops.convolve import Conv
+from jaxquant.ops.cpu.nibbles import unpacked
 from jaxquant.ops.dot_codes import int8_operand
 from jaxquant.ops.limbs import contract_limbs
-from jaxquant.ops.lowering_table import Case
-from jaxquant.ops.nibbles import unpacked
 from jaxquant.ops.operands import Operand, arranged, place, weight
 from jaxquant.qtensor import storage_codes, storage_values
 from jaxquant.qtensor.storage import from_storage

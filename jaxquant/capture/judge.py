@@ -12,9 +12,9 @@ from jaxquant.interpret.serve import unsigned
 from jaxquant.interpret.sites import Site, Sites
 from jaxquant.observers import Histogram, Range, score, suggest
 from jaxquant.observers.base import as_range
+from jaxquant.qtensor import QSpec
 from jaxquant.recipe import Recipe, RecipeLike, Rule, as_recipe
 from jaxquant.report import ActivationReport, SiteReport
-from jaxquant.spec import QSpec
 
 _NOISY = 30.0  # dB
 _REPEAT = re.compile(r"#\d+$")

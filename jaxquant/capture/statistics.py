@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxquant.capture import storage
 from jaxquant.observers import Observer, Range, finish_stacked
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec
 
 Sites = tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
 

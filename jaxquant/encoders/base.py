@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxquant.observers.inputs import Inputs
-from jaxquant.qtensor import Outliers, QTensor, dequantize
+from jaxquant.qtensor import Outliers, QSpec, QTensor, dequantize
 from jaxquant.report import Found
-from jaxquant.spec import QSpec
 
 
 class Info(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec
 
 
 def checked_weight(

@@ -18,9 +18,16 @@ from jaxquant.encoders.layers import mapped
 from jaxquant.encoders.matrix import from_matrix, to_matrix
 from jaxquant.encoders.moments import Moments, aligned, check_moments, energy, grouped_axes
 from jaxquant.observers import Inputs, InputStats, inputs
-from jaxquant.qtensor import QTensor, dequantize, encode_given
+from jaxquant.qtensor import (
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    QSpec,
+    QTensor,
+    dequantize,
+    encode_given,
+)
 from jaxquant.report import Called
-from jaxquant.spec import PerChannel, PerGroup, PerTensor, QSpec
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

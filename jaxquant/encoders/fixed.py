@@ -8,6 +8,7 @@ from jax import Array
 from jaxquant.encoders.columns import Grid
 from jaxquant.encoders.grids import grid_over, searched
 from jaxquant.qtensor import (
+    QSpec,
     QTensor,
     blocked,
     from_storage,
@@ -16,7 +17,6 @@ from jaxquant.qtensor import (
     to_storage,
     unblocked,
 )
-from jaxquant.spec import QSpec
 
 
 def fixed_grid(
@@ -42,7 +42,7 @@ def fixed_grid(
       Scale and zero point `[*groups]`; the same `[*core]`, scales as they are read back; and where
       scales are quantized themselves, what values on these are multiplied by to lie on the former.
 
-    >>> from jaxquant.spec import PerGroup
+    >>> from jaxquant.qtensor import PerGroup
     >>> spec = QSpec("int4", PerGroup(2, axis=0))
     >>> stored, each, _ = fixed_grid(jnp.array([[7.5], [1.0], [15.0]]), spec, (), None, None, 1.0)
     >>> stored[0].tolist(), each[0].tolist()
@@ -73,7 +73,7 @@ def fixed_grid(
 def stored_scales(each: Array, spec: QSpec, storage_last_axes: tuple[int, ...]) -> Array:
     """`[*groups]` as stored, of what is the same for all values of a group, `[*core]`.
 
-    >>> from jaxquant.spec import PerGroup
+    >>> from jaxquant.qtensor import PerGroup
     >>> spec = QSpec("int4", PerGroup(2, axis=0))
     >>> stored_scales(jnp.array([[1.0], [1.0], [2.0]]), spec, ()).tolist()
     [[1.0, 2.0]]

@@ -24,9 +24,8 @@ from jaxquant.encoders.layout import Layout, Order, layout, ordered
 from jaxquant.encoders.matrix import from_matrix, to_matrix
 from jaxquant.encoders.moments import Moments, aligned, check_moments, counting, grouped_axes
 from jaxquant.observers import Inputs, InputStats, inputs
-from jaxquant.qtensor import QTensor, encode_given
+from jaxquant.qtensor import PerGroup, QSpec, QTensor, encode_given
 from jaxquant.report import Called, Found
-from jaxquant.spec import PerGroup, QSpec
 
 # Of the search of grid="mse": factors from 1 down to this, in steps of 1/32.
 _LEAST, _STEPS = 0.25, 24

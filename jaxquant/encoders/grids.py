@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.encoders.columns import Grid, rounded
-from jaxquant.qtensor import largest_magnitude, scales_of_range, scales_over
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec, largest_magnitude, scales_of_range, scales_over
 
 
 def grid_over(x: Array, inner: tuple[int, ...], spec: QSpec) -> Grid:

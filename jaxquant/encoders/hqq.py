@@ -15,6 +15,7 @@ from jaxquant.encoders.base import Encoder, Info, measure
 from jaxquant.encoders.checks import check_count, check_number, checked_weight
 from jaxquant.numerics import pack
 from jaxquant.qtensor import (
+    QSpec,
     QTensor,
     blocked,
     nest,
@@ -25,7 +26,6 @@ from jaxquant.qtensor import (
     unblocked,
 )
 from jaxquant.report import Called
-from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

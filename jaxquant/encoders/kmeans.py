@@ -21,9 +21,8 @@ from jaxquant.encoders.moments import check_moments
 from jaxquant.numerics import pack
 from jaxquant.numerics.cluster import sums
 from jaxquant.observers import Inputs, InputStats, inputs
-from jaxquant.qtensor import QTensor, blocked, storage_layout, to_storage, unblocked
+from jaxquant.qtensor import QSpec, QTensor, blocked, storage_layout, to_storage, unblocked
 from jaxquant.report import Called, Found
-from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

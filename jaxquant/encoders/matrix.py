@@ -8,7 +8,7 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
+from jaxquant.qtensor import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
 
 def to_matrix(w: Array, axes: tuple[int, ...], batched: tuple[int, ...] = ()) -> Array:

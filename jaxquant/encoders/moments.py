@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from jaxquant.encoders.checks import check_finite, checked_weight
 from jaxquant.observers import InputStats
-from jaxquant.spec import PerGroup, QSpec
+from jaxquant.qtensor import PerGroup, QSpec
 
 
 @dataclasses.dataclass(frozen=True)

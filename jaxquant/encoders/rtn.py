@@ -8,9 +8,8 @@ from typing import Any
 from jax import Array
 
 from jaxquant.encoders.base import Encoder, Info
-from jaxquant.qtensor import QTensor, check_quantizable, encode_measured
+from jaxquant.qtensor import QSpec, QTensor, check_quantizable, encode_measured
 from jaxquant.report import Called
-from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

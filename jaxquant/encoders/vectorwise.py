@@ -13,9 +13,8 @@ from jax import Array
 from jaxquant.encoders.base import Encoder, Info, measure
 from jaxquant.encoders.checks import checked_weight
 from jaxquant.observers.inputs import Inputs, InputStats, inputs
-from jaxquant.qtensor import Calibration, Outliers, QTensor, encode_products
+from jaxquant.qtensor import Calibration, Outliers, QSpec, QTensor, encode_products
 from jaxquant.report import Called
-from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

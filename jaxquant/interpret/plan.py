@@ -17,9 +17,8 @@ from jaxquant.interpret.calls import Call
 from jaxquant.interpret.evaluate import Interpreter
 from jaxquant.interpret.serve import Serve
 from jaxquant.interpret.values import Facts, Value
-from jaxquant.qtensor import Calibration, QTensor, QuantParams, is_qtensor
+from jaxquant.qtensor import Calibration, QSpec, QTensor, QuantParams, is_qtensor
 from jaxquant.recipe import Recipe
-from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True)

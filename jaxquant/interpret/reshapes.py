@@ -15,12 +15,13 @@ from jaxquant.interpret.shape_factors import factors, merge_blocks, split_block
 from jaxquant.numerics import Format, decode, get
 from jaxquant.qtensor import (
     Calibration,
+    PerTensor,
+    QSpec,
     QTensor,
     storage_codes,
     storage_scale,
     with_plain_scales,
 )
-from jaxquant.spec import PerTensor, QSpec
 
 
 def rebuilt(

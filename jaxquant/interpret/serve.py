@@ -22,10 +22,9 @@ from jaxquant.interpret.slots import SiteValues, Slot
 from jaxquant.interpret.values import Facts, Value
 from jaxquant.numerics import get
 from jaxquant.ops import is_integers
-from jaxquant.qtensor import QTensor, QuantParams, dequantize, is_qtensor
+from jaxquant.qtensor import QSpec, QTensor, QuantParams, dequantize, is_qtensor
 from jaxquant.recipe import Recipe, as_recipe, attention_spec
 from jaxquant.report import Event
-from jaxquant.spec import QSpec
 
 
 def quantized(fn: Callable[..., Any], recipe: Recipe | None = None) -> Callable[..., Any]:

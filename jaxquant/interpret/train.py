@@ -18,8 +18,7 @@ from jaxquant.interpret.policy import Contraction, Policy
 from jaxquant.interpret.record import dimensions
 from jaxquant.interpret.serve import Serve
 from jaxquant.interpret.values import Value
-from jaxquant.qtensor import FakeQuantTensor, QTensor, dequantize, is_fake_quant
-from jaxquant.spec import Gradients, QSpec
+from jaxquant.qtensor import FakeQuantTensor, Gradients, QSpec, QTensor, dequantize, is_fake_quant
 from jaxquant.ste import straight_through
 
 

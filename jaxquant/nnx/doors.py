@@ -11,14 +11,14 @@ from jax import Array
 
 from jaxquant.capture import Statistics, arguments, capture_with
 from jaxquant.capture.batches import require_iterable
-from jaxquant.fold import FoldReport
-from jaxquant.fold import fold_batchnorm as fold_function
 from jaxquant.nnx.model import Quantized
 from jaxquant.nnx.parts import arrays_of, parts_of
 from jaxquant.observers import Observer
 from jaxquant.ptq import ptq as ptq_function
 from jaxquant.recipe import RecipeLike, as_recipe
 from jaxquant.report import Report
+from jaxquant.rewrites import FoldReport
+from jaxquant.rewrites import fold_batchnorm as fold_function
 
 
 def ptq(

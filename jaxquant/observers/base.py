@@ -13,8 +13,8 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxquant.qtensor import QSpec
 from jaxquant.qtensor.scales import scales_of_range
-from jaxquant.spec import QSpec
 
 State = dict[str, Array]
 

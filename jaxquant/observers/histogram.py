@@ -55,7 +55,7 @@ from jaxquant.observers.base import (
     other_axes,
     require_seen,
 )
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec
 
 _TINY = float(np.finfo(np.float32).tiny)
 

@@ -26,7 +26,7 @@ from jaxquant.observers.base import (
     no_updates,
     require_seen,
 )
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec
 
 # Of columns, in `_square`: more save little and each is smaller.
 _STRIPS = 4

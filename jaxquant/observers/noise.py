@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from jaxquant.numerics import Format, decode
 from jaxquant.observers.base import Range, range_to_scale
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec
 
 Floats = npt.NDArray[np.float64]
 

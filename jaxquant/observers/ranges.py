@@ -27,8 +27,7 @@ from jaxquant.observers.base import (
     other_axes,
     require_seen,
 )
-from jaxquant.qtensor import magnitude
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec, magnitude
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxquant.observers.base import Range
 from jaxquant.observers.noise import Bars, Floats, bars, clip_points, noise, scales
 from jaxquant.observers.search import Ends, mse_range, percentile_range
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxquant.observers.base import Range, State, as_range, require_seen
 from jaxquant.observers.histogram import Histogram, default_bins
 from jaxquant.observers.noise import Bars, Floats, bars, noise
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec
 
 Ends = tuple[float, float]
 

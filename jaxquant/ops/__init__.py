@@ -12,12 +12,12 @@ from jaxquant.ops.backward import constant, inference_only
 from jaxquant.ops.conv import conv_general_dilated
 from jaxquant.ops.convolve import conv_of
 from jaxquant.ops.dot_general import dot_general, over_divisor
-from jaxquant.ops.dot_packed import dot_general_packed
 from jaxquant.ops.dynamic import dot_general_dynamic
-from jaxquant.ops.fused import conv_integer, dot_integer, folded
-from jaxquant.ops.integer import Accumulator, Activation, Integers, added, is_integers
+from jaxquant.ops.integer.fused import conv_integer, dot_integer, folded
+from jaxquant.ops.integer.static import with_fine_scales, zero_offset
+from jaxquant.ops.integer.values import Accumulator, Activation, Integers, added, is_integers
+from jaxquant.ops.pallas.dot_packed import dot_general_packed
 from jaxquant.ops.ragged import ragged_dot_general
-from jaxquant.ops.static import with_fine_scales, zero_offset
 from jaxquant.ops.take import gather
 from jaxquant.ops.training import dot_trained, with_gradients_of, with_rounded_gradient
 from jaxquant.ops.unfold import unfold

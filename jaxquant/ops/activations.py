@@ -11,8 +11,16 @@ from jax import Array
 
 from jaxquant.numerics import Format, clamp, decode, encode, nearest_even
 from jaxquant.ops.operands import int8_codes, integer_range
-from jaxquant.qtensor import QuantParams, dequantize, encode_array, scaled_codes, scales_over
-from jaxquant.spec import PerChannel, PerTensor, QSpec
+from jaxquant.qtensor import (
+    PerChannel,
+    PerTensor,
+    QSpec,
+    QuantParams,
+    dequantize,
+    encode_array,
+    scaled_codes,
+    scales_over,
+)
 
 
 def shared_axes(spec: QSpec, contracted: Sequence[int], ndim: int) -> tuple[int, ...] | None:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.ops import lowering
-from jaxquant.ops.fused_rows import fused_sums, fused_totals, fuses
-from jaxquant.ops.nibbles import unpacked
+from jaxquant.ops.cpu.fused_rows import fused_sums, fused_totals, fuses
+from jaxquant.ops.cpu.nibbles import unpacked
 from jaxquant.ops.operands import Operand, align
 from jaxquant.ops.out_sharding import Sharding
 from jaxquant.ops.products import (

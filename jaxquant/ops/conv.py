@@ -24,10 +24,17 @@ from jaxquant.ops.activations import (
 from jaxquant.ops.backward import straight_through
 from jaxquant.ops.convolve import Conv, conv_of, pad, padding, window_sum
 from jaxquant.ops.dot_general import FROM_TENSOR
+from jaxquant.ops.integer.static import conv_static
 from jaxquant.ops.operands import Placement, int8_codes, integer_range, place, result_dtype
-from jaxquant.ops.static import conv_static
-from jaxquant.qtensor import QTensor, dequantize, storage_codes, storage_scale, storage_values
-from jaxquant.spec import PerTensor, QSpec
+from jaxquant.qtensor import (
+    PerTensor,
+    QSpec,
+    QTensor,
+    dequantize,
+    storage_codes,
+    storage_scale,
+    storage_values,
+)
 
 
 def conv_general_dilated(

@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from jaxquant.ops import lowering
 from jaxquant.ops.operands import result_dtype
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,7 @@ from jax import Array, lax
 
 from jaxquant.ops.operands import Operand, Placement, result_dtype
 from jaxquant.ops.out_sharding import Sharding
-from jaxquant.qtensor import Outliers, QTensor
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import Outliers, QSpec, QTensor
 
 Axes = tuple[int, ...]
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.ops import lowering, nibbles, tiles
+from jaxquant.ops import lowering
 from jaxquant.ops.activations import (
     fake,
     fake_on_grid,
@@ -20,7 +20,9 @@ from jaxquant.ops.activations import (
     shared_axes,
 )
 from jaxquant.ops.contract import contract
+from jaxquant.ops.cpu import nibbles, tiles
 from jaxquant.ops.dot_call import Axes, Call, finish, sharding_of
+from jaxquant.ops.integer.static import dot_static
 from jaxquant.ops.limbs import contract_limbs
 from jaxquant.ops.operands import (
     Operand,
@@ -34,15 +36,15 @@ from jaxquant.ops.operands import (
     weight,
 )
 from jaxquant.ops.outliers import fake_with_outliers, in_order, in_storage, product, split
-from jaxquant.ops.static import dot_static
 from jaxquant.qtensor import (
+    PerTensor,
+    QSpec,
     QTensor,
     QuantParams,
     dequantize,
     storage_codes,
     storage_values,
 )
-from jaxquant.spec import PerTensor, QSpec
 
 
 def evaluated(call: Call, x: Array, q: QTensor, key: Array | None = None) -> Array:

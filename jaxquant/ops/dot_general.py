@@ -14,8 +14,16 @@ from jax.typing import DTypeLike
 from jaxquant.ops.backward import straight_through
 from jaxquant.ops.dot_call import Axes, Call
 from jaxquant.ops.dot_codes import evaluated
-from jaxquant.qtensor import Calibration, ContractionConfig, QTensor, along, dequantize
-from jaxquant.spec import PerChannel, PerTensor, QSpec
+from jaxquant.qtensor import (
+    Calibration,
+    ContractionConfig,
+    PerChannel,
+    PerTensor,
+    QSpec,
+    QTensor,
+    along,
+    dequantize,
+)
 
 FROM_TENSOR: Any = type("FromTensor", (), {"__repr__": lambda _: "q.contraction.activations"})()
 """Stands for the activation spec that the QTensor carries."""

@@ -23,8 +23,7 @@ from jaxquant.ops.backward import straight_through_both
 from jaxquant.ops.contract import contract
 from jaxquant.ops.operands import Operand, integer_range, result_dtype
 from jaxquant.ops.out_sharding import Sharding
-from jaxquant.qtensor import QuantParams
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec, QuantParams
 
 
 def dot_general_dynamic(

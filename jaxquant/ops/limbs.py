@@ -12,7 +12,7 @@ from jax import Array, lax
 from jaxquant.numerics import is_nan, nearest_even, number, select
 from jaxquant.ops import lowering
 from jaxquant.ops.contract import contract, first_free, form_of, new_axis
-from jaxquant.ops.fused_rows import fused_sums
+from jaxquant.ops.cpu.fused_rows import fused_sums
 from jaxquant.ops.operands import Operand, align
 from jaxquant.ops.out_sharding import Sharding
 from jaxquant.qtensor import largest_magnitude

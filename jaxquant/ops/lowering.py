@@ -1,8 +1,8 @@
 """How a contraction is computed: from the platform and static shapes to a form.
 
-The rules are the functions below; `lowering_table.py` has a row for each choice, with what was
-measured of the forms that it is between. Numbers in docstrings are ratios to float32 on two CPU
-cores, medians of one process, with AVX512-VNNI where they do not say AVX2.
+The rules are the functions below. `benchmarks/suite/lowering_table.py` has a row for each choice,
+with what was measured of its forms. Numbers in docstrings are ratios to float32 on two CPU cores,
+medians of one process, with AVX512-VNNI where they do not say AVX2.
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ from jaxquant.ops.activations import fake, quantize_activation
 from jaxquant.ops.operands import Operand, Placement
 from jaxquant.qtensor import (
     Outliers,
+    QSpec,
     QTensor,
     largest_magnitude,
     magnitude,
     storage_codes,
     storage_scale,
 )
-from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.ops.nibbles import halves, low_then_high, reordered
+from jaxquant.ops.cpu.nibbles import halves, low_then_high, reordered
 from jaxquant.ops.operands import Operand, align
 from jaxquant.ops.out_sharding import Sharding
 

@@ -13,8 +13,14 @@ from jaxquant.ops.activations import fake, has_zero, quantize_activation, shared
 from jaxquant.ops.backward import straight_through
 from jaxquant.ops.dot_general import FROM_TENSOR
 from jaxquant.ops.operands import Placement, int8_codes, integer_range, place, result_dtype
-from jaxquant.qtensor import QTensor, dequantize, storage_codes, storage_scale, storage_values
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import (
+    QSpec,
+    QTensor,
+    dequantize,
+    storage_codes,
+    storage_scale,
+    storage_values,
+)
 
 
 def ragged_dot_general(

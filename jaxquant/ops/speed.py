@@ -9,8 +9,7 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from jaxquant.qtensor import Outliers
-from jaxquant.spec import PerChannel, PerGroup, PerTensor, QSpec
+from jaxquant.qtensor import Outliers, PerChannel, PerGroup, PerTensor, QSpec
 
 Op = Literal["dense", "conv", "depthwise"]
 

@@ -17,8 +17,7 @@ from jaxquant.ops.dot_call import Call
 from jaxquant.ops.dot_codes import evaluated
 from jaxquant.ops.operands import Operand, integer_range
 from jaxquant.ops.products import dequantized
-from jaxquant.qtensor import QTensor, dequantize, encode_array
-from jaxquant.spec import Gradients, PerTensor, QSpec
+from jaxquant.qtensor import Gradients, PerTensor, QSpec, QTensor, dequantize, encode_array
 
 
 def with_gradients_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
+from jaxquant.qtensor import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
 
 def localize(

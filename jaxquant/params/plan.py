@@ -16,11 +16,9 @@ from jaxquant.encoders import Encoder
 from jaxquant.interpret.sites import Site, Sites
 from jaxquant.observers import Inputs
 from jaxquant.params.axes import localize
-from jaxquant.qtensor import is_qtensor
-from jaxquant.recipe import Recipe, Rule
+from jaxquant.qtensor import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, is_qtensor
+from jaxquant.recipe import Recipe, Rewrite, Rule
 from jaxquant.report import shown
-from jaxquant.rewrites.scaling import Rewrite
-from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.fold import Absorbed, absorbers, graph_of, scaled_leaf
 from jaxquant.interpret.calls import Call
 from jaxquant.interpret.sites import Site
 from jaxquant.params import Encoded, Plan
 from jaxquant.qtensor import Calibration, QTensor
 from jaxquant.report import shown
+from jaxquant.rewrites import Absorbed, absorbers, graph_of, scaled_leaf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,10 +23,9 @@ from jaxquant.ptq.gather import BUDGET, expected_stats, fed_by, members_of, misf
 from jaxquant.ptq.run import run_of
 from jaxquant.ptq.saved import Folder, Path
 from jaxquant.ptq.sequential import Walk, fed_alike, quantize_in_order, walk_of, walked_misfits
-from jaxquant.qtensor import is_qtensor
+from jaxquant.qtensor import PerChannel, is_qtensor
 from jaxquant.recipe import Recipe
 from jaxquant.report import shown
-from jaxquant.spec import PerChannel
 
 
 @dataclasses.dataclass(frozen=True)

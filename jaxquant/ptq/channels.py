@@ -15,10 +15,9 @@ from jaxquant.capture import Statistics
 from jaxquant.interpret.sites import Site, Sites, path_str
 from jaxquant.observers import Range
 from jaxquant.ptq.static import Divided, activation_side, contractions, seen_range
-from jaxquant.qtensor import along, is_qtensor
+from jaxquant.qtensor import PerTensor, along, is_qtensor
 from jaxquant.recipe import Recipe, Rule
 from jaxquant.report import shown
-from jaxquant.spec import PerTensor
 
 _LEAST = 2.0**-8  # of the largest divisor: a channel that hardly moved on the samples may yet
 

@@ -18,8 +18,8 @@ from jaxquant.observers import InputStats, input_stats
 from jaxquant.params import Encoded, Plan, derive, encode_leaf
 from jaxquant.ptq.absorb import Move
 from jaxquant.qtensor import Calibration, QTensor, along
+from jaxquant.recipe import Rewrite
 from jaxquant.report import Found, shown
-from jaxquant.rewrites.scaling import Rewrite
 
 _SHOWN = ("ratio", "alpha")  # of a rewrite's details
 

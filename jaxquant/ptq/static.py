@@ -14,10 +14,9 @@ from jaxquant.interpret.serve import unsigned
 from jaxquant.interpret.sites import Site, Sites, path_str
 from jaxquant.observers import Observer, Range, finish_stacked, range_to_scale
 from jaxquant.ops import grid_of, with_fine_scales
-from jaxquant.qtensor import Calibration, QuantParams, is_qtensor
+from jaxquant.qtensor import Calibration, PerTensor, QSpec, QuantParams, is_qtensor
 from jaxquant.recipe import Recipe
 from jaxquant.report import shown
-from jaxquant.spec import PerTensor, QSpec
 
 
 @dataclasses.dataclass(frozen=True)

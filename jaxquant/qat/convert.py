@@ -19,10 +19,9 @@ from jaxquant.ptq.fuse import with_offsets
 from jaxquant.qat.leaves import encoded, with_grid
 from jaxquant.qat.schedule import Schedule
 from jaxquant.qat.state import QuantState, kinds_of, require_same
-from jaxquant.qtensor import QTensor, is_qtensor
+from jaxquant.qtensor import QSpec, QTensor, is_qtensor
 from jaxquant.recipe import Recipe, RecipeLike, as_recipe
 from jaxquant.report import shown
-from jaxquant.spec import QSpec
 
 
 def convert(

@@ -19,6 +19,7 @@ from jaxquant.qtensor import (
     Calibration,
     ContractionConfig,
     FakeQuantTensor,
+    QSpec,
     QTensor,
     QuantParams,
     magnitude,
@@ -26,7 +27,6 @@ from jaxquant.qtensor import (
     with_contraction,
 )
 from jaxquant.recipe import Recipe
-from jaxquant.spec import QSpec
 from jaxquant.ste import Estimator, straight_through
 
 

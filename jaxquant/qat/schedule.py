@@ -8,8 +8,8 @@ import operator
 from collections.abc import Mapping
 
 from jaxquant.numerics import FORMATS, Format
+from jaxquant.qtensor import QSpec
 from jaxquant.recipe import Recipe, Rule
-from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The quantized array: a pytree of codes and scales, and how arrays become one and come back."""
+"""The quantized array, a pytree of codes and scales, and `QSpec`: how an array becomes one."""
 
 from jaxquant.qtensor import export as _export  # noqa: F401 - registers QTensor with jax.export
 from jaxquant.qtensor.calibration import Calibration, Folded, QuantParams, along
@@ -10,8 +10,18 @@ from jaxquant.qtensor.encode import (
     encode_stacked,
     storage_layout,
 )
+from jaxquant.qtensor.gradients import Gradients
+from jaxquant.qtensor.granularity import (
+    Blocks,
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+)
 from jaxquant.qtensor.nested import Nested, nest, read_back, with_plain_scales
 from jaxquant.qtensor.outliers import Outliers
+from jaxquant.qtensor.qspec import QSpec, Range
 from jaxquant.qtensor.quantize import check_quantizable, dequantize, quantize
 from jaxquant.qtensor.scales import (
     largest_magnitude,
@@ -37,14 +47,23 @@ from jaxquant.qtensor.tensor import ContractionConfig, QTensor, is_qtensor, with
 from jaxquant.qtensor.trained import FakeQuantTensor, is_fake_quant
 
 __all__ = [
+    "Blocks",
     "Calibration",
     "ContractionConfig",
     "FakeQuantTensor",
     "Folded",
+    "Gradients",
+    "Granularity",
     "Nested",
     "Outliers",
+    "PerBlock",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "QSpec",
     "QTensor",
     "QuantParams",
+    "Range",
     "along",
     "blocked",
     "check_quantizable",

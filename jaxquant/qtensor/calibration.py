@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxquant.spec import QSpec
+from jaxquant.qtensor.qspec import QSpec
 
 
 @functools.partial(

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.numerics import decode
+from jaxquant.qtensor.granularity import PerBlock, PerChannel, PerGroup
 from jaxquant.qtensor.laid import Laid, laid
 from jaxquant.qtensor.nested import nest
+from jaxquant.qtensor.qspec import QSpec
 from jaxquant.qtensor.scales import scaled_codes, scales_over
 from jaxquant.qtensor.storage import storage_scale, unblocked
 from jaxquant.qtensor.tensor import QTensor
-from jaxquant.spec import PerBlock, PerChannel, PerGroup, QSpec
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "storage_last_axes", "batch_axes"))

@@ -11,10 +11,11 @@ import jax.export
 
 from jaxquant.numerics import Format
 from jaxquant.qtensor.calibration import Calibration, Folded, QuantParams
+from jaxquant.qtensor.granularity import PerBlock, PerChannel, PerGroup, PerTensor
 from jaxquant.qtensor.nested import Nested
 from jaxquant.qtensor.outliers import Outliers
+from jaxquant.qtensor.qspec import QSpec
 from jaxquant.qtensor.tensor import ContractionConfig, QTensor
-from jaxquant.spec import PerBlock, PerChannel, PerGroup, PerTensor, QSpec
 
 # `jax.export` keeps the structure of arguments in the artifact. Static data are written as JSON:
 # reading an artifact must run no code, as unpickling would.

@@ -107,7 +107,7 @@ def laid(blank: QTensor) -> Laid:
     """How arrays that are stored as `blank` are laid out to be encoded.
 
     >>> from jaxquant.qtensor.encode import storage_layout
-    >>> from jaxquant.spec import PerGroup, QSpec
+    >>> from jaxquant.qtensor import PerGroup, QSpec
     >>> how = laid(storage_layout((6, 3), QSpec("int8", PerGroup(2, axis=0)), (), "float32"))
     >>> how.order, how.lay(jnp.ones((6, 3))).shape
     ((1, 0), (3, 2, 3, 1))

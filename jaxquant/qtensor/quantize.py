@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from jaxquant.qtensor.calibration import Calibration, along
 from jaxquant.qtensor.encode import encode_stacked
+from jaxquant.qtensor.qspec import QSpec
 from jaxquant.qtensor.storage import (
     blocked,
     from_storage,
@@ -22,7 +23,6 @@ from jaxquant.qtensor.storage import (
 )
 from jaxquant.qtensor.tensor import ContractionConfig, QTensor
 from jaxquant.qtensor.trained import FakeQuantTensor
-from jaxquant.spec import QSpec
 
 
 def quantize(
@@ -75,7 +75,7 @@ def check_quantizable(
     Raises:
       ValueError: `w` is not a float array, or lacks an axis of `spec`.
 
-    >>> from jaxquant.spec import PerTensor
+    >>> from jaxquant.qtensor.granularity import PerTensor
     >>> check_quantizable(jnp.ones((2, 3)), QSpec("int8", PerTensor())).shape
     (2, 3)
     """

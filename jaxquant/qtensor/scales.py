@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxquant.numerics import Format, clamp, encode, is_nan, nearest_even, number, select
-from jaxquant.spec import QSpec
+from jaxquant.qtensor.qspec import QSpec
 
 
 def scaled_codes(

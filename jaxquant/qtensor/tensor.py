@@ -17,7 +17,7 @@ from jaxquant.numerics import packed_bytes
 from jaxquant.qtensor.calibration import Calibration
 from jaxquant.qtensor.nested import BLOCK, Nested
 from jaxquant.qtensor.outliers import Outliers
-from jaxquant.spec import QSpec
+from jaxquant.qtensor.qspec import QSpec
 
 
 @dataclasses.dataclass(frozen=True)

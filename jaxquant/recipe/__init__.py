@@ -13,6 +13,7 @@ from jaxquant.recipe.presets import (
     w8a16,
 )
 from jaxquant.recipe.recipe import Recipe, RecipeLike, as_recipe, attention_spec
+from jaxquant.recipe.rewrite import Rewrite
 from jaxquant.recipe.rules import Rule
 from jaxquant.recipe.specs import (
     fp4,
@@ -35,6 +36,7 @@ from jaxquant.recipe.specs import (
 __all__ = [
     "Recipe",
     "RecipeLike",
+    "Rewrite",
     "Rule",
     "as_recipe",
     "attention_spec",

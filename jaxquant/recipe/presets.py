@@ -11,11 +11,10 @@ import dataclasses
 
 from jaxquant.encoders import vectorwise
 from jaxquant.observers import Observer, absmax, mse
-from jaxquant.qtensor import Outliers
+from jaxquant.qtensor import Gradients, Outliers, PerChannel, PerTensor
 from jaxquant.recipe.recipe import Recipe
 from jaxquant.recipe.rules import Requantize, Rule
 from jaxquant.recipe.specs import fp8, int4, int8
-from jaxquant.spec import Gradients, PerChannel, PerTensor
 
 
 def w8a8(*, attention: bool = True) -> Recipe:

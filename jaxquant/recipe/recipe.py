@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxquant.encoders import Encoder
+from jaxquant.qtensor import QSpec
 from jaxquant.recipe.patterns import pattern_matches
+from jaxquant.recipe.rewrite import Rewrite
 from jaxquant.recipe.rules import Pattern, Rule
 from jaxquant.recipe.specs import int8
-from jaxquant.rewrites.scaling import Rewrite
-from jaxquant.spec import QSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,9 @@ from typing import Literal
 
 from jaxquant.encoders import Encoder
 from jaxquant.observers import Inputs, Observer, inputs
-from jaxquant.qtensor import Outliers
+from jaxquant.qtensor import Gradients, Outliers, PerChannel, PerTensor, QSpec
 from jaxquant.recipe.patterns import compile_glob, pattern_matches
-from jaxquant.rewrites.scaling import Rewrite
-from jaxquant.spec import Gradients, PerChannel, PerTensor, QSpec
+from jaxquant.recipe.rewrite import Rewrite
 from jaxquant.ste import Estimator
 
 Pattern = str | re.Pattern[str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from jaxquant.numerics import FORMATS, Format, codebook_format
-from jaxquant.spec import Granularity, PerChannel, PerGroup, PerTensor, QSpec, Range
+from jaxquant.qtensor import Granularity, PerChannel, PerGroup, PerTensor, QSpec, Range
 
 
 class IntegerSpec(Protocol):

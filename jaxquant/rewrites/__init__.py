@@ -1,18 +1,29 @@
-"""Rewrites of parameters that leave the float function as it is: mathematics on arrays."""
+"""Rewrites of float params that leave the function as it is: SmoothQuant, AWQ, BatchNorm.
 
+A file per method; `graph.py` and what reads it find by tracing where a factor can go.
+"""
+
+from jaxquant.rewrites.absorb import Absorbed, Absorber, scaled_leaf
 from jaxquant.rewrites.awq import ActivationAware, awq
-from jaxquant.rewrites.batchnorm import BatchNormSite, Folded, fold, fold_site
-from jaxquant.rewrites.scaling import Rewrite
-from jaxquant.rewrites.smooth import SmoothQuant, smoothquant
+from jaxquant.rewrites.fold_batchnorm import BatchNormFold, FoldReport, fold_batchnorm
+from jaxquant.rewrites.graph import Graph, graph_of
+from jaxquant.rewrites.producers import absorbers
+from jaxquant.rewrites.rescale import rescale
+from jaxquant.rewrites.smoothquant import SmoothQuant, smoothquant
 
 __all__ = [
+    "Absorbed",
+    "Absorber",
     "ActivationAware",
-    "BatchNormSite",
-    "Folded",
-    "Rewrite",
+    "BatchNormFold",
+    "FoldReport",
+    "Graph",
     "SmoothQuant",
+    "absorbers",
     "awq",
-    "fold",
-    "fold_site",
+    "fold_batchnorm",
+    "graph_of",
+    "rescale",
+    "scaled_leaf",
     "smoothquant",
 ]

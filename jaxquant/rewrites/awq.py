@@ -13,9 +13,10 @@ from jax import Array, lax
 
 from jaxquant.encoders.checks import check_count, check_flag
 from jaxquant.observers.inputs import Inputs, InputStats, inputs
+from jaxquant.qtensor import PerGroup, QSpec
+from jaxquant.recipe.rewrite import Details
 from jaxquant.report import Called
-from jaxquant.rewrites.scaling import Details, for_each, output_error, require_fitting
-from jaxquant.spec import PerGroup, QSpec
+from jaxquant.rewrites.scaling import for_each, output_error, require_fitting
 
 LEAST = 1e-4
 

@@ -8,60 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxquant.observers.inputs import Inputs, InputStats
-from jaxquant.qtensor import dequantize, encode_array
-from jaxquant.spec import QSpec
-
-Details = dict[str, Array]
-
-
-@runtime_checkable
-class Rewrite(Protocol):
-    """A hashable value (a frozen dataclass) that chooses the factors `c` of input channels.
-
-    Attributes:
-      online: whether `c` stays on the activation where nothing before it can absorb `1 / c`;
-        `False` leaves such weights as they are.
-    """
-
-    name: ClassVar[str] = "rewrite"
-    """How recipes and reports name it."""
-
-    @property
-    def online(self) -> bool:
-        """See above."""
-        ...
-
-    @property
-    def observer(self) -> Inputs:
-        """The observer of the statistics that it needs."""
-        ...
-
-    def __call__(
-        self, weights: Sequence[Array], specs: Sequence[QSpec], stats: InputStats
-    ) -> tuple[Array, Details]:
-        """The factors for weights that one activation feeds.
-
-        Args:
-          weights: float arrays `[*batch, K, N_i]`, read as float32.
-          specs: for each weight the spec that it will be encoded with, of its last two axes.
-          stats: of the activation; arrays `[*batch, ...]`.
-
-        Returns:
-          `c`, float32 `[*batch, K]`, positive and finite; and what was found, arrays `[*batch]` by
-          name.
-
-        Raises:
-          ValueError: shapes that do not fit, or statistics that are missing, empty or not finite.
-        """
-        ...
+from jaxquant.observers.inputs import InputStats
+from jaxquant.qtensor import QSpec, dequantize, encode_array
 
 
 def require_fitting(
@@ -75,7 +30,7 @@ def require_fitting(
     """Checks the arguments of a rewrite.
 
     Raises:
-      ValueError: see `Rewrite.__call__`; values are looked at outside of traces only.
+      ValueError: see `jaxquant.recipe.Rewrite`; values are looked at outside of traces only.
     """
     if stats is None:
         raise ValueError(f"{name}: expected statistics of the weights' inputs, got None")

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxquant.numerics import decode, encode
-from jaxquant.qtensor import QTensor
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec, QTensor
 
 Learned = Mapping[str, Any]
 

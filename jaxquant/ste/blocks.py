@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from jaxquant.qtensor import (
+    QSpec,
     QTensor,
     blocked,
     from_storage,
@@ -20,7 +21,6 @@ from jaxquant.qtensor import (
     to_storage,
     unblocked,
 )
-from jaxquant.spec import QSpec
 
 
 def to_blocks(q: QTensor, w: Array) -> Array:

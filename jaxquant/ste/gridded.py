@@ -18,13 +18,13 @@ import numpy as np
 from jax import Array, lax
 
 from jaxquant.qtensor import (
+    QSpec,
     QTensor,
     dequantize,
     encode_given,
     storage_scale,
     store_scale,
 )
-from jaxquant.spec import QSpec
 from jaxquant.ste.base import Learned, direction, ends, on_format
 from jaxquant.ste.blocks import laid_out, members, over_blocks, to_blocks
 

@@ -13,8 +13,15 @@ from jax import Array, lax
 
 from jaxquant.numerics import pack, to_codebook
 from jaxquant.numerics.cluster import sums
-from jaxquant.qtensor import QTensor, dequantize, storage_codes, storage_layout, to_storage
-from jaxquant.spec import PerTensor, QSpec
+from jaxquant.qtensor import (
+    PerTensor,
+    QSpec,
+    QTensor,
+    dequantize,
+    storage_codes,
+    storage_layout,
+    to_storage,
+)
 from jaxquant.ste.base import Learned, Moments
 from jaxquant.ste.lloyd import lloyd
 
@@ -37,7 +44,7 @@ def kmeans(reassign: bool = False) -> KMeans:
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxquant.numerics import codebook_format
-    >>> from jaxquant.spec import PerTensor, QSpec
+    >>> from jaxquant.qtensor import PerTensor, QSpec
     >>> spec, w = QSpec(codebook_format([-1, 1]), PerTensor()), jnp.array([0.0, 0.5, 10.0])
     >>> made = kmeans().init(w, spec)
     >>> made["codebook"].tolist(), made["codes"].tolist()

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxquant.qtensor import QTensor, spread
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec, QTensor, spread
 from jaxquant.ste.base import Learned, Moments, largest, middle, positive, same_range
 from jaxquant.ste.blocks import filled, for_each, mean_over_blocks
 from jaxquant.ste.gridded import Gridded, Point, Scales, Slopes, stored_steps
@@ -35,7 +34,7 @@ def lsq() -> LSQ:
     Source: Esser et al., "Learned Step Size Quantization", arXiv 1902.08153, sections 2.1 and 2.2.
 
     >>> import jax, jax.numpy as jnp
-    >>> from jaxquant.spec import PerTensor, QSpec
+    >>> from jaxquant.qtensor import PerTensor, QSpec
     >>> spec, w = QSpec("int4", PerTensor()), jnp.array([0.3, 1.2, -9.0])
     >>> def weight(step):
     ...     learned = {"step": step}
@@ -134,7 +133,7 @@ def lsq_plus() -> LSQPlus:
     better initialization", arXiv 2004.09576, sections 3.1 and 3.2.
 
     >>> import jax, jax.numpy as jnp
-    >>> from jaxquant.spec import PerTensor, QSpec
+    >>> from jaxquant.qtensor import PerTensor, QSpec
     >>> spec, w = QSpec("uint2", PerTensor(), symmetric=False), jnp.array([-3.0, 0.2, 1.9])
     >>> def total(offset):
     ...     learned = {"step": jnp.ones(1), "offset": offset}

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxquant.qtensor import QTensor, scales_of_range, store_scale
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec, QTensor, scales_of_range, store_scale
 from jaxquant.ste.base import Learned, Moments, middle, positive
 from jaxquant.ste.blocks import for_each
 from jaxquant.ste.gridded import Gridded, Point, Scales, Slopes
@@ -34,7 +33,7 @@ def pact() -> PACT:
     arXiv 1805.06085, equations 1 to 3.
 
     >>> import jax, jax.numpy as jnp
-    >>> from jaxquant.spec import PerTensor, QSpec
+    >>> from jaxquant.qtensor import PerTensor, QSpec
     >>> spec, x = QSpec("uint2", PerTensor(), range="qmax"), jnp.array([-1.0, 2.2, 5.0, 7.0])
     >>> scale, _ = pact().grid({"alpha": jnp.float32(6.0)}, spec)
     >>> float(scale)

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.qtensor import QTensor, dequantize, encode_stacked
-from jaxquant.spec import QSpec
+from jaxquant.qtensor import QSpec, QTensor, dequantize, encode_stacked
 from jaxquant.ste.base import Learned, Moments, ends
 from jaxquant.ste.gridded import Gridded, Point, Scales, Slopes
 
@@ -32,7 +31,7 @@ def straight_through(clip: bool = True) -> StraightThrough:
     Neural Networks", arXiv 1602.02830, section 1.3.
 
     >>> import jax, jax.numpy as jnp
-    >>> from jaxquant.spec import PerTensor, QSpec
+    >>> from jaxquant.qtensor import PerTensor, QSpec
     >>> spec, w = QSpec("uint4", PerTensor()), jnp.array([1.0, 0.3, -1.0])
     >>> def total(w, estimator):
     ...     return estimator.values(w, {}, estimator.encode(w, {}, spec)).sum()

@@ -20,7 +20,7 @@ import fashion_mnist_ptq
 from fashion_mnist_measure import BATCH, Row, Variant, as_dict, predictions, table
 from fashion_mnist_model import ResNet
 
-from jaxquant.fold import fold_batchnorm
+from jaxquant.rewrites import fold_batchnorm
 
 
 def idx(array, kind=8):

@@ -9,9 +9,9 @@ import pytest
 from jax.extend.core import primitives as known
 
 import jaxquant as jq
-from jaxquant.fold import forms, layout_rules
 from jaxquant.interpret import control_flow, flatten, layout, primitives
 from jaxquant.interpret.values import known_nonneg, nonneg
+from jaxquant.rewrites import forms, layout_rules
 
 # Primitives that compute with values in ways of their own: nothing is known of their results, and
 # quantized operands are dequantized. One that JAX adds has to be put here or given a row.

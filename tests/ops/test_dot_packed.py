@@ -15,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jaxquant import PerChannel, PerGroup, PerTensor, QSpec, quantize
 from jaxquant.numerics import tile_size
 from jaxquant.ops import dot_general, dot_general_packed
-from jaxquant.ops.packed_kernel import PLATFORMS, Layout, blocks_for
+from jaxquant.ops.pallas.packed_kernel import PLATFORMS, Layout, blocks_for
 from jaxquant.qtensor import dequantize, storage_scale
 from tests.arrays import normal
 from tests.ops.cases import (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxquant import PerTensor, QSpec
-from jaxquant.ops.integer import Accumulator, Activation, added, is_integers
+from jaxquant.ops.integer.values import Accumulator, Activation, added, is_integers
 from jaxquant.qtensor import Folded, QuantParams
 from tests.ops import integer_reference as ref
 

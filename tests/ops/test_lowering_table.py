@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.suite import forms
+from benchmarks.suite.lowering_table import TABLE
 from jaxquant.ops import dot_general, lowering
-from jaxquant.ops.lowering_table import TABLE
 
 ROWS = [pytest.param(row, id=f"{row.what}, {row.case}") for row in TABLE]
 FLOAT = ("float rows", "codebook", "learned")  # of a float activation

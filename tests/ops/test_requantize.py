@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxquant.ops.requantize import fixed_point, rescaled
+from jaxquant.ops.integer.requantize import fixed_point, rescaled
 from tests.ops import integer_reference as ref
 
 MOST, LEAST = 2**31 - 1, -(2**31)

@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxquant import PerBlock, PerChannel, PerGroup, PerTensor, QSpec, quantize
 from jaxquant.ops.convolve import conv_of
-from jaxquant.ops.static import conv_static, dot_static, zero_offset
+from jaxquant.ops.integer.static import conv_static, dot_static, zero_offset
 from jaxquant.qtensor import Calibration, ContractionConfig, QuantParams
 from tests.arrays import normal
 from tests.ops import integer_reference as ref

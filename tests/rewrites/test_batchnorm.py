@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant.rewrites import BatchNormSite, fold, fold_site
+from jaxquant.rewrites.batchnorm import BatchNormSite, fold, fold_site
 
 
 def arrays(rng, shape, axes, var=None):

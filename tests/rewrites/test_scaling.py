@@ -9,9 +9,9 @@ import pytest
 
 from jaxquant import PerChannel, PerGroup, PerTensor, QSpec
 from jaxquant.observers.inputs import InputStats
+from jaxquant.recipe import Rewrite
 from jaxquant.rewrites.awq import awq
-from jaxquant.rewrites.scaling import Rewrite
-from jaxquant.rewrites.smooth import smoothquant
+from jaxquant.rewrites.smoothquant import smoothquant
 from tests.reference import grid, scales
 
 SPECS = [

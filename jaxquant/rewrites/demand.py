@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxquant.fold.graph import Node
+from jaxquant.rewrites.graph import Node
 
 # One way to meet a demand: what to ask of which operands.
 Option = dict[int, "Demand"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from jaxquant.fold.forms import ONE, Form, Monomial, Polynomial, product
-from jaxquant.fold.graph import Node
-from jaxquant.rewrites import BatchNormSite
+from jaxquant.rewrites.batchnorm import BatchNormSite
+from jaxquant.rewrites.forms import ONE, Form, Monomial, Polynomial, product
+from jaxquant.rewrites.graph import Node
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 from jax import Array
 
-from jaxquant.fold.absorb import Absorbed, absorb
-from jaxquant.fold.graph import graph_of
-from jaxquant.fold.producers import absorbers
 from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.sites import path_str
 from jaxquant.qtensor import is_qtensor
+from jaxquant.rewrites.absorb import Absorbed, absorb
+from jaxquant.rewrites.graph import graph_of
+from jaxquant.rewrites.producers import absorbers
 
 
 def rescale(

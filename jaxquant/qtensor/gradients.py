@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxquant.spec.granularity import PerChannel, PerTensor
-from jaxquant.spec.qspec import QSpec
+from jaxquant.qtensor.granularity import PerChannel, PerTensor
+from jaxquant.qtensor.qspec import QSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,15 +9,15 @@ from typing import Any
 import jax
 from flax import linen, nnx
 
-from jaxquant.fold.forms import Form, form_of, opaque
-from jaxquant.fold.graph import Node, graph_of
-from jaxquant.fold.match import elsewhere, producer_of, roles_of, site_of
 from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.sites import path_str
 from jaxquant.qtensor import is_qtensor
 from jaxquant.report import shown
 from jaxquant.report.text import table
-from jaxquant.rewrites import BatchNormSite, fold_site
+from jaxquant.rewrites.batchnorm import BatchNormSite, fold_site
+from jaxquant.rewrites.forms import Form, form_of, opaque
+from jaxquant.rewrites.graph import Node, graph_of
+from jaxquant.rewrites.match import elsewhere, producer_of, roles_of, site_of
 
 
 @dataclasses.dataclass(frozen=True)

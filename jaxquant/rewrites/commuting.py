@@ -13,9 +13,9 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.fold.demand import Demand, Option, Refused, Rule, Ties, is_zero
-from jaxquant.fold.graph import Node
-from jaxquant.fold.layout_rules import LAYOUT, MOVING
+from jaxquant.rewrites.demand import Demand, Option, Refused, Rule, Ties, is_zero
+from jaxquant.rewrites.graph import Node
+from jaxquant.rewrites.layout_rules import LAYOUT, MOVING
 
 
 def options(node: Node, demand: Demand, ties: Ties) -> list[tuple[Option, Ties]]:

@@ -12,15 +12,15 @@ from jax import Array, lax
 
 from jaxquant.encoders.checks import check_flag, check_number
 from jaxquant.observers.inputs import Inputs, InputStats, inputs
+from jaxquant.qtensor import QSpec
+from jaxquant.recipe.rewrite import Details
 from jaxquant.report import Called
 from jaxquant.rewrites.scaling import (
-    Details,
     around_one,
     for_each,
     output_error,
     require_fitting,
 )
-from jaxquant.spec import QSpec
 
 LEAST = 1e-5
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxquant.fold.graph import Node
 from jaxquant.interpret import primitives
 from jaxquant.interpret.shape_factors import factors
+from jaxquant.rewrites.graph import Node
 
 # a variable is (path, None), the leaf itself, or (path, eps), its inverse root
 Variable = tuple[str, float | None]

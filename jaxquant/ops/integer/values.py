@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxquant.ops.activations import int8_limits, on_grid
-from jaxquant.ops.requantize import fixed_point, rescaled
+from jaxquant.ops.integer.requantize import fixed_point, rescaled
 from jaxquant.qtensor import Folded, QuantParams
 
 MOST = 2**30  # a bias beyond would leave the sums no room in 32 bits

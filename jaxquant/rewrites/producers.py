@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxquant.fold.absorb import Absorbed, Absorber
-from jaxquant.fold.commuting import RULES, options
-from jaxquant.fold.demand import UNASKED, Demand, Option, Refused, Ties, is_zero, lean
-from jaxquant.fold.graph import Graph, Node
-from jaxquant.fold.layout_rules import LAYOUT, cut, part
+from jaxquant.rewrites.absorb import Absorbed, Absorber
+from jaxquant.rewrites.commuting import RULES, options
+from jaxquant.rewrites.demand import UNASKED, Demand, Option, Refused, Ties, is_zero, lean
+from jaxquant.rewrites.graph import Graph, Node
+from jaxquant.rewrites.layout_rules import LAYOUT, cut, part
 
 _COMPARISONS = ("ge", "gt", "le", "lt", "eq", "ne")
 Asked = list[tuple[Node, Demand]]
@@ -34,14 +34,14 @@ def absorbers(graph: Graph, paths: Sequence[str]) -> Absorbed | str:
     as layers have factors of their own for each layer, if the weights are scanned with them.
 
     Args:
-      graph: the traced call, see `jaxquant.fold.graph.graph_of`.
+      graph: the traced call, see `jaxquant.rewrites.graph.graph_of`.
       paths: key paths of all weights that share the factors.
 
     Returns:
       What absorbs them, or in words why nothing can.
 
     >>> import jax.numpy as jnp
-    >>> from jaxquant.fold.graph import graph_of
+    >>> from jaxquant.rewrites.graph import graph_of
     >>> from jaxquant.interpret.calls import trace_call
     >>> def fn(p, x):
     ...     return jnp.maximum(x @ p["up"] + p["bias"][None], 0.0) @ p["down"]

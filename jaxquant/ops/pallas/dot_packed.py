@@ -18,7 +18,7 @@ from jaxquant.ops.dot_call import Call, finish
 from jaxquant.ops.dot_codes import evaluated
 from jaxquant.ops.dot_general import dot_general
 from jaxquant.ops.operands import Placement, arranged, place, result_dtype
-from jaxquant.ops.packed_kernel import PLATFORMS, Blocks, Layout, blocks_for, packed_product
+from jaxquant.ops.pallas.packed_kernel import PLATFORMS, Blocks, Layout, blocks_for, packed_product
 from jaxquant.qtensor import QTensor, storage_scale
 
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.fold.demand import UNASKED, Demand, Option, Refused, Rule, Ties, is_zero
-from jaxquant.fold.graph import Node
 from jaxquant.interpret import primitives
 from jaxquant.interpret.shape_factors import factors
+from jaxquant.rewrites.demand import UNASKED, Demand, Option, Refused, Rule, Ties, is_zero
+from jaxquant.rewrites.graph import Node
 
 
 def _transpose(node: Node, d: Demand, ties: Ties) -> list[Option]:

@@ -8,7 +8,7 @@ import math
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.ops.nibbles import halves
+from jaxquant.ops.cpu.nibbles import halves
 from jaxquant.ops.operands import Operand, integer_range
 
 # Sums run in so many lanes side by side: longer ones the compiler takes apart.

@@ -12,8 +12,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.ops.convolve import Conv
-from jaxquant.ops.integer import MOST, Accumulator
-from jaxquant.ops.static import Sums, conv_sums, dot_sums, plain_place, sum_offset, sum_scale
+from jaxquant.ops.integer.static import (
+    Sums,
+    conv_sums,
+    dot_sums,
+    plain_place,
+    sum_offset,
+    sum_scale,
+)
+from jaxquant.ops.integer.values import MOST, Accumulator
 from jaxquant.qtensor import Folded, QTensor
 
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.fold.graph import graph_of
-from jaxquant.fold.producers import absorbers
-from jaxquant.fold.rescale import rescale
 from jaxquant.interpret.calls import trace_call
+from jaxquant.rewrites.graph import graph_of
+from jaxquant.rewrites.producers import absorbers
+from jaxquant.rewrites.rescale import rescale
 from tests.arrays import array
 
 # what small functions are called with

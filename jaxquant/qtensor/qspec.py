@@ -8,8 +8,8 @@ from typing import Literal
 import jax.numpy as jnp
 
 from jaxquant.numerics import FORMATS, BlockFormat, Format, get
-from jaxquant.spec import granularity as _granularity
-from jaxquant.spec.granularity import (
+from jaxquant.qtensor import granularity as _granularity
+from jaxquant.qtensor.granularity import (
     Blocks,
     Granularity,
     PerBlock,

@@ -9,11 +9,11 @@ from flax import nnx
 from jax import lax
 
 import jaxquant as jq
-from jaxquant.fold.absorb import Absorber, absorb, scaled_leaf
-from jaxquant.fold.rescale import rescale
 from jaxquant.observers.inputs import InputStats
+from jaxquant.rewrites.absorb import Absorber, absorb, scaled_leaf
+from jaxquant.rewrites.rescale import rescale
 from tests.arrays import array
-from tests.fold.producing import X, check, drawn, find, names, randomized
+from tests.rewrites.producing import X, check, drawn, find, names, randomized
 
 # Models
 

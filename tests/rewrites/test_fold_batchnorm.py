@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 import jaxquant as jq
-from jaxquant.fold import fold_batchnorm
+from jaxquant.rewrites import fold_batchnorm
 
 norm = nn.BatchNorm
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jaxquant.fold.rescale import rescale
-from tests.fold.producing import X, check, drawn, find
+from jaxquant.rewrites.rescale import rescale
+from tests.rewrites.producing import X, check, drawn, find
 
 # Small functions, one for each rule
 

@@ -1,0 +1,1 @@
+"""Contractions whose operands and results are integers on calibrated grids."""

@@ -1,0 +1,1 @@
+"""Contractions by kernels of our own, for accelerators."""
