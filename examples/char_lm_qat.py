@@ -71,7 +71,7 @@ def variant(name: str, model: CharLM, settings: Settings, example: np.ndarray) -
 
 
 def _fake(model: CharLM, recipe: jq.Recipe, example: np.ndarray) -> Any:
-    return jq.nnx.fake_quantize(model, recipe, example)
+    return jq.nnx.fake_quantized(model, recipe, example)
 
 
 def compare(

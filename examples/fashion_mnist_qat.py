@@ -129,14 +129,14 @@ class Comparison:
         steps, schedule = self.settings.tuning_steps, self.settings.tuning()
         trained, losses = self._fit(f"{name}, {how}", fmodel, start, steps, schedule)
         seconds = time.perf_counter() - began
-        qvariables = fmodel.convert(trained, self.calibration)
+        qvariables = jq.linen.convert(fmodel, trained, self.calibration)
         self._add(name, how, self.fn, qvariables, seconds, losses)
 
     def codebook(self, how: str, recipe: jq.Recipe, variables: Any) -> None:
         """Clusters weights and serves them so, then trains the centroids."""
         fmodel = jq.linen.fake_quantized(self.model, recipe)
         start = fmodel.with_state(variables, self.calibration)
-        self._add("k-means", how, self.fn, fmodel.convert(start, self.calibration))
+        self._add("k-means", how, self.fn, jq.linen.convert(fmodel, start, self.calibration))
         self.qat("k-means, trained", how, recipe, variables)
 
     def _fit(

@@ -41,7 +41,7 @@ def test_layers_have_statistics_of_their_own_and_the_model_stays_as_it_is(tmp_pa
     model = Net(nnx.Rngs(0))
     before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Not(nnx.RngState)))
     path = tmp_path / "stats.npz"
-    stats = jq.nnx.capture(model, ((x,) for x in GIVEN), minmax(), save=path)
+    stats = jq.nnx.capture(model, minmax(), batches=((x,) for x in GIVEN), save=path)
     after = nnx.state(model, nnx.Not(nnx.RngState))
     jax.tree.map(np.testing.assert_array_equal, after, before)
     assert model.drop.rngs.count[...] == 0
@@ -54,7 +54,7 @@ def test_layers_have_statistics_of_their_own_and_the_model_stays_as_it_is(tmp_pa
     ]
     assert queries[0] is queries[1] is queries[2]
     assert stats.batches == 2
-    again = jq.nnx.capture(model, GIVEN, minmax(), resume=path)
+    again = jq.nnx.capture(model, minmax(), batches=GIVEN, resume=path)
     jax.tree.map(np.testing.assert_array_equal, again, stats)
 
 
@@ -62,7 +62,7 @@ def test_statistics_or_batches_make_a_static_model() -> None:
     rule = jq.Rule("**", weights=jq.int8(), activations=STATIC, observer=minmax())
     model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     x = GIVEN[0][0]
-    stats = jq.nnx.capture(model, [x], rule)
+    stats = jq.nnx.capture(model, rule, batches=[x])
     by_stats, _ = jq.nnx.ptq(model, rule, x, stats=stats)
     by_batches, _ = jq.nnx.ptq(model, rule, batches=iter([(x,)]))
     grids = [m.model.kernel.get_raw_value().calibration.input for m in (by_stats, by_batches)]
@@ -73,19 +73,19 @@ def test_statistics_or_batches_make_a_static_model() -> None:
 def test_another_method_a_quantized_model_and_mistakes() -> None:
     model = Net(nnx.Rngs(0))
     x = GIVEN[0][0]
-    stats = jq.nnx.capture(model, [x], minmax(), method="head")
+    stats = jq.nnx.capture(model, minmax(), batches=[x], method="head")
     ((key, operands),) = stats.items()
     assert key == "body/layers/up/kernel"
     np.testing.assert_allclose(stats.finish(key, "rhs", STATIC).high, x.max())
     assert list(operands) == ["rhs"]
     qmodel, _ = jq.nnx.ptq(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), jq.w8a8(), x)
-    seen = jq.nnx.capture(qmodel, [x], minmax())
+    seen = jq.nnx.capture(qmodel, minmax(), batches=[x])
     np.testing.assert_allclose(seen.finish("kernel", "lhs", STATIC).low, x.min())
     with pytest.raises(ValueError, match=r"nnx.capture: expected an nnx.Module, got function"):
-        jq.nnx.capture(lambda x: x, [x], minmax())  # type: ignore[arg-type]
+        jq.nnx.capture(lambda x: x, minmax(), batches=[x])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"nnx.capture: Net has no method 'tail'"):
-        jq.nnx.capture(model, [x], minmax(), method="tail")
+        jq.nnx.capture(model, minmax(), batches=[x], method="tail")
     with pytest.raises(ValueError, match=r"nnx.capture: no batches"):
-        jq.nnx.capture(model, [], minmax())
+        jq.nnx.capture(model, minmax(), batches=[])
     with pytest.raises(CaptureError, match=r"nnx.capture: batch 0: NaN or infinity in .*'kernel'"):
-        jq.nnx.capture(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), [x * jnp.nan], minmax())
+        jq.nnx.capture(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), minmax(), batches=[x * jnp.nan])

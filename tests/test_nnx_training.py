@@ -1,4 +1,4 @@
-"""NNX models in training: `jaxquant.nnx.fake_quantize`, optimizers, modes, and what is served."""
+"""NNX models in training: `jaxquant.nnx.fake_quantized`, optimizers, modes, and what is served."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class FakeQuantTensor:
     def __init__(self) -> None:
         self.model = Net(nnx.Rngs(0))
         self.before = leaves(self.model)
-        self.fmodel = jq.nnx.fake_quantize(self.model, LSQ, x)
+        self.fmodel = jq.nnx.fake_quantized(self.model, LSQ, x)
         self.first = nnx.clone(self.fmodel)
         self.optimizer = nnx.Optimizer(self.fmodel, optax.adam(1e-2), wrt=nnx.Param)
         self.losses = [float(step(self.fmodel, self.optimizer, x, x[:, :4])) for _ in range(25)]
@@ -193,7 +193,7 @@ def test_a_checkpoint_goes_on(trained: FakeQuantTensor, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_all_else_is_as_with_the_float_model() -> None:
     model = Net(nnx.Rngs(0))
-    fmodel = jq.nnx.fake_quantize(model, OBSERVED, x)
+    fmodel = jq.nnx.fake_quantized(model, OBSERVED, x)
     ranges = [np.array(a) for a in jax.tree.leaves(fmodel.quant.state().ranges)]
     for n in range(2):
         rows = normal(16, 16, seed=n)
@@ -216,7 +216,7 @@ def test_all_else_is_as_with_the_float_model() -> None:
 def test_scanned_layers_and_schedule() -> None:
     model, rows = Scanned(nnx.Rngs(0)), normal(8, 16)
     schedule = jq.Schedule(start=1, freeze_batchnorm=1)
-    fmodel = jq.nnx.fake_quantize(model, LSQ, rows, schedule=schedule)
+    fmodel = jq.nnx.fake_quantized(model, LSQ, rows, schedule=schedule)
     assert fmodel.quant.learned["weights"]["layers/up/kernel"]["step"].shape[0] == 2
     optimizer = nnx.Optimizer(fmodel, optax.sgd(1e-2), wrt=nnx.Param)
     stats = []
@@ -242,7 +242,7 @@ def test_scanned_layers_and_schedule() -> None:
 
 def test_random_rounding_moves_on() -> None:
     model = nnx.Linear(16, 4, rngs=nnx.Rngs(0))
-    fmodel = jq.nnx.fake_quantize(model, jq.int8_training(), x, key=jax.random.key(7))
+    fmodel = jq.nnx.fake_quantized(model, jq.int8_training(), x, key=jax.random.key(7))
     assert same([fmodel.quant.key[...]], [jax.random.key_data(jax.random.key(7))])
 
     @nnx.jit
@@ -255,19 +255,21 @@ def test_random_rounding_moves_on() -> None:
 
 def test_mistakes(trained: FakeQuantTensor) -> None:
     model = trained.model
-    with pytest.raises(ValueError, match=r"^nnx\.fake_quantize: expected an nnx\.Module, got dict"):
-        jq.nnx.fake_quantize({}, LSQ, x)
+    with pytest.raises(
+        ValueError, match=r"^nnx\.fake_quantized: expected an nnx\.Module, got dict"
+    ):
+        jq.nnx.fake_quantized({}, LSQ, x)
     with pytest.raises(ValueError, match=r"expected a Recipe .* call it"):
-        jq.nnx.fake_quantize(model, jq.w8a8, x)
+        jq.nnx.fake_quantized(model, jq.w8a8, x)
     with pytest.raises(ValueError, match=r"Net has no method 'encode'"):
-        jq.nnx.fake_quantize(model, LSQ, x, method="encode")
+        jq.nnx.fake_quantized(model, LSQ, x, method="encode")
     with pytest.raises(ValueError, match=r"expected an example to run '__call__' with"):
-        jq.nnx.fake_quantize(model, LSQ)
+        jq.nnx.fake_quantized(model, LSQ)
     with pytest.raises(ValueError, match=r"expected a jq\.Schedule"):
-        jq.nnx.fake_quantize(model, LSQ, x, schedule=5)
+        jq.nnx.fake_quantized(model, LSQ, x, schedule=5)
     with pytest.raises(ValueError, match=r"expected a float model, got a FakeQuantized"):
-        jq.nnx.fake_quantize(trained.fmodel, LSQ, x)
-    with pytest.raises(ValueError, match=r"that jaxquant\.nnx\.fake_quantize made, got Net"):
+        jq.nnx.fake_quantized(trained.fmodel, LSQ, x)
+    with pytest.raises(ValueError, match=r"that jaxquant\.nnx\.fake_quantized made, got Net"):
         jq.nnx.convert(model)
     broken = nnx.clone(trained.fmodel)
     broken.quant.learned["weights"]["head/kernel"]["step"].set_value(jnp.full((4, 1), jnp.nan))

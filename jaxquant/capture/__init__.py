@@ -3,11 +3,12 @@
 from jaxquant.capture.batches import arguments
 from jaxquant.capture.judge import activation_report
 from jaxquant.capture.plan import Plan, observed_call, plan_of, require_observers
-from jaxquant.capture.run import CaptureError, batch_step, capture, capture_with
+from jaxquant.capture.run import CaptureError, CaptureKeywords, batch_step, capture, capture_with
 from jaxquant.capture.statistics import Observed, Statistics
 
 __all__ = [
     "CaptureError",
+    "CaptureKeywords",
     "Observed",
     "Plan",
     "Statistics",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,24 @@ from jaxquant.interpret.sites import path_str
 def arguments(batch: Any) -> tuple[Any, ...]:
     """The positional arguments that a batch is: a tuple holds them, anything else is the one."""
     return batch if type(batch) is tuple else (batch,)
+
+
+def keywords_bound(
+    fn: Callable[..., Any], kwargs: Mapping[str, Any] | None, where: str, *, bind: bool = True
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """`fn` and the keywords to trace it with: none of them where `fn` has them bound.
+
+    Raises:
+      ValueError: `kwargs` is no mapping from names.
+    """
+    if kwargs is None:
+        return fn, {}
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        raise ValueError(
+            f"{where}: kwargs: expected the function's keyword arguments by name, such as "
+            f"{{'train': False}}, got {kwargs!r}"
+        )
+    return (functools.partial(fn, **kwargs), {}) if bind and kwargs else (fn, dict(kwargs))
 
 
 @contextlib.contextmanager

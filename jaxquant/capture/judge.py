@@ -46,7 +46,7 @@ def activation_report(
     >>> x = jax.nn.relu(jax.random.normal(jax.random.key(0), (64, 16)))
     >>> fn, params = lambda p, x: x @ p["w"], {"w": jnp.eye(16)}
     >>> recipe = jq.w8a8_static(jq.observers.profile(), symmetric=True)
-    >>> report = activation_report(capture(fn, params, [x], recipe), recipe)
+    >>> report = activation_report(capture(fn, params, recipe, batches=[x]), recipe)
     >>> report["w"].suggestion, report["w"].clipped
     ('asymmetric', 0.0)
     """

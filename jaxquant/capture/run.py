@@ -6,14 +6,14 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sized
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxquant.capture.batches import Alike, arguments, lists_told, require_iterable
+from jaxquant.capture.batches import Alike, arguments, keywords_bound, lists_told, require_iterable
 from jaxquant.capture.plan import Observing, Plan, observed_call, plan_of
 from jaxquant.capture.progress import Progress
 from jaxquant.capture.statistics import Statistics
@@ -24,6 +24,16 @@ from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import RecipeLike, as_recipe
 
 _SAVE_EVERY = 5.0  # seconds
+
+
+class CaptureKeywords(TypedDict, total=False):
+    """The keywords of `capture`, for doors that hand them on."""
+
+    batches: Required[Iterable[Any]]
+    kwargs: Mapping[str, Any] | None
+    resume: Statistics | Path | None
+    save: Path | None
+    progress: bool | None
 
 
 class CaptureError(ValueError):
@@ -37,9 +47,10 @@ class CaptureError(ValueError):
 def capture(
     fn: Callable[..., Any],
     params: Any,
-    batches: Iterable[Any],
     recipe: RecipeLike | Observer,
     *,
+    batches: Iterable[Any],
+    kwargs: Mapping[str, Any] | None = None,
     resume: Statistics | Path | None = None,
     save: Path | None = None,
     progress: bool | None = None,
@@ -55,10 +66,11 @@ def capture(
     Args:
       fn: any traceable function whose first argument is a params pytree.
       params: its parameters, float; where some are `QTensor`s, `fn` computes as `quantized(fn)`.
-      batches: any iterable, walked once. A batch is a tuple of the arguments that follow params, or
-        the only one. All have the structure, shapes and dtypes of the first.
       recipe: rules with `observer=`, or if there are none, rules whose encoders or rewrites look at
         inputs; or one observer, for all contractions.
+      batches: any iterable, walked once. A batch is a tuple of the arguments that follow params, or
+        the only one. All have the structure, shapes and dtypes of the first.
+      kwargs: keyword arguments of `fn`, such as `{"train": False}`, the same for every batch.
       resume: statistics of an interrupted capture, or their file: as many batches as they have seen
         are passed over, and the result is that of one uninterrupted capture. The file of `save`
         need not exist yet, so that one command starts a capture and goes on with it.
@@ -81,13 +93,18 @@ def capture(
     >>> fn = lambda p, x: jnp.maximum(x @ p["up"], 0) @ p["down"]
     >>> params = {"up": 2 * jnp.eye(3), "down": jnp.eye(3)}
     >>> batches = (jnp.full((4, 3), v) for v in (1.0, -3.0))
-    >>> print(capture(fn, params, batches, absmax()))
+    >>> print(capture(fn, params, absmax(), batches=batches))
     site  operand  observer  range    updates
     up    lhs      absmax()  -3 .. 3  2
     down  lhs      absmax()  -2 .. 2  2
     """
     return capture_with(
-        "capture", fn, params, (), batches, recipe, resume=resume, save=save, progress=progress
+        *("capture", fn, params, (), recipe),
+        batches=batches,
+        kwargs=kwargs,
+        resume=resume,
+        save=save,
+        progress=progress,
     )
 
 
@@ -96,9 +113,10 @@ def capture_with(
     fn: Callable[..., Any],
     params: Any,
     fixed: tuple[Any, ...],
-    batches: Iterable[Any],
     recipe: RecipeLike | Observing,
     *,
+    batches: Iterable[Any],
+    kwargs: Mapping[str, Any] | None = None,
     resume: Statistics | Path | None = None,
     save: Path | None = None,
     progress: bool | None = None,
@@ -107,6 +125,7 @@ def capture_with(
     chosen = as_observing(recipe, where, params)
     if not callable(fn):
         raise ValueError(f"{where}: expected a function of params first, got {type(fn).__name__}")
+    fn, _ = keywords_bound(fn, kwargs, where)
     if save is not None:
         require_folder(save, where)
     before = _before(resume, save)

@@ -67,7 +67,7 @@ class Statistics(Mapping[str, Mapping[str, Observed]]):
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> from jaxquant.capture import capture
     >>> from jaxquant.observers import minmax
-    >>> stats = capture(lambda p, x: x @ p["w"], {"w": jnp.eye(2)}, [jnp.eye(2)], minmax())
+    >>> stats = capture(lambda p, x: x @ p["w"], {"w": jnp.eye(2)}, minmax(), batches=[jnp.eye(2)])
     >>> print(stats)
     site  operand  observer  range   updates
     w     lhs      minmax()  0 .. 1  1

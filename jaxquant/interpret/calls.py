@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -94,14 +94,16 @@ class Call:
 
 
 def trace_call(
-    fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
 ) -> Call:
     """Traces `fn` once with a float stand-in for every array.
 
     Raises:
       ValueError: `fn` does not find in `params` what it looks for.
     """
-    flat, tree = jax.tree.flatten_with_path(((params, *args), kwargs), is_leaf=is_qtensor)
+    flat, tree = jax.tree.flatten_with_path(
+        ((params, *args), dict(kwargs or {})), is_leaf=is_qtensor
+    )
     traced = [is_traced(leaf) for _, leaf in flat]
     # a key path here is (args or kwargs, position, ...): parameters are position 0 of args
     in_params = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,14 +17,16 @@ from jaxquant.interpret.sites import Site, Sites
 from jaxquant.interpret.values import Facts, Origin, Value
 
 
-def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
+def trace(
+    fn: Callable[..., Any], params: Any, *args: Any, kwargs: Mapping[str, Any] | None = None
+) -> Sites:
     """What contracts with what in `fn(params, *args, **kwargs)`; no FLOPs are spent.
 
     Args:
       fn: any traceable function whose first argument is a params pytree.
       params: its parameters, arrays or `jax.ShapeDtypeStruct`s.
       *args: its other arguments, likewise; Python scalars and strings stay static.
-      **kwargs: keyword arguments, likewise.
+      kwargs: keyword arguments of `fn`, likewise.
 
     Raises:
       ValueError: `fn` does not find in `params` what it looks for.

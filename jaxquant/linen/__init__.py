@@ -1,5 +1,6 @@
-"""The doors for Flax Linen: `quantized` wraps a model, `interceptor` works in place.
+"""The doors for Flax Linen: those of functions, with a model in place of the function.
 
+`quantized` and `fake_quantized` wrap a model; `interceptor` works in place.
 Both trace the model as a pure function of its variables and evaluate that, as `jaxquant.quantized`
 does; the model itself is neither edited nor subclassed. `fake_quantized` wraps a model for
 training in the same way. Key paths begin with the collection: `params/encoder/layer_0/kernel`
@@ -7,6 +8,7 @@ training in the same way. Key paths begin with the collection: `params/encoder/l
 """
 
 from jaxquant.linen.batchnorm import freeze_batchnorm
+from jaxquant.linen.doors import capture, convert, fold_batchnorm, ptq
 from jaxquant.linen.intercept import interceptor
 from jaxquant.linen.model import QuantizedModel, quantized
 from jaxquant.linen.training import FakeQuantizedModel, fake_quantized
@@ -15,9 +17,13 @@ from jaxquant.linen.variables import trainable, updated
 __all__ = [
     "FakeQuantizedModel",
     "QuantizedModel",
+    "capture",
+    "convert",
     "fake_quantized",
+    "fold_batchnorm",
     "freeze_batchnorm",
     "interceptor",
+    "ptq",
     "quantized",
     "trainable",
     "updated",

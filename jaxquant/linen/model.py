@@ -22,10 +22,8 @@ from jaxquant.linen.collection import (
     statistics_of,
 )
 from jaxquant.linen.pure import arrays_only, as_given, prepared
-from jaxquant.ptq import ptq
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe, RecipeLike, as_recipe
-from jaxquant.report import Report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,35 +148,6 @@ class QuantizedModel:
         require_sound(stats)
         return stats
 
-    def ptq(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, Report]:
-        """Quantizes variables by the recipe: `jaxquant.ptq(model.apply, variables, recipe, ...)`.
-
-        Args:
-          variables: float variables; collections that no contraction uses stay as they are. A
-            `quant` collection is taken for `stats=`, unless that or `batches=` is given, and left
-            out.
-          *args: what else `model.apply` is called with.
-          **kwargs: its keywords, and those of `jaxquant.ptq`.
-
-        Raises:
-          ValueError: there is no recipe, or as `jaxquant.ptq`.
-
-        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
-        >>> x, qmodel = jnp.ones((2, 32)), quantized(nn.Dense(8), jq.w4a16(group=16))
-        >>> qvariables, _ = qmodel.ptq(qmodel.init(jax.random.key(0), x), x)
-        >>> qvariables["params"]["kernel"].bits_per_weight
-        6.0
-        """
-        if self.recipe is None:
-            raise ValueError("ptq: this model has no recipe; expected quantized(model, recipe)")
-        plain, held = parted(variables)
-        given = {k: kwargs.get(k) for k in ("stats", "batches")}
-        if held is not None and all(v is None for v in given.values()):
-            own = {k: v for k, v in kwargs.items() if k not in (*given, "key", "platforms")}
-            kwargs["stats"] = self.statistics(variables, *args, **own)
-        variables = plain
-        return ptq(self.model.apply, variables, self.recipe, *args, **kwargs)
-
 
 def quantized(model: nn.Module, recipe: RecipeLike | None = None) -> QuantizedModel:
     """The model with `init` and `apply` that compute as `jaxquant.quantized(model.apply)`.
@@ -196,7 +165,8 @@ def quantized(model: nn.Module, recipe: RecipeLike | None = None) -> QuantizedMo
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
     >>> model, x = nn.Dense(8), jnp.ones((2, 32))
     >>> qmodel = quantized(model, jq.w8a8())
-    >>> qvariables, report = qmodel.ptq(model.init(jax.random.key(0), x), x)
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> qvariables, report = jq.linen.ptq(model, variables, jq.w8a8(), x)
     >>> jax.jit(qmodel.apply)(qvariables, x).shape, report["params/kernel"].bits_per_weight
     ((2, 8), 9.0)
     """

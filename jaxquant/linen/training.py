@@ -75,15 +75,19 @@ class FakeQuantizedModel:
         )
 
     def with_state(
-        self, variables: Mapping[str, Any], *args: Any, key: Array | None = None, **kwargs: Any
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        kwargs: Mapping[str, Any] | None = None,
+        key: Array | None = None,
     ) -> dict[str, Any]:
         """Variables of a model, such as trained ones, with a new `quant` collection.
 
         Args:
           variables: float variables; a `quant` collection among them is replaced.
           *args: one batch, as `model.apply` takes it; see `jaxquant.init_quant_state`.
+          kwargs: keywords of `model.apply`, such as `rngs`.
           key: PRNG key of random rounding; by default `jax.random.key(0)`.
-          **kwargs: keywords of `model.apply`, such as `rngs`.
 
         Raises:
           ValueError: as `jaxquant.init_quant_state`.
@@ -96,8 +100,8 @@ class FakeQuantizedModel:
         {'params/kernel': {'step': (8, 1)}}
         """
         plain = {name: held for name, held in variables.items() if name != NAME}
-        fn, options = self._apply(kwargs)
-        state = init_quant_state(fn, plain, self.recipe, args, key=key, **options)
+        fn, options = self._apply(kwargs or {})
+        state = init_quant_state(fn, plain, self.recipe, *args, kwargs=options, key=key)
         return {**plain, NAME: collection(state)}
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -167,29 +171,9 @@ class FakeQuantizedModel:
             raise ValueError(f"{where}: the variables have no {NAME!r} collection; {ASK}")
         return state_of(held, self._like(self._call(plain, args, kwargs, where)), where)
 
-    def convert(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Variables as they are served: `QTensor`s in place of params, and no `quant` collection.
-
-        They are for `jaxquant.linen.quantized(model).apply` or `jaxquant.quantized(model.apply)`,
-        which then give what `apply` gave. See `jaxquant.convert`.
-
-        Args:
-          variables: what was trained.
-          *args: what else `model.apply` is called with, to trace it; shapes are enough.
-          **kwargs: its keywords, as the model is served.
-
-        Raises:
-          ValueError: as `state` and `jaxquant.convert`.
-
-        >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
-        >>> model, x = nn.Dense(8), jnp.ones((2, 32))
-        >>> fmodel = fake_quantized(model, jq.w8a8())
-        >>> variables = fmodel.init(jax.random.key(0), x)
-        >>> y = jax.jit(jq.linen.quantized(model).apply)(fmodel.convert(variables, x), x)
-        >>> bool((y == jax.jit(fmodel.apply)(variables, x)).all())
-        True
-        """
-        where = "linen.fake_quantized: convert"
+    def converted(self, variables: Mapping[str, Any], args: Any, kwargs: Any) -> dict[str, Any]:
+        """What `jaxquant.linen.convert` returns."""
+        where = "linen.convert"
         plain, held = parted(variables, where)
         like = self._like(self._call(plain, args, kwargs, where))
         if held is None:
@@ -210,7 +194,7 @@ class FakeQuantizedModel:
         if key is None:
             first = given["params"] if "params" in given else next(iter(given.values()))
             key = jax.random.fold_in(first, zlib.crc32(NAME.encode()))
-        return self.with_state(variables, *args, key=key, rngs=given, **kwargs)
+        return self.with_state(variables, *args, kwargs={"rngs": given, **kwargs}, key=key)
 
     def _apply(self, kwargs: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
         """The model's arrays, and keywords; what a call in training mode updates is unseen here."""
@@ -236,6 +220,7 @@ class FakeQuantizedModel:
 def fake_quantized(
     model: nn.Module,
     recipe: RecipeLike,
+    *,
     schedule: Schedule | None = None,
 ) -> FakeQuantizedModel:
     """The model in training with quantization, with `init` and `apply` as a Linen module has them.
@@ -286,7 +271,7 @@ def fake_quantized(
     ...     losses.append(float(value))
     >>> losses[-1] < 0.5 * losses[0], int(variables["quant"]["step"])
     (True, 20)
-    >>> qvariables = fmodel.convert(variables, x)
+    >>> qvariables = jq.linen.convert(fmodel, variables, x)
     >>> jax.jit(jq.linen.quantized(model).apply)(qvariables, x).shape
     (32, 2)
     """

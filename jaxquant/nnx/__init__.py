@@ -1,12 +1,12 @@
 """The door for Flax NNX: `ptq` quantizes a copy, `capture` observes, `fold_batchnorm` folds.
 
-`fake_quantize` makes a copy to be trained, and `convert` a quantized model of that.
+`fake_quantized` makes a copy to be trained, and `convert` a quantized model of that.
 """
 
 from jaxquant.nnx.doors import capture, fold_batchnorm, ptq
 from jaxquant.nnx.model import Quantized
 from jaxquant.nnx.state import LearnedParam, QuantStat, QuantVariables
-from jaxquant.nnx.training import FakeQuantized, convert, fake_quantize
+from jaxquant.nnx.training import FakeQuantized, convert, fake_quantized
 
 __all__ = [
     "FakeQuantized",
@@ -16,7 +16,7 @@ __all__ = [
     "Quantized",
     "capture",
     "convert",
-    "fake_quantize",
+    "fake_quantized",
     "fold_batchnorm",
     "ptq",
 ]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 from flax import nnx
-from jax import Array
 
-from jaxquant.capture import Statistics, arguments, capture_with
+from jaxquant.capture import CaptureKeywords, Statistics, arguments, capture_with
 from jaxquant.capture.batches import require_iterable
 from jaxquant.nnx.model import Quantized
 from jaxquant.nnx.parts import arrays_of, parts_of
 from jaxquant.observers import Observer
+from jaxquant.ptq import PTQKeywords
 from jaxquant.ptq import ptq as ptq_function
 from jaxquant.recipe import RecipeLike, as_recipe
 from jaxquant.report import Report
@@ -26,20 +25,11 @@ def ptq(
     recipe: RecipeLike,
     *args: Any,
     method: str = "__call__",
-    key: Array | None = None,
-    batches: Iterable[Any] | None = None,
-    stats: Statistics | str | os.PathLike[str] | None = None,
-    sequential: bool = True,
-    budget: int | None = None,
-    offload: bool = False,
-    progress: bool | None = None,
-    save: str | os.PathLike[str] | None = None,
-    resume: str | os.PathLike[str] | None = None,
-    **kwargs: Any,
+    **options: Unpack[PTQKeywords],
 ) -> tuple[Quantized, Report]:
     """Quantizes the parameters of an NNX model by a recipe, into a new model.
 
-    As `jaxquant.ptq`: sites come from tracing `model(*args, **kwargs)` once, nothing is run, and
+    As `jaxquant.ptq`: sites come from tracing `model(*args)` once, nothing is run, and
     `args` may be `jax.ShapeDtypeStruct`s. Parameters are the `nnx.Param`s, their key paths the
     model's attributes, such as `layers/0/attn/query/kernel`. The model itself, with its
     statistics and random states, stays as it is.
@@ -52,18 +42,8 @@ def ptq(
       recipe: rules on key paths, such as `jaxquant.w8a8()`; a rule or several make one.
       *args: what to trace the method with.
       method: name of the method to trace; parameters that it does not use stay float.
-      key: PRNG key for encoders that round stochastically.
-      batches: calibration samples for rules with an observer, or with an encoder or a rewrite that
-        looks at inputs; each the tuple of the method's arguments (or the one argument); of the
-        first `args` are the default.
-      stats: what `capture` found, or its file, in place of `batches`.
-      sequential: quantize layers in order; as all that follows, see `jaxquant.ptq`.
-      budget: bytes of statistics of inputs held at once.
-      offload: keep activations in the host's memory between layers.
-      progress: a progress bar, on standard error.
-      save: a folder to keep every layer in once it is quantized by its inputs.
-      resume: such a folder, to go on from.
-      **kwargs: keyword arguments of the method.
+      **options: `kwargs`, keyword arguments of the method; `batches`, each the tuple of its
+        arguments (or the one argument); and all else that `jaxquant.ptq` takes.
 
     Returns:
       The quantized model, see `Quantized`, and a report on every parameter.
@@ -86,41 +66,25 @@ def ptq(
     recipe = as_recipe(recipe, "nnx.ptq", model)
     graphdef, params, moving, rest = parts_of(_inner(model), method, "nnx.ptq")
 
-    def call(params: Any, moving: Any, args: Any, kwargs: Any) -> Any:
+    def call(params: Any, moving: Any, *args: Any, **kwargs: Any) -> Any:
         copy = nnx.merge(graphdef, params, *moving, *rest, copy=True)
         return arrays_of(getattr(copy, method)(*args, **kwargs))[0]
 
+    batches = options.pop("batches", None)
     if batches is not None:
         require_iterable(batches, "nnx.ptq")
-    samples = None if batches is None else ((moving, arguments(b), kwargs) for b in batches)
-    given = (moving, args, kwargs) if args or samples is None else ()
-    qparams, report = ptq_function(
-        call,
-        params,
-        recipe,
-        *given,
-        key=key,
-        batches=samples,
-        stats=stats,
-        sequential=sequential,
-        budget=budget,
-        offload=offload,
-        progress=progress,
-        save=save,
-        resume=resume,
-    )
+        options["batches"] = ((moving, *arguments(b)) for b in batches)
+    given = (moving, *args) if args or batches is None else ()
+    qparams, report = ptq_function(call, params, recipe, *given, **options)
     return Quantized(nnx.merge(graphdef, qparams, *moving, *rest, copy=True)), report
 
 
 def capture(
     model: nnx.Module,
-    batches: Iterable[Any],
     recipe: RecipeLike | Observer,
     *,
     method: str = "__call__",
-    resume: Statistics | str | os.PathLike[str] | None = None,
-    save: str | os.PathLike[str] | None = None,
-    progress: bool | None = None,
+    **options: Unpack[CaptureKeywords],
 ) -> Statistics:
     """Runs `model(*batch)` for every batch and gathers statistics of its activations.
 
@@ -129,12 +93,10 @@ def capture(
 
     Args:
       model: the model, float or quantized.
-      batches: any iterable of tuples of the method's arguments, or of single ones.
       recipe: rules with `observer=`; or one observer, for all contractions.
       method: name of the method to run.
-      resume: statistics of an interrupted capture, or their file.
-      save: a file to keep the statistics in.
-      progress: a progress bar, on standard error.
+      **options: `batches`, any iterable of tuples of the method's arguments, or of single ones;
+        and all else that `jaxquant.capture` takes.
 
     Raises:
       ValueError: as `jaxquant.capture`; `model` is no NNX module, lacks the method or has variables
@@ -143,24 +105,25 @@ def capture(
     >>> import jax.numpy as jnp, jaxquant.nnx, jaxquant as jq
     >>> from flax import nnx
     >>> model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
-    >>> print(jq.nnx.capture(model, [jnp.ones((3, 4))], jq.observers.minmax()))
+    >>> print(jq.nnx.capture(model, jq.observers.minmax(), batches=[jnp.ones((3, 4))]))
     site    operand  observer  range   updates
     kernel  lhs      minmax()  0 .. 1  1
     """
     where = "nnx.capture"
     graphdef, params, moving, rest = parts_of(_inner(model), method, where)
 
-    def call(params: Any, moving: Any, *args: Any) -> Any:
+    def call(params: Any, moving: Any, *args: Any, **kwargs: Any) -> Any:
         copy = nnx.merge(graphdef, params, *moving, *rest, copy=True)
-        return arrays_of(getattr(copy, method)(*args))[0]
+        return arrays_of(getattr(copy, method)(*args, **kwargs))[0]
 
-    return capture_with(
-        where, call, params, (moving,), batches, recipe, resume=resume, save=save, progress=progress
-    )
+    return capture_with(where, call, params, (moving,), recipe, **options)
 
 
 def fold_batchnorm(
-    model: nnx.Module, *args: Any, method: str = "__call__", **kwargs: Any
+    model: nnx.Module,
+    *args: Any,
+    method: str = "__call__",
+    kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, FoldReport]:
     """Moves the scale of every BatchNorm into the kernel before it, where there is just one.
 
@@ -172,7 +135,7 @@ def fold_batchnorm(
       model: the float model; it stays as it is.
       *args: what to trace the method with, arrays or `jax.ShapeDtypeStruct`s.
       method: name of the method to trace.
-      **kwargs: keyword arguments of the method.
+      kwargs: its keyword arguments.
 
     Returns:
       The folded model, of the same class, and a record on each BatchNorm.
@@ -202,7 +165,7 @@ def fold_batchnorm(
         copy = nnx.merge(graphdef, state, copy=True)
         return arrays_of(getattr(copy, method)(*args, **kwargs))[0]
 
-    state, info = fold_function(call, state, *args, **kwargs)
+    state, info = fold_function(call, state, *args, kwargs=kwargs)
     return nnx.merge(graphdef, state, copy=True), info
 
 

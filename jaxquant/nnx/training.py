@@ -1,9 +1,9 @@
-"""An NNX model in training: `fake_quantize` makes it, `convert` makes a served one of it."""
+"""An NNX model in training: `fake_quantized` makes it, `convert` makes a served one of it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,15 +17,16 @@ from jaxquant.nnx.parts import arrays_of, parts_of
 from jaxquant.nnx.state import QuantVariables
 from jaxquant.params.plan import Plan, identity
 from jaxquant.params.quantize import leaf_report, ratios
-from jaxquant.qat import QuantState, Schedule, fake_quantized, init_quant_state
+from jaxquant.qat import QuantState, Schedule, init_quant_state
 from jaxquant.qat import convert as convert_params
+from jaxquant.qat import fake_quantized as fake_quantized_function
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe, RecipeLike, as_recipe
 from jaxquant.report import Report
 
 
 class FakeQuantized(Wrapped):
-    """An NNX model whose methods compute as they will be served; `fake_quantize` makes it.
+    """An NNX model whose methods compute as they will be served; `fake_quantized` makes it.
 
     It has the methods of the model's class, each transformed as `jaxquant.fake_quantized`
     transforms a function. The model is an ordinary submodule with float parameters, and what
@@ -55,7 +56,7 @@ class FakeQuantized(Wrapped):
         def trained(pure: Callable[[Within], Pure], params: Any, inputs: Any) -> Any:
             fn = pure(contextlib.nullcontext)
             frozen = pure(_running_averages) if freezes else None
-            fake = fake_quantized(fn, recipe, schedule=schedule, frozen=frozen)
+            fake = fake_quantized_function(fn, recipe, schedule=schedule, frozen=frozen)
             result, state = fake(params, *inputs, quant_state=self.quant.state())
             self.quant.moved_on(state)
             return result
@@ -77,14 +78,14 @@ def _running_averages(model: nnx.Module) -> Iterator[None]:
             norm.use_running_average = value
 
 
-def fake_quantize(
+def fake_quantized(
     model: nnx.Module,
     recipe: RecipeLike,
-    *example: Any,
+    *args: Any,
+    kwargs: Mapping[str, Any] | None = None,
     method: str = "__call__",
     key: Array | None = None,
     schedule: Schedule | None = None,
-    **kwargs: Any,
 ) -> FakeQuantized:
     """A copy of an NNX model, to be trained with quantization by a recipe.
 
@@ -98,11 +99,11 @@ def fake_quantize(
     Args:
       model: the float model.
       recipe: the rules; those that the method uses no parameter of change nothing.
-      *example: one batch, arguments of the method.
+      *args: one batch, arguments of the method.
+      kwargs: its keyword arguments.
       method: name of the method to run.
       key: PRNG key for gradients that are rounded at random; by default `jax.random.key(0)`.
       schedule: what changes in the course of training.
-      **kwargs: keyword arguments of the method.
 
     Raises:
       ValueError: there is no example; `recipe` or `schedule` is none, or they do not go together;
@@ -114,7 +115,7 @@ def fake_quantize(
     >>> rule = jq.Rule("**/kernel", weights=jq.int4(), weight_estimator=jq.ste.lsq())
     >>> rngs, x = nnx.Rngs(0), jax.random.normal(jax.random.key(1), (32, 8))
     >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), nnx.relu, nnx.Linear(16, 2, rngs=rngs))
-    >>> fmodel = jq.nnx.fake_quantize(model, rule, x)
+    >>> fmodel = jq.nnx.fake_quantized(model, rule, x)
     >>> optimizer = nnx.Optimizer(fmodel, optax.adam(0.01), wrt=nnx.Param)
     >>> @nnx.jit
     ... def step(fmodel, optimizer, x, y):
@@ -126,20 +127,20 @@ def fake_quantize(
     >>> losses[-1] < 0.5 * losses[0], int(fmodel.quant.step[...])
     (True, 20)
     """
-    where = "nnx.fake_quantize"
+    where = "nnx.fake_quantized"
     chosen = as_recipe(recipe, where, model)
     if isinstance(model, Wrapped):
         raise ValueError(f"{where}: expected a float model, got a {type(model).__name__}")
     graphdef, params, moving, rest = parts_of(model, method, where)
-    if not example and not kwargs:
+    if not args and not kwargs:
         raise ValueError(f"{where}: expected an example to run {method!r} with, got none")
 
-    def call(params: Any, moving: Any, args: Any, kwargs: Any) -> Any:
+    def call(params: Any, moving: Any, *args: Any, **kwargs: Any) -> Any:
         copy = nnx.merge(graphdef, params, *moving, *rest, copy=True)
         return arrays_of(getattr(copy, method)(*args, **kwargs))[0]
 
-    fake_quantized(call, chosen, schedule=schedule, frozen=call)  # for its checks alone
-    state = init_quant_state(call, params, chosen, (moving, example, kwargs), key=key)
+    fake_quantized_function(call, chosen, schedule=schedule, frozen=call)  # for its checks alone
+    state = init_quant_state(call, params, chosen, moving, *args, kwargs=kwargs, key=key)
     copy = nnx.merge(graphdef, params, *moving, *rest, copy=True)
     return FakeQuantized(copy, state, schedule)
 
@@ -158,7 +159,7 @@ def convert(fmodel: FakeQuantized) -> tuple[Quantized, Report]:
     >>> import jax, jax.numpy as jnp, jaxquant.nnx, jaxquant as jq
     >>> from flax import nnx
     >>> model, x = nnx.Linear(64, 32, rngs=nnx.Rngs(0)), jnp.linspace(-1, 1, 64)[None]
-    >>> fmodel = jq.nnx.fake_quantize(model, jq.w8a8(), x)
+    >>> fmodel = jq.nnx.fake_quantized(model, jq.w8a8(), x)
     >>> fmodel.eval()
     >>> qmodel, report = jq.nnx.convert(fmodel)
     >>> report["kernel"].action, bool((nnx.jit(qmodel)(x) == nnx.jit(fmodel)(x)).all())
@@ -166,7 +167,7 @@ def convert(fmodel: FakeQuantized) -> tuple[Quantized, Report]:
     """
     if not isinstance(fmodel, FakeQuantized):
         raise ValueError(
-            "nnx.convert: expected a model that jaxquant.nnx.fake_quantize made, "
+            "nnx.convert: expected a model that jaxquant.nnx.fake_quantized made, "
             f"got {type(fmodel).__name__}"
         )
     state = fmodel.quant.state()

@@ -1,5 +1,6 @@
 """Quantization after training: encode weights, calibrate activations, keep results integers."""
 
 from jaxquant.ptq.apply import ptq
+from jaxquant.ptq.state import PTQKeywords
 
-__all__ = ["ptq"]
+__all__ = ["PTQKeywords", "ptq"]

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax import Array
 
-from jaxquant.capture import Statistics, activation_report, arguments, capture
-from jaxquant.capture.batches import Alike, lists_told, require_iterable
-from jaxquant.interpret.calls import Call, trace_call
+from jaxquant.capture import Statistics, arguments
+from jaxquant.capture.batches import Alike, keywords_bound, lists_told, require_iterable
+from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.record import sites_of
-from jaxquant.interpret.serve import serve
-from jaxquant.interpret.sites import Sites, path_str
-from jaxquant.numerics import compute_dtype
-from jaxquant.params import Encoded, apply_recipe, make_plans
-from jaxquant.ptq.calibrate import PTQOptions, encoded_by_inputs
-from jaxquant.ptq.channels import divided
-from jaxquant.ptq.fuse import fused, with_offsets
-from jaxquant.ptq.speed import Meter, speed_notes
-from jaxquant.ptq.static import Divided, calibrated, check_observers, check_sites
+from jaxquant.interpret.sites import path_str
+from jaxquant.params import make_plans
+from jaxquant.ptq.speed import Meter
+from jaxquant.ptq.stages import STAGES
+from jaxquant.ptq.state import PTQOptions, State
 from jaxquant.qtensor import is_qtensor
-from jaxquant.recipe import Recipe, RecipeLike, as_recipe, attention_spec
-from jaxquant.report import Event, Report, shown
+from jaxquant.recipe import Recipe, RecipeLike, as_recipe
+from jaxquant.report import Report, shown
 
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -37,6 +32,7 @@ def ptq(
     params: Any,
     recipe: RecipeLike,
     *args: Any,
+    kwargs: Mapping[str, Any] | None = None,
     batches: Iterable[Any] | None = None,
     stats: Statistics | str | os.PathLike[str] | None = None,
     key: Array | None = None,
@@ -47,7 +43,6 @@ def ptq(
     progress: bool | None = None,
     save: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
-    **kwargs: Any,
 ) -> tuple[Any, Report]:
     """Quantizes the params of `fn(params, *args, **kwargs)` by a recipe.
 
@@ -71,6 +66,7 @@ def ptq(
       params: its float parameters; the tree itself is not changed.
       recipe: rules on key paths, such as `jaxquant.w8a8()`; a rule or several make one.
       *args: the other arguments to trace with; by default those of the first batch.
+      kwargs: keyword arguments of `fn`, such as `{"train": False}`, for every call of it.
       batches: calibration samples, each the tuple of `fn`'s arguments after the params (or the one
         argument); any iterable, gone through once.
       stats: what `jaxquant.capture` found with the observers of this recipe, or the file it is in;
@@ -88,7 +84,6 @@ def ptq(
       save: a folder to keep every layer in once it is quantized by its inputs.
       resume: such a folder, to go on from: the result is that of one uninterrupted run, bit for
         bit. It may be that of `save`, which then need not exist yet.
-      **kwargs: keyword arguments of `fn`.
 
     Returns:
       The quantized params, which `quantized(fn)` takes, and a report on every leaf.
@@ -112,13 +107,12 @@ def ptq(
     names = _named(platforms)
     if not callable(fn):
         raise ValueError(f"ptq: expected a function of params first, got a {type(fn).__name__}")
-    observed = any(rule.observer is not None for rule in recipe.rules)
-    looking = any(rule.gathers is not None for rule in recipe.rules)
-    _check_calibration(observed, looking, batches, stats)
+    _check_calibration(recipe, batches, stats)
     if isinstance(stats, (str, os.PathLike)):
         stats = Statistics.load(stats)
+    fn, kwargs = keywords_bound(fn, kwargs, "ptq", bind=batches is not None)
+    given = args
     if batches is not None:
-        given = args
         args, batches = _first(args, batches)
     with lists_told(args if batches is not None else ()):
         call = trace_call(fn, params, args, kwargs)
@@ -129,68 +123,42 @@ def ptq(
             "ptq: the function contracts nothing with its params, so there is nothing to quantize; "
             f"params: {', '.join(map(shown, call.param_paths)) or 'none'}"
         )
-    leaves = jax.tree.leaves_with_path(params, is_leaf=is_qtensor)
-    planned = make_plans([(path_str(path), leaf) for path, leaf in leaves], recipe, sites)
-    with_kwargs = functools.partial(fn, **kwargs) if kwargs else fn
-    encoded: dict[str, Encoded] = {}
-    absorbed: dict[str, list[str]] = {}
-    if looking:
-        batches = None if batches is None else list(batches)
+    flat = jax.tree.leaves_with_path(params, is_leaf=is_qtensor)
+    planned = make_plans([(path_str(path), leaf) for path, leaf in flat], recipe, sites)
+    options = PTQOptions(sequential, budget, offload, progress, save, resume, key)
+    state = State(fn, params, recipe, call, sites, planned, batches, stats, options, names, meter)
+    if state.gathers and batches is not None:
+        batches = list(batches)
         if batches and given:
             _require_alike(given, batches)
-        if stats is not None and observed:
-            raise ValueError(
-                "ptq: with rules that have an observer and others that look at inputs, give "
-                "batches, not stats: ranges are those of activations as rewrites and quantized "
-                "weights leave them"
-            )
-        how = PTQOptions(sequential, budget, offload, progress, save, resume)
-        bound = trace_call(with_kwargs, params, args, {}) if kwargs else call
-        if stats is not None:
-            check_sites(sites, stats)
-        encoded, params, absorbed = encoded_by_inputs(
-            with_kwargs, params, recipe, bound, sites, planned[0], batches, stats, key, how
-        )
-    if batches is not None and observed and not looking:
-        stats = capture(with_kwargs, params, batches, recipe, progress=progress)
-    by_channel: dict[str, Divided] = {}
-    if stats is not None and observed and not looking:
-        check_sites(sites, stats)
-        check_observers(recipe, sites, stats)
-        params, by_channel = divided(params, recipe, sites, stats)
-    qparams, report = apply_recipe(
-        params, recipe, sites=sites, key=key, encoded=encoded, planned=planned
-    )
-    report = report.with_leaf_notes(absorbed)
-    if batches is not None and observed and looking:
-        # ranges are of what is left of an activation when its factors have moved
-        stats = capture(with_kwargs, qparams, batches, recipe, progress=progress)
-    if stats is not None and observed:
-        qparams = with_offsets(calibrated(qparams, recipe, sites, stats, by_channel), sites)
-        qparams, edges = fused(qparams, _with(call, qparams), recipe, sites)
-        report = dataclasses.replace(
-            report, edges=edges, activations=activation_report(stats, recipe, sites)
-        )
-    events = _replay(_with(call, qparams), recipe)
-    report = dataclasses.replace(report, attention=_attention(sites, qparams, recipe))
-    report = report.with_notes(*speed_notes(meter, sites, qparams, report, names))
-    return qparams, report.with_events([*events, *_dtypes(qparams, names)])
+        state = dataclasses.replace(state, batches=batches)
+    for stage in STAGES:
+        state = stage(state)
+    return state.qparams, state.report
 
 
-def _check_calibration(observed: bool, looking: bool, batches: Any, stats: Any) -> None:
-    given = [name for name, x in (("batches", batches), ("stats", stats)) if x is not None]
-    if len(given) == 2:
+def _check_calibration(recipe: Recipe, batches: Any, stats: Any) -> None:
+    observes = any(rule.observer is not None for rule in recipe.rules)
+    gathers = any(rule.gathers is not None for rule in recipe.rules)
+    names = [name for name, x in (("batches", batches), ("stats", stats)) if x is not None]
+    if len(names) == 2:
         raise ValueError("ptq: give batches or stats, not both")
-    if (observed or looking) and not given:
-        what = "an observer" if observed else "an encoder or a rewrite that looks at inputs"
+    if (observes or gathers) and not names:
+        what = "an observer" if observes else "an encoder or a rewrite that looks at inputs"
         raise ValueError(
             f"ptq: the recipe has {what}, so it needs calibration samples: pass batches=[...], or "
             "stats= from jaxquant.capture"
         )
-    if given and not (observed or looking):
+    if names and not (observes or gathers):
         raise ValueError(
-            f"ptq: {given[0]} given, but no rule of the recipe has an observer that would look at "
+            f"ptq: {names[0]} given, but no rule of the recipe has an observer that would look at "
             "them; activations are quantized at run time"
+        )
+    if observes and gathers and stats is not None:
+        raise ValueError(
+            "ptq: with rules that have an observer and others that look at inputs, give "
+            "batches, not stats: ranges are those of activations as rewrites and quantized "
+            "weights leave them"
         )
 
 
@@ -219,35 +187,6 @@ def _require_alike(args: tuple[Any, ...], batches: Sequence[Any]) -> None:
         )
 
 
-def _with(call: Call, qparams: Any) -> Call:
-    """The call with the quantized params, which it was traced for as well: as floats."""
-    return call.with_params(jax.tree.leaves(qparams, is_leaf=is_qtensor))
-
-
-def _replay(call: Call, recipe: Recipe) -> tuple[Event, ...]:
-    """What `quantized(fn)` will report, found without running it."""
-    events: list[Event] = []
-
-    def run(leaves: list[Any]) -> None:
-        inner = dataclasses.replace(call, leaves=leaves)
-        events[:] = serve(inner, recipe, audit=True)[1]
-
-    jax.eval_shape(run, call.leaves)
-    return tuple(events)
-
-
-def _attention(sites: Sites, qparams: Any, recipe: Recipe) -> tuple[tuple[str, str | None], ...]:
-    """Sites without a parameter, and the format that `quantized(fn)` computes them in."""
-    leaves = jax.tree.leaves(qparams, is_leaf=is_qtensor)
-    # leaves quantized earlier may carry the rules of an earlier recipe
-    carried = {q.contraction.attention for q in leaves if is_qtensor(q) and q.contraction.attention}
-    rules = next(iter(carried)) if len(carried) == 1 else recipe.attention
-    found = [
-        (site.key, attention_spec(rules, site.key)) for site in sites.sites if site.param is None
-    ]
-    return tuple((key, None if spec is None else spec.format.name) for key, spec in found)
-
-
 def _named(platforms: str | Sequence[str] | None) -> tuple[str, ...]:
     if platforms is None:
         return (jax.default_backend(),)
@@ -260,16 +199,3 @@ def _named(platforms: str | Sequence[str] | None) -> tuple[str, ...]:
                 "and gpu for cuda and rocm"
             )
     return tuple(dict.fromkeys(names))
-
-
-def _dtypes(qparams: Any, platforms: Sequence[str]) -> list[Event]:
-    """Where a platform computes float contractions in another dtype than the model's."""
-    leaves = [q for q in jax.tree.leaves(qparams, is_leaf=is_qtensor) if is_qtensor(q)]
-    events = []
-    for platform in platforms:
-        for dtype in sorted({q.dtype for q in leaves if q.contraction.activations is None}):
-            instead, reason = compute_dtype(dtype, platform)
-            if reason is not None:
-                message = f"{dtype} contractions are computed in {instead.name}: {reason}"
-                events.append(Event("compute dtype", platform, "", message))
-    return events

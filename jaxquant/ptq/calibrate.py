@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,83 +20,44 @@ from jaxquant.ptq.absorb import Move, folded, moves_of, stuck
 from jaxquant.ptq.encode import encode_members, placed
 from jaxquant.ptq.gather import BUDGET, expected_stats, fed_by, members_of, misfits, passes
 from jaxquant.ptq.run import run_of
-from jaxquant.ptq.saved import Folder, Path
+from jaxquant.ptq.saved import Folder
 from jaxquant.ptq.sequential import Walk, fed_alike, quantize_in_order, walk_of, walked_misfits
+from jaxquant.ptq.state import State
 from jaxquant.qtensor import PerChannel, is_qtensor
-from jaxquant.recipe import Recipe
 from jaxquant.report import shown
 
 
-@dataclasses.dataclass(frozen=True)
-class PTQOptions:
-    """How calibration by inputs goes about it; see `jaxquant.ptq`."""
-
-    sequential: bool = True
-    budget: int | None = None
-    offload: bool = False
-    progress: bool | None = None
-    save: Path | None = None
-    resume: Path | None = None
-
-    def __post_init__(self) -> None:
-        given = self.budget
-        if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
-            raise ValueError(f"ptq: budget: expected a number of bytes, got {given!r}")
-
-    @property
-    def bytes(self) -> int:
-        """The budget in bytes."""
-        return BUDGET if self.budget is None else self.budget
-
-
-def encoded_by_inputs(
-    fn: Callable[..., Any],
-    params: Any,
-    recipe: Recipe,
-    call: Call,
-    sites: Sites,
-    planned: Sequence[Plan],
-    batches: Sequence[Any] | None,
-    stats: Statistics | None,
-    key: Array | None,
-    how: PTQOptions,
-) -> tuple[dict[str, Encoded], Any, dict[str, list[str]]]:
+def encoded_by_inputs(state: State) -> tuple[dict[str, Encoded], Any, dict[str, list[str]]]:
     """Encodes all leaves of a recipe some of whose rules look at inputs.
-
-    Args:
-      fn: the function, of params and the arguments in a batch.
-      params: its float params.
-      recipe: the rules.
-      call: `fn` traced with the arguments of the first batch.
-      sites: its sites.
-      planned: what to do with every leaf.
-      batches: the samples; `None` where there are `stats`.
-      stats: what was gathered before.
-      key: see `encode_leaf`.
-      how: in which order, and within which bounds.
 
     Returns:
       By path, what became of every leaf that a rule quantizes; the params, of which float leaves
       may have absorbed factors; and notes on those.
     """
-    flat = jax.tree.leaves_with_path(params, is_leaf=is_qtensor)
+    call, sites, batches, stats = state.call, state.sites, state.batches, state.stats
+    options, key = state.options, state.options.key
+    budget = BUDGET if options.budget is None else options.budget
+    assert batches is None or isinstance(batches, Sequence)
+    flat = jax.tree.leaves_with_path(state.params, is_leaf=is_qtensor)
     leaves = {path_str(path): leaf for path, leaf in flat}
-    plans = {plan.path: plan for plan in planned}
+    plans = {plan.path: plan for plan in state.planned[0]}
     needs = _needs(plans)
     check_finite([(path, leaf) for path, leaf in leaves.items() if plans[path].spec is not None])
     _rehearse(leaves, plans, needs, key)
     _check_static(plans)
     walk = None
-    if stats is None and how.sequential:
+    if stats is None and options.sequential:
         walk = walk_of(call, leaves, plans, needs)
     early = {p: o for p, o in needs.items() if walk is None or p not in walk.paths}
     if stats is None:
         _require_fitting(call, walk, leaves, plans, early)
-    saved = how.save is not None or how.resume is not None
+    saved = options.save is not None or options.resume is not None
     if saved and stats is not None:
         raise ValueError("ptq: save and resume are for calibration by batches, not by stats")
-    about = run_of(call, leaves, recipe, batches, key) if saved else {}
-    folder = Folder(how.save, how.resume, about | {"sequential": how.sequential} if saved else {})
+    about = run_of(call, leaves, state.recipe, batches, key) if saved else {}
+    folder = Folder(
+        options.save, options.resume, about | {"sequential": options.sequential} if saved else {}
+    )
     encoded = {
         path: _by_itself(path, leaves[path], plan, key)
         for path, plan in plans.items()
@@ -115,12 +75,12 @@ def encoded_by_inputs(
             encoded |= {p: placed(one, leaves[p]) for p, one in kept.items()}
         waiting = {path: o for path, o in early.items() if path not in encoded}
         for paths, seen in passes(
-            *(fn, params, call, plans, batches, waiting),
-            budget=how.bytes,
-            progress=how.progress,
+            *(state.fn, state.params, call, plans, batches, waiting),
+            budget=budget,
+            progress=options.progress,
         ):
             for done in _encoded(paths, leaves, plans, seen, moves, key):
-                if how.sequential:
+                if options.sequential:
                     done = {path: _beforehand(one, plans[path]) for path, one in done.items()}
                 folder.write(number[next(iter(done))], done)
                 encoded |= done
@@ -129,13 +89,13 @@ def encoded_by_inputs(
         encoded |= quantize_in_order(
             *(walk, leaves, plans, needs, moves, _samples(batches), encoded),
             key=key,
-            budget=how.bytes,
-            offload=how.offload,
-            progress=how.progress,
+            budget=budget,
+            offload=options.offload,
+            progress=options.progress,
             folder=folder,
         )
     encoded, changed, notes = folded(encoded, leaves, moves)
-    tree = jax.tree.structure(params, is_leaf=is_qtensor)
+    tree = jax.tree.structure(state.params, is_leaf=is_qtensor)
     whole = [changed.get(path, leaf) for path, leaf in leaves.items()]
     return encoded, jax.tree.unflatten(tree, whole), notes
 

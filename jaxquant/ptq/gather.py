@@ -74,7 +74,7 @@ def passes(
                 held |= entries[path]
         waiting = [path for path in waiting if path not in now]
         chosen = {name: asked[name] for path in now for name in names[path]}
-        yield now, capture_with("ptq", fn, params, (), batches, chosen, progress=progress)
+        yield now, capture_with("ptq", fn, params, (), chosen, batches=batches, progress=progress)
 
 
 def _asked(

@@ -98,7 +98,7 @@ def fake_quantized(
 
 
 _ASK = (
-    "make a state with jaxquant.init_quant_state(fn, params, recipe, example) and pass it as "
+    "make a state with jaxquant.init_quant_state(fn, params, recipe, *args) and pass it as "
     "quant_state="
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxquant.capture.batches import arguments
 from jaxquant.capture.plan import observed_call, plan_of
 from jaxquant.capture.statistics import Sites as Seen
 from jaxquant.capture.statistics import Statistics
@@ -32,23 +31,22 @@ def init_quant_state(
     fn: Callable[..., Any],
     params: Any,
     recipe: RecipeLike,
-    example: Any,
-    *,
+    *args: Any,
+    kwargs: Mapping[str, Any] | None = None,
     key: Array | None = None,
-    **kwargs: Any,
 ) -> QuantState:
     """What training `fn` by a recipe keeps beside its params, as it is at the start.
 
-    `fn(params, *example)` is run once in float: steps of activations, and the ranges that observers
+    `fn(params, *args)` is run once in float: steps of activations, and the ranges that observers
     follow, start from what it shows. Steps of weights start from the weights.
 
     Args:
       fn: any traceable function whose first argument is a params pytree.
       params: its float parameters.
       recipe: the rules, as for `fake_quantized`.
-      example: one batch: the tuple of `fn`'s arguments after the params, or the only one.
+      *args: one batch: the other arguments of `fn`.
+      kwargs: its keyword arguments, such as `{"train": False}`.
       key: PRNG key for gradients that are rounded at random; by default `jax.random.key(0)`.
-      **kwargs: keyword arguments of `fn`.
 
     Raises:
       ValueError: `recipe` is none, or says what cannot be trained; a weight, or an activation of
@@ -64,15 +62,10 @@ def init_quant_state(
     where = "init_quant_state"
     chosen = as_recipe(recipe, where, params)
     require_trainable(chosen, where)
-    args = arguments(example)
     try:
-        call = trace_call(fn, params, args, kwargs)
+        call = trace_call(fn, params, args, dict(kwargs or {}))
     except ValueError as error:
-        raise ValueError(
-            f"{where}: {error}. It was called with the example, {len(args)} "
-            f"argument{'' if len(args) == 1 else 's'} after the params: a tuple holds them, "
-            "anything else is the only one"
-        ) from error
+        raise ValueError(f"{where}: {error}") from error
     require_float(call, where)
     return state_for(call, chosen, key, where)
 

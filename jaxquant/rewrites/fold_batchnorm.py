@@ -62,7 +62,7 @@ def _folded(record: BatchNormFold) -> str:
 
 
 def fold_batchnorm(
-    fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any
+    fn: Callable[..., Any], params: Any, *args: Any, kwargs: Mapping[str, Any] | None = None
 ) -> tuple[Any, FoldReport]:
     """Moves the scale of every BatchNorm into the kernel before it, where there is just one.
 
@@ -89,7 +89,7 @@ def fold_batchnorm(
         `model.apply` with all variables; as it is used for inference.
       params: its float parameters, running statistics among them; not changed.
       *args: the other arguments to trace with, arrays or `jax.ShapeDtypeStruct`s.
-      **kwargs: keyword arguments, likewise.
+      kwargs: keyword arguments of `fn`, likewise.
 
     Returns:
       The new params, and a record on each BatchNorm in the order of execution.
@@ -144,10 +144,10 @@ def _require_function(fn: Any) -> None:
 
 
 def find_batchnorms(
-    fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
 ) -> tuple[tuple[BatchNormSite, ...], tuple[BatchNormFold, ...]]:
     """The sites that `fold_batchnorm` folds, and what it says of every BatchNorm."""
-    call = trace_call(fn, params, args, kwargs)
+    call = trace_call(fn, params, args, kwargs or {})
     quantized = {p for p, leaf in zip(call.paths, call.leaves, strict=True) if is_qtensor(leaf)}
     nodes = graph_of(call).nodes
     order = {id(node): n for n, node in enumerate(nodes)}

@@ -21,7 +21,7 @@ def rescale(
     params: Any,
     factors: Mapping[str | tuple[str, ...], Array],
     *args: Any,
-    **kwargs: Any,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, dict[tuple[str, ...], Absorbed]]:
     """Multiplies weights by a factor for each input channel, and divides what comes before.
 
@@ -36,7 +36,7 @@ def rescale(
       factors: for the key path of a weight, or those of all that one activation feeds, positive
         factors `[*layers, channels]`, such as a rewrite (`smoothquant`, `awq`) returns.
       *args: the other arguments to trace with, arrays or `jax.ShapeDtypeStruct`s.
-      **kwargs: keyword arguments, likewise.
+      kwargs: keyword arguments of `fn`, likewise.
 
     Returns:
       The new params; and for each of the factors, under the paths as a tuple, where they went.

@@ -24,7 +24,7 @@ def fn(p: Any, x: Any) -> Any:
 
 def test_advice_on_channels_is_what_rules_offer() -> None:
     rule = jq.Rule("**", weights=jq.int8(), activations=ASYM, observer=profile())
-    stats, sites = jq.capture(fn, PARAMS, [X], rule), jq.trace(fn, PARAMS, X)
+    stats, sites = jq.capture(fn, PARAMS, rule, batches=[X]), jq.trace(fn, PARAMS, X)
     report = jq.activation_report(stats, rule, sites)
     row = report["w"]
     assert row.suggestion == "per channel"
@@ -45,8 +45,8 @@ def test_advice_on_channels_is_what_rules_offer() -> None:
 def test_a_note_where_channels_are_not_known() -> None:
     int4 = jq.int4(granularity=jq.PerTensor())
     rule = jq.Rule("w", weights=jq.int8(), activations=int4, observer=histogram())
-    stats = jq.capture(fn, PARAMS, [X], rule)
+    stats = jq.capture(fn, PARAMS, rule, batches=[X])
     (note,) = jq.activation_report(stats, rule).notes
     assert note.startswith("w has less than 30 dB; captured with observers.profile()")
     known = jq.Rule("w", weights=jq.int8(), activations=int4, observer=profile())
-    assert not jq.activation_report(jq.capture(fn, PARAMS, [X], known), known).notes
+    assert not jq.activation_report(jq.capture(fn, PARAMS, known, batches=[X]), known).notes

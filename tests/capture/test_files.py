@@ -26,9 +26,9 @@ def test_a_missing_folder_is_told_before_any_batch(tmp_path: Any) -> None:
 
     path = tmp_path / "none" / "stats.npz"
     with pytest.raises(ValueError, match=r"capture: save: there is no folder '.*none' for"):
-        capture(dense, PARAMS, batches(), absmax(), save=path)
+        capture(dense, PARAMS, absmax(), batches=batches(), save=path)
     with pytest.raises(ValueError, match=r"capture: save: expected a file, got the folder"):
-        capture(dense, PARAMS, batches(), absmax(), save=tmp_path)
+        capture(dense, PARAMS, absmax(), batches=batches(), save=tmp_path)
     assert not taken
 
 
@@ -36,14 +36,14 @@ def test_one_command_starts_and_goes_on(tmp_path: Any) -> None:
     path, given = tmp_path / "stats.npz", [X, 2 * X]
     interrupted = [given[0], jnp.nan * X]
     with pytest.raises(CaptureError, match=r"; the statistics of 1 batch are kept in"):
-        capture(dense, PARAMS, interrupted, absmax(), resume=path, save=path)
-    stats = capture(dense, PARAMS, given, absmax(), resume=str(path), save=path)
+        capture(dense, PARAMS, absmax(), batches=interrupted, resume=path, save=path)
+    stats = capture(dense, PARAMS, absmax(), batches=given, resume=str(path), save=path)
     assert stats.batches == 2
     np.testing.assert_array_equal(stats.finish("a", "lhs", jq.int8()).high, 2.0)
     with pytest.raises(ValueError, match="there is no such file"):
-        capture(dense, PARAMS, given, absmax(), resume=tmp_path / "other.npz", save=path)
+        capture(dense, PARAMS, absmax(), batches=given, resume=tmp_path / "other.npz", save=path)
     with pytest.raises(ValueError, match=r"resume holds .* 2 batches, and there is only 1"):
-        capture(dense, PARAMS, [X], absmax(), resume=path)
+        capture(dense, PARAMS, absmax(), batches=[X], resume=path)
 
 
 def test_what_is_written_aside_lies_beside_the_file(
@@ -55,7 +55,7 @@ def test_what_is_written_aside_lies_beside_the_file(
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    stats = capture(dense, PARAMS, [X], absmax(), save=folder / "stats.npz")
+    stats = capture(dense, PARAMS, absmax(), batches=[X], save=folder / "stats.npz")
     assert Statistics.load(folder / "stats.npz").batches == stats.batches
     monkeypatch.chdir(folder)
     stats.save("here.npz")
@@ -64,7 +64,7 @@ def test_what_is_written_aside_lies_beside_the_file(
 
 def test_other_and_damaged_files(tmp_path: Any) -> None:
     good = tmp_path / "stats.npz"
-    capture(dense, PARAMS, [X], absmax(), save=good)
+    capture(dense, PARAMS, absmax(), batches=[X], save=good)
     data = good.read_bytes()
     middle = len(data) // 2
     files = {
@@ -91,11 +91,11 @@ def test_a_list_is_one_argument() -> None:
 
     pair = [X, X]
     with pytest.raises(ValueError, match=r"only a tuple is several: expected \(x, y\), not \[x"):
-        capture(fn, PARAMS, [pair], absmax())
+        capture(fn, PARAMS, absmax(), batches=[pair])
     rule = jq.w8a8_static(absmax())
     with pytest.raises(ValueError, match="only a tuple is several"):
         jq.ptq(fn, PARAMS, rule, batches=[pair])
-    whole = capture(lambda p, xs: fn(p, *xs), PARAMS, [pair], absmax())
+    whole = capture(lambda p, xs: fn(p, *xs), PARAMS, absmax(), batches=[pair])
     assert whole.batches == 1
 
 
@@ -104,9 +104,9 @@ def test_none_is_named() -> None:
         return x @ p["a"]
 
     with pytest.raises(ValueError, match=r"batch 1: argument 1: expected False .*, got None"):
-        capture(fn, PARAMS, [(X, False), (X, None)], absmax())
+        capture(fn, PARAMS, absmax(), batches=[(X, False), (X, None)])
 
 
 def test_observers_are_called_from_their_room() -> None:
     with pytest.raises(ValueError, match=r"call it: jq\.observers\.mse\(\)"):
-        capture(dense, PARAMS, [X], mse)
+        capture(dense, PARAMS, mse, batches=[X])

@@ -53,7 +53,7 @@ def captured() -> tuple[Statistics, list[jq.Rule]]:
         jq.Rule(name, weights=jq.int8(), activations=spec, observer=observer)
         for name, (_, spec, observer, _) in CASES.items()
     ]
-    return jq.capture(dense, params, batches, recipe), recipe
+    return jq.capture(dense, params, recipe, batches=batches), recipe
 
 
 def rounded(x: np.ndarray, row: jq.SiteReport, spec: jq.QSpec) -> tuple[np.ndarray, np.ndarray]:
@@ -114,7 +114,7 @@ def test_each_layer_of_a_loop_has_a_row() -> None:
 
     w = jnp.stack([jnp.eye(16), 2 * jnp.eye(16), 4 * jnp.eye(16)])
     rule = jq.Rule("**", weights=jq.int8(), activations=INT8, observer=profile())
-    stats = jq.capture(fn, {"w": w}, [jnp.asarray(EVEN)], rule)
+    stats = jq.capture(fn, {"w": w}, rule, batches=[jnp.asarray(EVEN)])
     report = jq.activation_report(stats, rule)
     assert [row.site for row in report.sites] == ["w[0]", "w[1]", "w[2]"]
     top = float(EVEN.max())
@@ -143,7 +143,7 @@ def test_only_what_a_rule_can_follow_is_advised() -> None:
         jq.Rule("**", weights=jq.int8(), activations=INT8, observer=profile()),
         jq.Rule("**", attention=INT8, observer=profile()),
     ]
-    stats, sites = jq.capture(attention, params, [x], rules), jq.trace(attention, params, x)
+    stats, sites = jq.capture(attention, params, rules, batches=[x]), jq.trace(attention, params, x)
     report = jq.activation_report(stats, rules, sites)
     by = {(row.site, row.operand): row for row in report.sites}
     assert by["q", "lhs"].suggestion == "per channel"
@@ -166,7 +166,9 @@ def test_only_what_a_rule_can_follow_is_advised() -> None:
 def test_a_channel_that_is_never_used_does_not_hide_the_others() -> None:
     x = (0.01 * WIDE * (np.arange(16) != 3)).astype(np.float32)
     rule = jq.Rule("**", weights=jq.int8(), activations=INT8, observer=profile())
-    stats = jq.capture(lambda p, x: x @ p["w"], {"w": jnp.ones((16, 2))}, [jnp.asarray(x)], rule)
+    stats = jq.capture(
+        lambda p, x: x @ p["w"], {"w": jnp.ones((16, 2))}, rule, batches=[jnp.asarray(x)]
+    )
     assert jq.activation_report(stats, rule)["w"].suggestion == "per channel"
 
 
@@ -181,7 +183,7 @@ def test_a_channel_that_is_never_used_does_not_hide_the_others() -> None:
 def test_observers_without_one_histogram_give_the_range(observer: Any, granularity: Any) -> None:
     spec = jq.int8(granularity=granularity)
     rule = jq.Rule("**", weights=jq.int8(), activations=spec, observer=observer)
-    stats = jq.capture(lambda p, x: x @ p["w"], {"w": jnp.ones((16, 2))}, [EVEN], rule)
+    stats = jq.capture(lambda p, x: x @ p["w"], {"w": jnp.ones((16, 2))}, rule, batches=[EVEN])
     report = jq.activation_report(stats, rule)
     row = report["w"]
     assert (row.clipped, row.sqnr_db, row.suggestion) == (None, None, "")
@@ -197,7 +199,7 @@ def test_observers_without_one_histogram_give_the_range(observer: Any, granulari
 def test_no_signal_is_json_and_a_dash() -> None:
     rule = jq.Rule("**", weights=jq.int8(), activations=INT8, observer=profile())
     zeros = jnp.zeros((4, 16))
-    stats = jq.capture(lambda p, x: x @ p["w"], {"w": jnp.ones((16, 2))}, [zeros], rule)
+    stats = jq.capture(lambda p, x: x @ p["w"], {"w": jnp.ones((16, 2))}, rule, batches=[zeros])
     report = jq.activation_report(stats, rule)
     assert report["w"].clipped == 0.0
     assert str(report).splitlines()[2].split()[-1] == "-"

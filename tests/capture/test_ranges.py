@@ -26,7 +26,7 @@ def by_hand(program: Program) -> dict[tuple[str, str], dict[tuple[int, ...], lis
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_ranges_updates_and_sharing_are_those_of_a_forward_pass_by_hand(name: str) -> None:
     program = PROGRAMS[name]
-    stats = capture(program.fn, program.params, iter(program.batches), minmax())
+    stats = capture(program.fn, program.params, minmax(), batches=iter(program.batches))
     expected = by_hand(program)
     assert {(key, operand) for key in stats for operand in stats[key]} == set(expected)
     assert stats.batches == len(program.batches)
@@ -61,7 +61,7 @@ def test_each_rule_has_its_observer_and_other_sites_have_none() -> None:
             jq.Rule("**", weights=spec, activations=spec, attention=spec),
         ]
     )
-    stats = capture(PROGRAMS["layers"].fn, params, PROGRAMS["layers"].batches, recipe)
+    stats = capture(PROGRAMS["layers"].fn, params, recipe, batches=PROGRAMS["layers"].batches)
     both = ["lhs", "rhs"]
     assert {k: list(stats[k]) for k in stats} == {
         "layers/in": ["lhs"],
@@ -77,7 +77,7 @@ def test_where_params_are_quantized_the_inputs_that_arrive_are_seen() -> None:
     x = normal(2, 4, 8)
     recipe = jq.w4a16(group=8)
     qparams, _ = jq.ptq(dense, params, recipe, x)
-    stats = capture(dense, qparams, [x], minmax())
+    stats = capture(dense, qparams, minmax(), batches=[x])
     hidden = jax.jit(jq.quantized(lambda p, x: jnp.maximum(x @ p["a"], 0)))(qparams, x)
     np.testing.assert_allclose(stats.finish("b", "lhs", jq.int8()).high, hidden.max(), rtol=1e-6)
     assert abs(hidden.max() - jnp.maximum(x @ params["a"], 0).max()) > 1e-3
@@ -92,5 +92,5 @@ def test_what_comes_after_the_last_site_is_not_computed_and_a_helper_is_traced_o
 
     program = PROGRAMS["dense"]
     given = iter(program.batches)
-    capture(fn, program.params, ((batch,) for batch in given), minmax())
+    capture(fn, program.params, minmax(), batches=((batch,) for batch in given))
     assert len(traced) == 1 and next(given, None) is None

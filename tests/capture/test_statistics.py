@@ -24,7 +24,7 @@ STATIC = jq.int8(granularity=jq.PerTensor())
 
 
 def run(given: Any, observer: Any, program: Program = LAYERS, **kwargs: Any) -> Statistics:
-    return capture(program.fn, program.params, given, observer, **kwargs)
+    return capture(program.fn, program.params, observer, batches=given, **kwargs)
 
 
 def assert_same(a: Statistics, b: Statistics) -> None:
@@ -112,11 +112,11 @@ def test_a_pytree_that_checkpoints_and_prints(tmp_path: Any) -> None:
 
 def test_an_observer_of_the_users_own() -> None:
     program = PROGRAMS["dense"]
-    stats = capture(program.fn, program.params, program.batches, Mean())
+    stats = capture(program.fn, program.params, Mean(), batches=program.batches)
     mean = np.mean([np.mean(batch) for batch in program.batches])
     np.testing.assert_allclose(stats.finish("a", "lhs", jq.int8()).high, abs(mean), rtol=1e-5)
     with pytest.raises(ValueError, match=r"save: only observers of jaxquant.observers.*Mean"):
-        capture(program.fn, program.params, program.batches, Mean(), save="nowhere.npz")
+        capture(program.fn, program.params, Mean(), batches=program.batches, save="nowhere.npz")
 
 
 def test_files_that_hold_no_statistics(tmp_path: Any) -> None:

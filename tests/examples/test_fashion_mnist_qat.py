@@ -118,7 +118,7 @@ def test_what_is_trained_is_what_is_served(images, tiny):
     before, after = (v["quant"]["learned"] for v in (start, trained))
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
     assert all(jax.tree.leaves(moved))
-    qvariables = fmodel.convert(trained, images.test_x)
+    qvariables = jq.linen.convert(fmodel, trained, images.test_x)
     served = jax.jit(jq.quantized(model.apply))(qvariables, images.test_x)
     expected = jax.jit(fmodel.apply)(trained, images.test_x)
     np.testing.assert_array_equal(served, expected)
@@ -132,7 +132,7 @@ def test_k_means_leaves_so_many_values_to_each_layer(images, tiny):
     assert {held["codebook"].shape for held in start["quant"]["learned"]["weights"].values()} == {
         (4,)
     }
-    q = fmodel.convert(start, images.test_x)["params"]["conv1"]["kernel"]
+    q = jq.linen.convert(fmodel, start, images.test_x)["params"]["conv1"]["kernel"]
     assert len(np.unique(jq.dequantize(q))) == 4
 
 

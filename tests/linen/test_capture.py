@@ -65,7 +65,7 @@ def test_apply_records_and_adds_up_as_capture_does(variables: Any) -> None:
         (y, seen), plain = step({**variables, **seen}, x)
         np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-5)
     stats = QMODEL.statistics({**variables, **seen}, GIVEN[0])
-    assert_same(stats, capture(MODEL.apply, variables, iter(GIVEN), RECIPE))
+    assert_same(stats, capture(MODEL.apply, variables, RECIPE, batches=iter(GIVEN)))
     assert stats["params/body/ScanCheckpointBlock_0/Dense_0/kernel"]["lhs"].lead == (3,)
     shared = [stats[f"params/attn/{name}/kernel"]["lhs"] for name in ("query", "key", "value")]
     assert shared[0] is shared[1] is shared[2]
@@ -145,8 +145,8 @@ def test_ptq_takes_the_collection() -> None:
     qmodel = linen.quantized(model, rule)
     variables = model.init(jax.random.key(0), x)
     _, seen = qmodel.apply(variables, x, mutable=["quant"])
-    by_collection, _ = qmodel.ptq({**variables, **seen}, x)
-    by_batches, _ = qmodel.ptq(variables, batches=[x])
+    by_collection, _ = linen.ptq(model, {**variables, **seen}, rule, x)
+    by_batches, _ = linen.ptq(model, variables, rule, batches=[x])
     assert jax.tree.structure(by_collection) == jax.tree.structure(by_batches)
     jax.tree.map(np.testing.assert_array_equal, by_collection, by_batches)
     assert by_collection["params"]["kernel"].calibration is not None

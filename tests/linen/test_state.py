@@ -222,7 +222,9 @@ def test_gradients_and_partition(methods: Models) -> None:
 def test_model_wrapper(methods: Models) -> None:
     qmodel = linen.quantized(methods.model, RECIPE)
     assert (qmodel.model, qmodel.recipe) == (methods.model, RECIPE)
-    qvariables, report = qmodel.ptq(methods.float, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    qvariables, report = linen.ptq(
+        methods.model, methods.float, RECIPE, jax.ShapeDtypeStruct(x.shape, x.dtype)
+    )
     assert same(qvariables, methods.quantized)
     assert report["params/w"].quantized
     shape = jax.eval_shape(qmodel.apply, methods.float, x)
@@ -290,9 +292,11 @@ def test_an_error_leaves_no_trace(methods: Models) -> None:
         assert methods.model.apply(methods.quantized, x).shape == (8, 16)
 
 
-def test_ptq_needs_a_recipe(methods: Models) -> None:
-    with pytest.raises(ValueError, match="no recipe"):
-        linen.quantized(methods.model).ptq(methods.float, x)
+def test_ptq_needs_a_module(methods: Models) -> None:
+    with pytest.raises(
+        ValueError, match=r"^linen\.ptq: expected the module itself, got its method"
+    ):
+        linen.ptq(methods.model.apply, methods.float, RECIPE, x)
 
 
 @pytest.mark.parametrize("recipe", [jq.w8a8, "w8a8", [jq.w8a8()]], ids=range(3))
@@ -320,7 +324,7 @@ def test_other_methods_of_the_float_model() -> None:
     with pytest.raises(AttributeError, match=r"qmodel\.model"):
         _ = qmodel.features
     # quantized variables under a recipe: nothing is left to quantize, and nothing wrong
-    qvariables, _ = qmodel.ptq(variables, rows)
+    qvariables, _ = linen.ptq(model, variables, jq.int8(), rows)
     rule = jq.Rule("kernel", weights=jq.int8())
     assert same(
         linen.quantized(model, rule).apply(qvariables, rows), qmodel.apply(qvariables, rows)

@@ -82,7 +82,7 @@ class FakeQuantTensor:
         self.fmodel = linen.fake_quantized(self.model, LSQ)
         self.optimizer = optax.sgd(0.02, 0.9)
         self.float = jax.jit(self.model.init)(jax.random.key(0), x)
-        self.first = self.fmodel.with_state(self.float, x, train=True)
+        self.first = self.fmodel.with_state(self.float, x, kwargs={"train": True})
         self.step = step_of(self.fmodel, self.optimizer, train=True)
         self.variables, self.losses = jax.tree.map(jnp.copy, self.first), []
         self.moments = self.optimizer.init(linen.trainable(self.first))
@@ -113,7 +113,9 @@ def test_what_is_trained_is_served(trained: FakeQuantTensor, images: Any) -> Non
     x = images[0]
     y = jax.jit(trained.fmodel.apply)(trained.variables, x)
     assert 0 < error(y, trained.model.apply({**trained.variables}, x)) < 0.5
-    qvariables = trained.fmodel.convert(trained.variables, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    qvariables = linen.convert(
+        trained.fmodel, trained.variables, jax.ShapeDtypeStruct(x.shape, x.dtype)
+    )
     assert sorted(qvariables) == ["batch_stats", "params"]
     assert isinstance(qvariables["params"]["Conv_0"]["kernel"], jq.QTensor)
     for served in (linen.quantized(trained.model).apply, jq.quantized(trained.model.apply)):
@@ -254,7 +256,7 @@ def test_scanned_attention() -> None:
         variables, moments, loss = step(variables, moments, x, x[:, ::-1])
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
-    qvariables = fmodel.convert(variables, x)
+    qvariables = linen.convert(fmodel, variables, x)
     served = jax.jit(linen.quantized(model).apply)(qvariables, x)
     assert same(served, jax.jit(fmodel.apply)(variables, x))
     # methods of parts update theirs, and one that computes with no parameter nothing
@@ -272,7 +274,7 @@ def test_recipes_without_a_state() -> None:
     y = jax.jit(fmodel.apply)(variables, x)
     assert 0 < error(y, model.apply(variables, x)) < 0.03
     assert same(jax.jit(fmodel.apply)(fmodel.with_state(variables, x), x), y)
-    assert same(jax.jit(linen.quantized(model).apply)(fmodel.convert(variables, x), x), y)
+    assert same(jax.jit(linen.quantized(model).apply)(linen.convert(fmodel, variables, x), x), y)
     assert linen.trainable(variables).keys() == {"params"}
 
 
@@ -293,7 +295,7 @@ def test_init_as_the_model_has_it() -> None:
 def test_schedule() -> None:
     model, rngs = Stateful(), {"dropout": jax.random.key(3)}
     schedule = jq.Schedule(start=1, freeze_batchnorm=2)
-    fmodel = linen.fake_quantized(model, LSQ, schedule)
+    fmodel = linen.fake_quantized(model, LSQ, schedule=schedule)
     variables = start = fmodel.init({"params": jax.random.key(0), **rngs}, x, train=True)
     apply = jax.jit(lambda v: fmodel.apply(v, x, train=True, rngs=rngs, mutable=MOVING))
     plain = jax.jit(lambda v: model.apply(v, x, train=True, rngs=rngs, mutable=["batch_stats"]))
@@ -410,11 +412,13 @@ def test_mistakes(trained: FakeQuantTensor, images: Any) -> None:
     with pytest.raises(ValueError, match=r"expected a Recipe"):
         linen.fake_quantized(Net(), jq.w8a8)
     with pytest.raises(ValueError, match=r"expected a jq\.Schedule"):
-        linen.fake_quantized(Net(), LSQ, 100)
+        linen.fake_quantized(Net(), LSQ, schedule=100)
     with pytest.raises(ValueError, match=r"apply: the recipe needs a state.*with_state"):
         fmodel.apply(trained.float, x)
     with pytest.raises(ValueError, match=r"apply: the schedule counts steps"):
-        linen.fake_quantized(Net(), jq.w8a8(), jq.Schedule(start=3)).apply(trained.float, x)
+        linen.fake_quantized(Net(), jq.w8a8(), schedule=jq.Schedule(start=3)).apply(
+            trained.float, x
+        )
     with pytest.raises(ValueError, match=r"state: the variables have no 'quant' collection"):
         fmodel.state(trained.float, x)
     with pytest.raises(ValueError, match=r"expected a 'quant' collection as init makes it.*sites"):

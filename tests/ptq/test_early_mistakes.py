@@ -35,7 +35,7 @@ def test_arguments_to_trace_with_are_those_of_the_batches():
 
 def test_statistics_do_not_serve_ranges_that_rewrites_change():
     recipe = jq.w8a8_static().using(rewrite=jq.smoothquant())
-    stats = jq.capture(mlp, PARAMS, X, jq.observers.inputs())
+    stats = jq.capture(mlp, PARAMS, jq.observers.inputs(), batches=X)
     with pytest.raises(ValueError, match="give batches, not stats"):
         jq.ptq(mlp, PARAMS, recipe, X[0], stats=stats)
     with pytest.raises(ValueError, match=r"a: smoothquant\(\) beside activations with a scale"):
@@ -46,7 +46,7 @@ def test_statistics_do_not_serve_ranges_that_rewrites_change():
 
 def test_capture_takes_a_recipe_that_looks_at_inputs():
     recipe = using(jq.gptq())
-    stats = jq.capture(mlp, PARAMS, X, recipe)
+    stats = jq.capture(mlp, PARAMS, recipe, batches=X)
     q, _ = jq.ptq(mlp, PARAMS, recipe, X[0], stats=stats)
     expected, _ = jq.ptq(mlp, PARAMS, recipe, batches=X, sequential=False)
     for name in PARAMS:

@@ -228,7 +228,7 @@ def test_several_passes_within_a_budget_change_nothing(stacked: Any) -> None:
 
 
 def test_statistics_may_be_gathered_apart() -> None:
-    stats = jq.capture(mlp, MLP, BATCHES, inputs())
+    stats = jq.capture(mlp, MLP, inputs(), batches=BATCHES)
     a, _ = jq.ptq(mlp, MLP, rules(), BATCHES[0], stats=stats)
     b, _ = jq.ptq(mlp, MLP, rules(), batches=BATCHES, sequential=False)
     assert same(a, b)
@@ -240,7 +240,9 @@ def test_keyword_arguments_and_pytrees_of_inputs() -> None:
         return mlp(p, x["x"] * scale)
 
     batches = [({"x": x},) for x in BATCHES]
-    a, _ = jq.ptq(fn, MLP, rules(), batches=batches, scale=np.float32(2.0), name="plain")
+    a, _ = jq.ptq(
+        fn, MLP, rules(), batches=batches, kwargs={"scale": np.float32(2.0), "name": "plain"}
+    )
     b, _ = jq.ptq(mlp, MLP, rules(), batches=[2 * np.asarray(x) for x in BATCHES])
     assert same(a, b)
 
@@ -360,7 +362,7 @@ def test_mistakes_are_told_before_work() -> None:
         ptq(batches=[BATCHES[0], np.asarray(BATCHES[0])[:3]])
     with pytest.raises(ValueError, match="a: input_stats: non-finite values in 1 of 2"):
         ptq(batches=[BATCHES[0], np.full_like(BATCHES[0], np.nan)])
-    absmax = jq.capture(mlp, MLP, BATCHES, jq.observers.absmax())
+    absmax = jq.capture(mlp, MLP, jq.observers.absmax(), batches=BATCHES)
     with pytest.raises(ValueError, match="looks at inputs, but there are no statistics of them"):
         jq.ptq(mlp, MLP, rules(), BATCHES[0], stats=absmax)
     with pytest.raises(ValueError, match="needs statistics of what the parameter is contracted"):

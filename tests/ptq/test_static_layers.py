@@ -143,7 +143,7 @@ def test_a_parameter_of_two_sites_has_the_range_of_both() -> None:
 
     params, ids = {"table": normal(1, 12, 8), "w": normal(2, 8, 8)}, jnp.arange(5)
     rule = jq.Rule("**", weights=W8, activations=ASYM, observer=minmax())
-    stats = jq.capture(fn, params, [ids], rule)
+    stats = jq.capture(fn, params, rule, batches=[ids])
     q, report = jq.ptq(fn, params, rule, ids, stats=stats)
     keys = [key for key in stats if key.startswith("table")]
     assert len(keys) == 2

@@ -27,7 +27,7 @@ X = normal(3, 5, 8)
 
 
 def stats_of(fn: Any, params: Any, *rules: jq.Rule) -> jq.Statistics:
-    return jq.capture(fn, params, [X], rules)
+    return jq.capture(fn, params, rules, batches=[X])
 
 
 def test_calibration_that_is_missing_or_of_no_use() -> None:
@@ -107,7 +107,7 @@ def test_batches_are_gone_through_once_and_give_the_arguments() -> None:
     # arguments to trace with may be given beside them, and stand for shapes only
     aval = jax.ShapeDtypeStruct((2, 8), jnp.float32)
     again, _ = jq.ptq(mlp, PARAMS, STATIC, aval, batches=[f * X for f in (1.0, 3.0, 2.0)])
-    stats = jq.capture(mlp, PARAMS, [f * X for f in (1.0, 3.0, 2.0)], STATIC)
+    stats = jq.capture(mlp, PARAMS, STATIC, batches=[f * X for f in (1.0, 3.0, 2.0)])
     third, _ = jq.ptq(mlp, PARAMS, STATIC, aval, stats=stats)
     for other in (again, third):
         jax.tree.map(np.testing.assert_array_equal, other, q)

@@ -27,7 +27,7 @@ def rule(observer: Any) -> jq.Rule:
 
 
 def test_widths_and_observers_have_to_agree(tmp_path: Any) -> None:
-    stats = jq.capture(mlp, PARAMS, [X], rule(minmax()))
+    stats = jq.capture(mlp, PARAMS, rule(minmax()), batches=[X])
     wide = {"a": normal(1, 9, 6), "b": PARAMS["b"]}
     with pytest.raises(ValueError, match=r"stats: a, lhs: expected .* 9 values along axis 1.* 8, "):
         jq.ptq(mlp, wide, rule(minmax()), normal(3, 5, 9), stats=stats)
@@ -49,7 +49,9 @@ def test_features_of_a_convolution() -> None:
         numbers = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, p["k"], (1, 1), "SAME", dimension_numbers=numbers)
 
-    stats = jq.capture(conv, {"k": normal(0, 3, 3, 4, 5)}, [normal(1, 2, 6, 6, 4)], rule(minmax()))
+    stats = jq.capture(
+        conv, {"k": normal(0, 3, 3, 4, 5)}, rule(minmax()), batches=[normal(1, 2, 6, 6, 4)]
+    )
     params = {"k": normal(0, 3, 3, 2, 5)}
     with pytest.raises(ValueError, match=r"stats: k, lhs: expected .* 2 values along axis 3.* 4, "):
         jq.ptq(conv, params, rule(minmax()), normal(1, 2, 6, 6, 2), stats=stats)

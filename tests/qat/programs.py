@@ -130,7 +130,7 @@ class Many:
 
     def state(self) -> jq.QuantState:
         """A state, made by one compiled program: op by op takes longer."""
-        make = jax.jit(lambda p, args: jq.init_quant_state(self.fn, p, self.recipe, args))
+        make = jax.jit(lambda p, args: jq.init_quant_state(self.fn, p, self.recipe, *args))
         return make(self.params, self.args)
 
     def served(self, state: jq.QuantState) -> Any:

@@ -79,9 +79,9 @@ def test_doors_up_to_roundings() -> None:
     variables = optimised(fmodel.init)(jax.random.key(0), x)
     float_params = {"params": variables["params"]}
     fake = optimised(jq.fake_quantized(model.apply, recipe))
-    qvariables = fmodel.convert(variables, x)
+    qvariables = jq.linen.convert(fmodel, variables, x)
     float_model = nnx.Linear(D, N, rngs=nnx.Rngs(0))
-    trained = jq.nnx.fake_quantize(float_model, recipe, x)
+    trained = jq.nnx.fake_quantized(float_model, recipe, x)
     served = jq.nnx.convert(trained)[0]
 
     def forward(model: nnx.Module, x: Any) -> Any:

@@ -185,8 +185,11 @@ def test_schedules_that_would_do_nothing(schedule: Any, recipe: Any, message: st
 def test_what_cannot_be_started_from() -> None:
     with pytest.raises(ValueError, match="expected arrays, since activations start"):
         jq.init_quant_state(fn, PARAMS, LSQ, jax.ShapeDtypeStruct(X.shape, X.dtype))
-    with pytest.raises(ValueError, match="called with the example, 2 arguments after the params"):
-        jq.init_quant_state(fn, PARAMS, LSQ, (X, X))
+    with pytest.raises(
+        ValueError,
+        match=r"^init_quant_state: the function does not fit .* takes 2 positional arguments but 3",
+    ):
+        jq.init_quant_state(fn, PARAMS, LSQ, X, X)
     encoder = dataclasses.replace(STATIC, encoder=jq.rtn(stochastic=True))
     with pytest.raises(ValueError, match="leave the encoder out"):
         jq.fake_quantized(fn, encoder)

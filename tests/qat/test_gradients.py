@@ -60,7 +60,7 @@ class Dense:
         def fn(p: Any, x: Any) -> Any:
             return {k: x[k] @ p[k]["w"] + p[k]["bias"][None] for k in DENSE}
 
-        make = jax.jit(lambda p, x: jq.init_quant_state(fn, p, recipe, (x,)))
+        make = jax.jit(lambda p, x: jq.init_quant_state(fn, p, recipe, x))
         self.state = make(self.params, self.example)
         # shorter steps of weights, for the same reason
         learned = {
@@ -153,7 +153,7 @@ def test_sites_of_one_leaf_add_up() -> None:
     def fn(p: Any, x: Any) -> Any:
         return [a @ p["w"] for a in x]
 
-    state = jq.init_quant_state(fn, params, recipe, (xs,))
+    state = jq.init_quant_state(fn, params, recipe, xs)
     fake = jq.fake_quantized(fn, recipe)
 
     @jax.jit

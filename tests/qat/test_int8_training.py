@@ -35,7 +35,7 @@ def grads_of(fn: Any, params: Any, x: Any, g: Any, recipe: Any, step: Any = 0) -
 
     @jax.jit
     def run(params: Any, x: Any) -> Any:
-        state = jq.init_quant_state(fn, params, recipe, (x,))
+        state = jq.init_quant_state(fn, params, recipe, x)
         state = dataclasses.replace(state, step=jnp.asarray(step, jnp.int32))
         fake = jq.fake_quantized(fn, recipe)
         y, pull = jax.vjp(lambda p, x: fake(p, x, quant_state=state)[0], params, x)
@@ -143,7 +143,7 @@ def test_rounded_at_random_without_bias() -> None:
     def fn(p: Any, x: Any) -> Any:
         return x @ p["w"]
 
-    state = jq.init_quant_state(fn, params, recipe, (x,))
+    state = jq.init_quant_state(fn, params, recipe, x)
     fake = jq.fake_quantized(fn, recipe)
 
     def grads(key: Any, step: Any) -> Any:
@@ -170,7 +170,7 @@ def test_sites_of_a_leaf_are_rounded_apart() -> None:
     def fn(p: Any, x: Any) -> Any:
         return x @ p["w"], x @ p["w"]
 
-    state = jq.init_quant_state(fn, params, recipe, (x,))
+    state = jq.init_quant_state(fn, params, recipe, x)
     fake = jq.fake_quantized(fn, recipe)
 
     def grads(key: Any, share: Any) -> Any:

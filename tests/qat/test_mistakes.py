@@ -100,7 +100,7 @@ STATEFUL = {
 @pytest.mark.parametrize("name", STATEFUL)
 def test_a_state_is_missing(name: str) -> None:
     recipe, why = STATEFUL[name]
-    message = rf"^fake_quantized: {why}.* jaxquant\.init_quant_state\(fn, params, recipe, example\)"
+    message = rf"^fake_quantized: {why}.* jaxquant\.init_quant_state\(fn, params, recipe, \*args\)"
     raises(message, lambda: jq.fake_quantized(fn, recipe)(PARAMS, X))
 
 

@@ -131,7 +131,7 @@ def test_params_that_a_program_closes_over() -> None:
 
 
 def _trained_and_served(many: Many) -> tuple[Any, Any]:
-    state = jq.init_quant_state(many.fn, many.params, many.recipe, many.args)
+    state = jq.init_quant_state(many.fn, many.params, many.recipe, *many.args)
     y, _ = jq.fake_quantized(many.fn, many.recipe)(many.params, *many.args, quant_state=state)
     qparams = jq.convert(many.params, state, many.recipe)
     return y, jq.quantized(many.fn)(qparams, *many.args)

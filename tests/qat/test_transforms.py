@@ -31,7 +31,7 @@ def test_vmap_and_remat_and_loops() -> None:
     def fn(p: Any, x: Any) -> Any:
         return jnp.tanh(x @ p["a"]) @ p["b"]
 
-    state = jq.init_quant_state(fn, params, recipe, (x[0],))
+    state = jq.init_quant_state(fn, params, recipe, x[0])
     fake = jq.fake_quantized(fn, recipe)
 
     def loss(fake: Any, trained: Any, x: Any) -> Any:
@@ -81,7 +81,7 @@ def test_scanned_and_rematerialized_layers() -> None:
     def grads(fn: Any, params: Any) -> Any:
         @jax.jit
         def run(params: Any) -> Any:
-            state = jq.init_quant_state(fn, params, recipe, (x,))
+            state = jq.init_quant_state(fn, params, recipe, x)
 
             def loss(params: Any, learned: Any) -> Any:
                 now = dataclasses.replace(state, learned=learned)
@@ -156,7 +156,7 @@ def test_gradients_have_the_dtype_of_what_they_are_of() -> None:
     many = Many(PROGRAMS["bfloat16"])
 
     def grads(params: Any, x: Any) -> Any:
-        state = jq.init_quant_state(many.fn, params, many.recipe, (x,))
+        state = jq.init_quant_state(many.fn, params, many.recipe, x)
 
         def loss(params: Any, learned: Any, x: Any) -> Any:
             now = dataclasses.replace(state, learned=learned)

@@ -46,9 +46,9 @@ def test_a_site_reads_its_own_value_whole() -> None:
 def test_statistics_cannot_be_carried_out() -> None:
     params, x = {"a": normal(0, D, D), "b": normal(1, D, D)}, normal(2, 4, D)
     with pytest.raises(ValueError, match="'a' is inside a shard_map, out of which statistics"):
-        capture(lambda p, x: halved(p["a"], x), params, [x], absmax())
+        capture(lambda p, x: halved(p["a"], x), params, absmax(), batches=[x])
     outside = jq.Rule("b", weights=jq.int8(), activations=STATIC, observer=absmax())
-    stats = capture(lambda p, x: halved(p["a"], x) @ p["b"], params, [x], outside)
+    stats = capture(lambda p, x: halved(p["a"], x) @ p["b"], params, outside, batches=[x])
     assert list(stats) == ["b"]
 
 
