@@ -26,7 +26,7 @@ from sklearn.cluster import KMeans
 import jaxquant as jq
 
 CLUSTERS = 4  # bits
-ENCODERS = {"coarse": jq.kmeans(), "density": jq.kmeans("density"), "exact": jq.kmeans(exact=True)}
+ENCODERS = {"coarse": jq.kmeans(), "exact": jq.kmeans(exact=True)}
 
 
 def minilm_kernels() -> list[np.ndarray]:
@@ -90,7 +90,7 @@ def contractions(size: int, rounds: int) -> None:
     whole = jax.jit(lambda x, q: x @ jq.dequantize(q))
 
     def row(bits: int, rows: int) -> tuple[dict[str, float], float]:
-        q, _ = jq.kmeans("density", iterations=5)(w, jq.palette(bits), storage_last_axes=(0,))
+        q, _ = jq.kmeans()(w, jq.palette(bits), storage_last_axes=(0,))
         x = jnp.asarray(rng.standard_normal((rows, size)), jnp.float32)
         calls = {
             "float": lambda: plain(x, w).block_until_ready(),

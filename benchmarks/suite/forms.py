@@ -47,7 +47,7 @@ def arguments(case: Case) -> tuple[Array, Any, Array]:
     if case.format.startswith("palette"):
         bits = int(case.format[len("palette") :])
         spec = jq.palette(bits).at((0,), 2)
-        return x, jq.kmeans("linear", iterations=1)(w, spec, storage_last_axes=(0,))[0], w
+        return x, jq.kmeans()(w, spec, storage_last_axes=(0,))[0], w
     by = jq.PerGroup(case.group, 0) if case.group else jq.PerChannel(1)
     return x, jq.quantize(w, jq.QSpec(case.format, by), storage_last_axes=(0,)), w
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -11,56 +10,22 @@ import numpy as np
 from jax import Array, lax
 
 from jaxquant.encoders.checks import check_finite
-from jaxquant.encoders.optimal import optimal
 from jaxquant.numerics.cluster import (
     Points,
     binned,
     coarser,
-    inertia,
     nearest,
     ordered,
     refined,
     settled,
 )
-from jaxquant.numerics.starts import STARTS, begin
+from jaxquant.numerics.optimal import clustered_points, optimal
 
-_STARTS = ("coarse", *STARTS)
 _SORTED = 8192  # up to so many values are sorted; more are put in bins
 _BINS = 1 << 16
 _OPTIMAL_BINS = 8192  # for the exact optimum of more values than that
-_COARSE_BINS = (256, 1024)  # fewest and most for an optimum to begin at, of 16 for each level
 _LEAST = 2.0**-120  # magnitudes below are not enlarged: not all processors know subnormal numbers
 _AT_ONCE = 1 << 22  # places of all rows that are worked on together
-
-
-@dataclasses.dataclass(frozen=True)
-class Clustering:
-    """How k-means goes about it; see `kmeans`.
-
-    Attributes:
-      start: names of what to begin with; of several ends the best is kept.
-      iterations: most steps from each.
-      exact: begin at the optimum of dynamic programming instead.
-    """
-
-    start: tuple[str, ...] = ("coarse",)
-    iterations: int = 300
-    exact: bool = False
-
-    @classmethod
-    def of(cls, start: str | tuple[str, ...], iterations: int, exact: bool) -> Clustering:
-        """Checked; raises `ValueError` for an unknown start or no positive iterations."""
-        names = (start,) if isinstance(start, str) else tuple(start)
-        if not names or any(name not in _STARTS for name in names):
-            raise ValueError(f"kmeans: start: expected one or several of {_STARTS}, got {start!r}")
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-            raise ValueError(f"kmeans: iterations: expected a positive integer, got {iterations!r}")
-        return cls(names, iterations, bool(exact))
-
-    def check_key(self, key: Array | None) -> None:
-        """Raises `ValueError` where a key is missing."""
-        if "kmeans++" in self.start and not self.exact and key is None:
-            raise ValueError("kmeans(start='kmeans++') draws: pass key=jax.random.key(0)")
 
 
 def kmeans_codebook(
@@ -68,10 +33,7 @@ def kmeans_codebook(
     levels: int,
     *,
     weights: Array | None = None,
-    start: str | tuple[str, ...] = "coarse",
-    iterations: int = 300,
     exact: bool = False,
-    key: Array | None = None,
 ) -> Array:
     """The `levels` values that an array is best rounded to; arguments as of `kmeans`.
 
@@ -80,10 +42,7 @@ def kmeans_codebook(
       levels: 1 to 256.
       weights: what the square of each value's error costs, of a shape that broadcasts to `x`'s, not
         negative; `None` counts all alike.
-      start: where to begin.
-      iterations: most steps.
       exact: begin at the optimum.
-      key: PRNG key, for `"kmeans++"`.
 
     Returns:
       float32 `[levels]`, ascending.
@@ -94,7 +53,6 @@ def kmeans_codebook(
     >>> kmeans_codebook(jnp.array([0.0, 1.0, 2.0]), 1, weights=jnp.array([1.0, 0.0, 0.0])).tolist()
     [0.0]
     """
-    how = Clustering.of(start, iterations, exact)
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"kmeans: expected a float array, got {x.dtype.name}{list(x.shape)}")
@@ -106,11 +64,9 @@ def kmeans_codebook(
             f"kmeans: a codebook of {levels} values for {x.size} values of an array of shape "
             f"{list(x.shape)}"
         )
-    how.check_key(key)
     if weights is not None:
         weights = spread_weights(jnp.asarray(weights), x.shape).reshape(1, -1)
-    keys = None if key is None else key[None]
-    return clustered(x.reshape(1, -1), weights, keys, how, levels)[0][0]
+    return clustered(x.reshape(1, -1), weights, exact, levels)[0][0]
 
 
 def spread_weights(weights: Array, shape: tuple[int, ...]) -> Array:
@@ -138,45 +94,44 @@ def _countable(weights: Array) -> Array:
 
 
 def clustered(
-    x: Array, weights: Array | None, keys: Array | None, how: Clustering, levels: int
+    x: Array, weights: Array | None, exact: bool, levels: int
 ) -> tuple[Array, Array, Array]:
     """k-means of each row.
 
     Args:
       x: `[rows, n]`, finite.
       weights: `[rows, n]`, not negative; a row of zeros counts all alike.
-      keys: one for each row, where something is drawn.
-      how: start and iterations.
+      exact: whether Lloyd's iteration begins at the optimum.
       levels: how many values.
 
     Returns:
       Codebooks float32 `[rows, levels]`, ascending; codes uint8 `[rows, n]`; steps int32 `[rows]`.
     """
     if x.shape[0] > 1:
-        return _mapped(x, weights, keys, how, levels)
+        return _mapped(x, weights, exact, levels)
     # compiled in parts: the one that takes long is the same for arrays of many sizes
-    given = jax.tree.map(lambda a: a[0], (x, weights, keys))
-    points, unit, shift, top = _prepared(*given[:2])
-    centroids, steps = _found(points, given[2], how, levels)
-    codebook, codes = _assigned(*given[:2], centroids, unit, shift, top)
+    row = jax.tree.map(lambda a: a[0], (x, weights))
+    points, unit, shift, top = _prepared(*row)
+    centroids, steps = _centroids(points, exact, levels)
+    codebook, codes = _assigned(*row, centroids, unit, shift, top)
     return codebook[None], codes[None], steps[None]
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _mapped(
-    x: Array, weights: Array | None, keys: Array | None, how: Clustering, levels: int
+    x: Array, weights: Array | None, exact: bool, levels: int
 ) -> tuple[Array, Array, Array]:
-    def one(row: tuple[Array, Array | None, Array | None]) -> tuple[Array, Array, Array]:
-        x, weights, key = row
+    def one(row: tuple[Array, Array | None]) -> tuple[Array, Array, Array]:
+        x, weights = row
         points, unit, shift, top = _prepared(x, weights)
-        centroids, steps = _found(points, key, how, levels)
+        centroids, steps = _centroids(points, exact, levels)
         return *_assigned(x, weights, centroids, unit, shift, top), steps
 
     rows, size = x.shape
     together = max(1, min(rows, _AT_ONCE // max(_bins(size), size, 1)))
     if size >= _BINS:
         together = 1  # each fills the processor
-    return lax.map(one, (x, weights, keys), batch_size=None if together == 1 else together)
+    return lax.map(one, (x, weights), batch_size=None if together == 1 else together)
 
 
 def _bins(size: int) -> int:
@@ -205,24 +160,12 @@ def _scaled(weights: Array | None, top: Array) -> Array | None:
     return jnp.where(top > 0, weights.astype(jnp.float32) / jnp.where(top > 0, top, 1.0), 1.0)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _found(points: Points, key: Array | None, how: Clustering, levels: int) -> tuple[Array, Array]:
-    if how.exact:
-        fine = points if points.grid is None else coarser(points, _OPTIMAL_BINS)
-        return settled(points, optimal(fine, levels), how.iterations)
-    fewest, most = _COARSE_BINS
-    bins = min(most, max(fewest, 16 * levels))
-    starts = [
-        optimal(coarser(points, bins), levels)
-        if name == "coarse"
-        else begin(name, points, levels, key)
-        for name in how.start
-    ]
-    if len(starts) == 1:
-        return settled(points, starts[0], how.iterations)
-    ends, steps = jax.vmap(lambda start: settled(points, start, how.iterations))(jnp.stack(starts))
-    best = jnp.argmin(jax.vmap(lambda end: inertia(points, end))(ends))
-    return ends[best], steps[best]
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _centroids(points: Points, exact: bool, levels: int) -> tuple[Array, Array]:
+    if not exact:
+        return clustered_points(points, levels)
+    fine = points if points.grid is None else coarser(points, _OPTIMAL_BINS)
+    return settled(points, optimal(fine, levels))
 
 
 @jax.jit

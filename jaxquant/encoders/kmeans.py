@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from jaxquant.encoders.base import Encoder, Info, measure
 from jaxquant.encoders.checks import checked_weight
-from jaxquant.encoders.clustering import Clustering, clustered, spread_weights
+from jaxquant.encoders.clustering import clustered, spread_weights
 from jaxquant.encoders.huffman import huffman_bits
 from jaxquant.encoders.moments import check_moments
 from jaxquant.numerics import pack
@@ -30,16 +30,12 @@ class KMeans(Called, Encoder):
     """The encoder that `kmeans` makes.
 
     Attributes:
-      start: names of what to begin with; of several ends the best is kept.
-      iterations: most steps from each.
-      exact: begin at the optimum of dynamic programming instead.
+      exact: whether Lloyd's iteration begins at the optimum.
       weighted: whether errors count by the inputs' second moment.
     """
 
     name = "kmeans"
 
-    start: tuple[str, ...] = ("coarse",)
-    iterations: int = 300
     exact: bool = False
     weighted: bool = False
 
@@ -79,7 +75,7 @@ class KMeans(Called, Encoder):
           w: float array `[*batch, *core]`, finite.
           spec: a codebook format of as many values as are wanted, such as `palette(4)`; its own
             values are not used. Each block of its granularity has a codebook.
-          key: for `start="kmeans++"`.
+          key: not used.
           storage_last_axes: core axes to store last, contiguous.
           batch_axes: how many leading axes are encoded one by one.
           stats: with `weighted`, `InputStats` with a Hessian, whose diagonal counts; or an array of
@@ -94,8 +90,7 @@ class KMeans(Called, Encoder):
         Raises:
           ValueError: `w` is not a float array, or not finite (not under a trace); a format
             without a codebook, or `double` scales; a codebook larger than the values it is for;
-            `weighted` without statistics, or statistics of another shape, not finite or negative;
-            `"kmeans++"` without a key.
+            `weighted` without statistics, or statistics of another shape, not finite or negative.
         """
         w = checked_weight("kmeans", w, spec, storage_last_axes, batch_axes)
         if spec.format.codebook is None or spec.double:
@@ -105,36 +100,23 @@ class KMeans(Called, Encoder):
             )
         blank = storage_layout(w.shape[batch_axes:], spec, storage_last_axes, w.dtype.name)
         _check_size(len(spec.format.codebook), blank, w.shape)
-        how = Clustering(self.start, self.iterations, self.exact)
-        how.check_key(key)
         weights = _weights(stats, w, spec, storage_last_axes, batch_axes) if self.weighted else None
-        return _encode(w, weights, key, how, spec, storage_last_axes, batch_axes)
+        return _encode(w, weights, self.exact, spec, storage_last_axes, batch_axes)
 
 
-def kmeans(
-    start: str | tuple[str, ...] = "coarse",
-    iterations: int = 300,
-    exact: bool = False,
-    weighted: bool = False,
-) -> KMeans:
+def kmeans(exact: bool = False, weighted: bool = False) -> KMeans:
     """k-means: `w_i ~ c[k_i]`, with the values `c` that minimise `sum_i h_i (w_i - c[k_i])^2`.
 
     For a codebook format, such as `palette(4)`, or `palette(4, channels=16)` for a codebook for
-    each 16 output channels. Values are put in 65,536 bins, or sorted if they are few; Lloyd's
-    iteration runs on those, and the last two steps on the values themselves.
+    each 16 output channels. Values are put in 65,536 bins, or sorted if they are few. Lloyd's
+    iteration begins at the optimum for 256 to 1,024 coarser bins and runs on all of them, its last
+    two steps on the values themselves.
 
     Args:
-      start: where Lloyd's iteration begins: `"coarse"`, the optimum for 256 to 1,024 bins;
-        `"linear"`, `"quantile"`, `"density"` (equal shares of `density^(1/3)`) or `"kmeans++"`, see
-        `jaxquant.numerics.starts`; of several ends the best is kept.
-      iterations: most steps; it ends before when nothing moves.
       exact: begin at the optimum, which dynamic programming finds up to the width of 8,192 bins,
-        exactly for as many values.
+        exactly for as many values. It takes longer, and gains where levels are many.
       weighted: `h_i` is the second moment of the input that a weight meets, the diagonal of the
         layer's Hessian, or an array given as `stats`; otherwise 1.
-
-    Raises:
-      ValueError: an unknown start, or a number of iterations that is not positive.
 
     Sources: Han et al., "Deep Compression", arXiv 1510.00149; Lloyd, "Least squares quantization in
     PCM" (1982).
@@ -146,8 +128,7 @@ def kmeans(
     >>> info.details["counts"].tolist()
     [2, 2]
     """
-    how = Clustering.of(start, iterations, exact)
-    return KMeans(how.start, how.iterations, how.exact, bool(weighted))
+    return KMeans(bool(exact), bool(weighted))
 
 
 def _check_size(levels: int, blank: QTensor, shape: tuple[int, ...]) -> None:
@@ -186,8 +167,7 @@ def _weights(
 def _encode(
     w: Array,
     weights: Array | None,
-    key: Array | None,
-    how: Clustering,
+    exact: bool,
     spec: QSpec,
     storage_last_axes: tuple[int, ...],
     batch_axes: int,
@@ -195,8 +175,7 @@ def _encode(
     assert spec.format.codebook is not None
     levels, lay = len(spec.format.codebook), (spec, storage_last_axes, batch_axes)
     x, h, real = _rows(w, weights, *lay)
-    keys = None if key is None else jax.random.split(key, x.shape[0])
-    codebooks, codes, steps = clustered(x, h, keys, how, levels)
+    codebooks, codes, steps = clustered(x, h, exact, levels)
     return _filled(w, codebooks, codes, steps, real, *lay)
 
 

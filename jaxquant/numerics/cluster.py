@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array, lax
 
 _ONE = 0x3F800000  # the bits of 1.0
+_MOST_STEPS = 300
 _COMPARE_ALL = 16  # up to so many levels a comparison with each bound beats a binary search
 
 
@@ -143,13 +144,7 @@ def moments(points: Points, centroids: Array) -> tuple[Array, Array, Array]:
     return jnp.where(held, weight, 0.0), jnp.where(held, total, 0.0), jnp.where(held, square, 0.0)
 
 
-def inertia(points: Points, centroids: Array) -> Array:
-    """`sum_i w_i min_k (x_i - c_k)^2`, up to what the places do not tell."""
-    weight, total, square = moments(points, centroids)
-    return jnp.sum(square - 2.0 * centroids * total + weight * centroids**2)
-
-
-def settled(points: Points, centroids: Array, iterations: int) -> tuple[Array, Array]:
+def settled(points: Points, centroids: Array) -> tuple[Array, Array]:
     """Lloyd's iteration until no centroid moves: centroids `[levels]`, and how many steps it took.
 
     Each step moves centroids to the mean of their members, which are a run of points between two
@@ -178,7 +173,7 @@ def settled(points: Points, centroids: Array, iterations: int) -> tuple[Array, A
         return step + 1, new, jnp.any(new != centroids)
 
     start = (jnp.int32(0), centroids, jnp.bool_(True))
-    steps, centroids, _ = lax.while_loop(lambda s: (s[0] < iterations) & s[2], body, start)
+    steps, centroids, _ = lax.while_loop(lambda s: (s[0] < _MOST_STEPS) & s[2], body, start)
     return centroids, steps
 
 

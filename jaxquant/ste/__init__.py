@@ -2,7 +2,6 @@
 
 from jaxquant.ste.base import Estimator, Moments
 from jaxquant.ste.kmeans import KMeans, kmeans
-from jaxquant.ste.lloyd import lloyd
 from jaxquant.ste.lsq import LSQ, LSQPlus, lsq, lsq_plus
 from jaxquant.ste.pact import PACT, pact
 from jaxquant.ste.through import StraightThrough, straight_through
@@ -16,7 +15,6 @@ __all__ = [
     "Moments",
     "StraightThrough",
     "kmeans",
-    "lloyd",
     "lsq",
     "lsq_plus",
     "pact",

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.numerics import pack, to_codebook
-from jaxquant.numerics.cluster import sums
+from jaxquant.numerics.cluster import ordered, sums
+from jaxquant.numerics.optimal import clustered_points
 from jaxquant.qtensor import (
     PerTensor,
     QSpec,
@@ -23,7 +24,6 @@ from jaxquant.qtensor import (
     to_storage,
 )
 from jaxquant.ste.base import Learned, Moments
-from jaxquant.ste.lloyd import lloyd
 
 
 def kmeans(reassign: bool = False) -> KMeans:
@@ -155,11 +155,17 @@ def _levels(spec: QSpec) -> int:
     return len(values)
 
 
+def _codebook(x: Array, levels: int) -> Array:
+    """The values that `x` `[n]` is best rounded to, float32 `[levels]`, ascending."""
+    shift = jnp.mean(x)  # short prefix sums lose fewer digits
+    return clustered_points(ordered(x - shift), levels)[0] + shift
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _clustered(w: Array, levels: int, batch_axes: int) -> tuple[Array, Array]:
     batch = w.shape[:batch_axes]
     rows = w.astype(jnp.float32).reshape(math.prod(batch), -1)
-    codebooks = jax.vmap(lambda row: lloyd(row, levels))(rows)
+    codebooks = jax.vmap(lambda row: _codebook(row, levels))(rows)
     codes = jax.vmap(to_codebook)(rows, codebooks)
     return codebooks.reshape(*batch, levels), codes.reshape(w.shape).astype(jnp.uint8)
 

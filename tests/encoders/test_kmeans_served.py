@@ -30,7 +30,7 @@ def normal(seed, *shape):
 
 
 def encode(spec, w, **how):
-    return kmeans("linear", iterations=3)(w, spec, **how)[0]
+    return kmeans()(w, spec, **how)[0]
 
 
 @functools.cache

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("fused_sums")
 def learned(bits, channels=None):
     """A weight `[512, 1024]` of a learned codebook, and its values."""
     spec = palette(bits, channels=channels).at((0,), 2)
-    make = jax.jit(lambda w: kmeans("linear", iterations=2)(w, spec, storage_last_axes=(0,))[0])
+    make = jax.jit(lambda w: kmeans()(w, spec, storage_last_axes=(0,))[0])
     q = make(normal(0, 512, 1024))
     return q, np.asarray(dequantize(q))
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxquant.numerics.cluster import Points
+from jaxquant.numerics.cluster import Points, coarser, settled
+
+_COARSE_BINS = (256, 1024)  # fewest and most for an optimum to begin at, of 16 for each level
 
 
 def optimal(points: Points, levels: int) -> Array:
@@ -67,6 +69,13 @@ def optimal(points: Points, levels: int) -> Array:
     total = (high[0][ends] - high[0][starts]) + (low[0][ends] - low[0][starts])
     nearby = points.place[jnp.clip(starts, 0, count - 1)]
     return jnp.sort(jnp.where(w > 0, total / jnp.where(w > 0, w, 1.0), nearby))
+
+
+def clustered_points(points: Points, levels: int) -> tuple[Array, Array]:
+    """Centroids `[levels]` by Lloyd's iteration from the optimum for coarser points; its steps."""
+    fewest, most = _COARSE_BINS
+    start = optimal(coarser(points, min(most, max(fewest, 16 * levels))), levels)
+    return settled(points, start)
 
 
 def _row_minima(
