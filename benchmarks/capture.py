@@ -1,6 +1,6 @@
 """Time of one batch of calibration by every observer, relative to the float forward pass.
 
-    python benchmarks/capture.py            the table of docs/architecture.md
+    python benchmarks/capture.py            the table of docs/results.md
     python benchmarks/capture.py --quick    a small one, to see that it runs
 
 The step is the one that `jaxquant.capture` compiles for each batch, with its one transfer of flags

@@ -1,6 +1,6 @@
 """Time of a training step with quantization relative to the float step.
 
-    python benchmarks/training.py            # the table of docs/architecture.md
+    python benchmarks/training.py            # the table of docs/results.md
     python benchmarks/training.py --quick    # small shapes, to see that it runs
 
 A step is loss, gradients of all params and of what is learned, and a step of SGD, jitted with

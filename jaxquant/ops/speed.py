@@ -78,7 +78,7 @@ def read(text: str) -> tuple[Timing, ...]:
 
 # weights: family, bits, group; activations | dense at 1, 2, 16, 64, 256, 1024 rows
 # | convolutions of 27, 128, 576, 2304 products | depthwise ones. Medians of 9 rounds on 2 cores of
-# an AMD EPYC (VNNI: of 15, from docs/architecture.md), JAX 0.12.0.1 and 0.10.2; where jaxquant
+# an AMD EPYC (VNNI: of 15, from docs/results.md), JAX 0.12.0.1 and 0.10.2; where jaxquant
 # computes otherwise now than when it was measured there is a `-`. The AVX2 machine was busy with
 # other work: read one digit, and put there what `python benchmarks/speed.py` prints on a quiet one.
 _AVX2_12 = """
