@@ -8,7 +8,6 @@ have made.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -105,7 +104,7 @@ def first_axis(x: Array, q: Any) -> Array:
 def two_rows(x: Array, q: Any) -> Array:
     """A row of zeros added, so that the product is one of matrices."""
     a, w = _codes(jnp.pad(x, ((0, 1), (0, 0))), q)
-    return products.batched(a, w, left=True)[:1]
+    return products.batched(a, w)[:1]
 
 
 def two_limbs(x: Array, q: Any) -> Array:
@@ -209,20 +208,16 @@ def forms_of(case: Case) -> dict[str, Form]:
         "one loop, 15 bits": served(None),
         "two rows": two_rows,
         "one row": integer(products.batched),
-        "weight left": served(INT8),
-        "weight right": integer(products.batched),
         "contracted axis last": served(INT8),
         "contracted axis first": first_axis,
         "limbs": two_limbs,
         "converted": floating(whole),
-        "halves": integer(products.by_stacked_halves),
         "loop": integer(products.loop),
         "batch": integer(lambda x, w: products.batched(x, unpacked(w))),
         "dequantized": integer(lambda x, w: products.in_float(x, unpacked(w))),
         "scales once": integer(products.loop),
         "scales each": scaled_each,
-        "tiles": served(None),
-        "whole": floating(functools.partial(whole, left=True)),
+        "whole": served(None),
         "centroids": by_centroids,
         "in one program": lambda x, q: dot_general(jnp.tanh(x), q, OVER, activations=INT8),
         "apart": apart,

@@ -17,12 +17,10 @@ from jaxquant.ops.out_sharding import Sharding
 from jaxquant.ops.products import (
     batched,
     by_halves,
-    by_stacked_halves,
     in_float,
     is_integer,
     loop,
     product,
-    swapped,
 )
 
 
@@ -44,11 +42,10 @@ def contract(
     """
     rows = lowering.static_size(x.values.shape, x.free)
     if not is_integer(x):
-        few = on_cpu and lowering.weight_first(rows)
         if not x.groups or sharding is not None:
-            return batched(x, w, precision, sharding, few and sharding is None)
+            return batched(x, w, precision, sharding)
         if on_cpu or lowering.batch_grows(rows, lowering.static_size(x.values.shape, x.inner)):
-            return in_float(x, w, precision, few)
+            return in_float(x, w, precision)
         return lowering.by_platform(
             cpu=lambda: in_float(x, w, precision),
             default=lambda: batched(x, w, precision),
@@ -64,21 +61,15 @@ def contract(
         product = contract(_two_rows(x), w, precision, two, on_cpu, narrow)
         return lax.index_in_dim(product, 0, len(x.batch), keepdims=False)
 
-    left = sharding is None and lowering.weight_first(rows)
-
     def default() -> Array:
         return batched(x, unpacked(w), precision, sharding)
 
-    if form == "halves":
-        return choose(cpu=lambda: by_stacked_halves(x, w), default=default)
     if form == "loop":
         return choose(cpu=lambda: loop(x, w), default=default)
     if form == "float":
         return choose(cpu=lambda: in_float(x, unpacked(w)), default=default)
     if form == "plain" and w.packed is not None:
-        return choose(cpu=lambda: by_halves(x, w, left), default=default)
-    if form == "plain" and left:
-        return choose(cpu=lambda: batched(x, w, left=True), default=default)
+        return choose(cpu=lambda: by_halves(x, w), default=default)
     return default()
 
 
@@ -91,8 +82,6 @@ def form_of(x: Operand, w: Operand, rows: int, narrow: bool) -> str:
         return "plain"
     group = lowering.static_size(x.values.shape, x.inner)
     form = lowering.group_form(rows, group, narrow, whole)
-    if form == "halves" and (w.packed is None or x.zero is not None):
-        form = "loop"
     return "batch" if form == "loop" and len(x.groups) > 1 else form
 
 
@@ -116,16 +105,11 @@ def integer_sums(x: Operand, w: Operand) -> Array:
     def plain() -> Array:
         return product(x, w)
 
-    def left() -> Array:
-        return swapped(product(x, w, left=True), 0, len(w.free))
-
     def one_loop() -> Array:
         return fused_totals(x, w)[..., 0]
 
     if fused:
         total = lowering.by_platform(cpu=one_loop, default=plain)
-    elif lowering.weight_first(count):
-        total = lowering.by_platform(cpu=left, default=plain)
     else:
         total = plain()
     if w.zero is None:

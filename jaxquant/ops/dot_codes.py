@@ -20,7 +20,7 @@ from jaxquant.ops.activations import (
     shared_axes,
 )
 from jaxquant.ops.contract import contract
-from jaxquant.ops.cpu import nibbles, tiles
+from jaxquant.ops.cpu import nibbles
 from jaxquant.ops.dot_call import Axes, Call, finish, sharding_of
 from jaxquant.ops.integer.static import dot_static
 from jaxquant.ops.limbs import contract_limbs
@@ -182,11 +182,11 @@ def _weight_only(call: Call, x: Operand, q: QTensor, at: Placement) -> Array:
     """Float activations, unscaled codes; the dequantized matrix is never made."""
     sharding = sharding_of(call, x, at)
 
-    def computed(dtype: Any, q: QTensor = q, at: Placement = at, on_cpu: bool = False) -> Array:
+    def computed(dtype: Any) -> Array:
         # codes less zero points are exact in any float dtype
         right = dataclasses.replace(weight(q, at, storage_values(q).astype(dtype)), zero=None)
         left = dataclasses.replace(x, values=x.values.astype(dtype))
-        return contract(left, right, call.precision, sharding, on_cpu)
+        return contract(left, right, call.precision, sharding)
 
     def converted() -> Array:
         return lowering.by_compute_dtype(x.values.dtype, computed)
@@ -201,22 +201,7 @@ def _weight_only(call: Call, x: Operand, q: QTensor, at: Placement) -> Array:
             cpu=lambda: contract_limbs(x, int8_operand(q, at, x.values), sharding, narrow),
             default=converted,
         )
-    whole = sharding is None and lowering.undivided(x.values, q.codes)
-    cut = tiles.tiling(q, at, rows) if whole else None
-    if cut is None:
-        return converted()
-
-    def part(dtype: Any) -> Array:
-        def contracted(q: QTensor) -> Array:
-            at_tile = place(q, at.contract, ())
-            assert at_tile is not None
-            return computed(dtype, q, at_tile, on_cpu=True)
-
-        return tiles.by_tiles(q, *cut, len(x.batch) + len(x.free), contracted)
-
-    return lowering.by_platform(
-        cpu=lambda: lowering.by_compute_dtype(x.values.dtype, part), default=converted
-    )
+    return converted()
 
 
 def int8_operand(q: QTensor, at: Placement, x: Array) -> Operand:

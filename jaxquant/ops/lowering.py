@@ -113,16 +113,11 @@ def group_form(rows: int, group: int, packed: bool = False, whole: bool = True) 
     Groups of 32 cost the loop one pass over the result each: 128 rows 3.5 / 1.2 (0.10), 0.8 / 1.4;
     4-bit codes, which then have to be unpacked as well (`packed`), 1 row 5.4 / 2.8.
 
-    Packed 4-bit codes of few rows, halves / loop: 4 rows 0.39 / 0.49, 8 rows 0.33 / 0.39, 16 rows
-    0.37 / 0.34 (0.12, AVX2). By 0.10 halves gain nothing: 16 rows 0.74 / 0.36.
-
     A loop takes slices of the codes. If those are sharded along the groups, the compiler gathers
     them, so groups of what is not `whole` (see `undivided`) are a batch.
     """
     if not whole:
         return "batch"
-    if FUSES_SUMS and packed and rows <= 8 and group >= 32:
-        return "halves"
     return "float" if group < 64 and (packed or rows > 64) else "loop"
 
 
@@ -137,16 +132,6 @@ def fused_wins(rows: int, in_groups: bool, packed: bool) -> bool:
     return FUSES_SUMS and rows <= most
 
 
-def weight_first(rows: int) -> bool:
-    """Whether a CPU multiplies int8 codes faster with the weight on the left.
-
-    What stands on the right is laid out anew at every call. Weight left / right: 4096 x 4096,
-    2 rows 0.36 / 0.44, 16 rows 0.31 / 0.40, 64 rows 0.24 / 0.27 (JAX 0.12), 0.32 / 0.39,
-    0.51 / 0.58, 0.31 / 0.32 (0.10). From 128 rows on they are alike.
-    """
-    return rows <= 64
-
-
 def batch_grows(rows: int, group: int) -> bool:
     """Whether partial sums of every group would take more room than the dequantized weight.
 
@@ -156,17 +141,6 @@ def batch_grows(rows: int, group: int) -> bool:
     1.0 to 3.0 (0.10).
     """
     return 2 * rows > group
-
-
-def tile_floats(rows: int, values: int) -> int | None:
-    """How many values of a weight a CPU dequantizes at a time; `None`: all at once.
-
-    A tile stays in caches, where the whole is written to memory and read again: 4 bits in groups
-    of 128, 2048 x 2048, tiles / whole: 4 rows 0.9 / 1.9, 64 rows 1.3 / 1.5 (JAX 0.12, AVX2). JAX
-    0.10 does not divide the work in a loop among cores: 2.2 / 1.2.
-    """
-    floats = 1 << 18
-    return floats if FUSES_SUMS and rows <= 256 and values >= 2 * floats else None
 
 
 def taps_win(groups: int, inputs: int, taps: int) -> bool:

@@ -28,15 +28,10 @@ def dequantized(x: Operand) -> Array:
 
 
 def batched(
-    x: Operand,
-    w: Operand,
-    precision: Any = None,
-    sharding: Sharding | None = None,
-    left: bool = False,
+    x: Operand, w: Operand, precision: Any = None, sharding: Sharding | None = None
 ) -> Array:
-    """Groups as batch dimensions of one `dot_general`; the weight is its left side if `left`."""
-    out = _scaled(product(x, w, precision, sharding, left), x, w, left)
-    return swapped(out, len(x.batch), len(w.free)) if left else out
+    """Groups as batch dimensions of one `dot_general`."""
+    return _scaled(product(x, w, precision, sharding), x, w)
 
 
 def product(
@@ -68,7 +63,7 @@ def swapped(total: Array, first: int, outs: int) -> Array:
     return total.transpose((*range(first), *rest, *range(first, first + outs)))
 
 
-def _scaled(total: Array, x: Operand, w: Operand, left: bool) -> Array:
+def _scaled(total: Array, x: Operand, w: Operand, left: bool = False) -> Array:
     """Zero points taken off a product, then scales, then the sum over groups, in its own order."""
     kind = total.dtype
 
@@ -113,29 +108,10 @@ def _split_zero(w: Operand) -> tuple[Array | None, Array | None]:
     return whole.astype(jnp.int32), w.zero - whole
 
 
-def by_halves(x: Operand, w: Operand, left: bool = False) -> Array:
+def by_halves(x: Operand, w: Operand) -> Array:
     """Packed codes as they lie: a product for either half of the bytes."""
     (x0, w0), (x1, w1) = halves(x, w)
-    return batched(x0, w0, left=left) + batched(x1, w1, left=left)
-
-
-def by_stacked_halves(x: Operand, w: Operand) -> Array:
-    """One product of packed codes in groups: both halves of all groups are its batch."""
-    # what makes the codes is small, and not to be made again for each half
-    x = dataclasses.replace(x, values=lax.optimization_barrier(x.values))
-    (x0, w0), (x1, w1) = halves(x, w)
-
-    def stacked(a: Operand, b: Operand) -> Operand:
-        def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(n + 1 for n in axes)
-
-        values = jnp.stack([a.values, b.values])
-        batch = (0, *moved(a.batch))
-        return Operand(values, None, None, batch, moved(a.free), moved(a.groups), moved(a.inner))
-
-    both = product(stacked(x0, x1), stacked(w0, w1), left=True)
-    total = jnp.sum(both, axis=0, dtype=both.dtype)
-    return swapped(_scaled(total, x, w0, True), len(x.batch), len(w.free))
+    return batched(x0, w0) + batched(x1, w1)
 
 
 def loop(x: Operand, w: Operand) -> Array:
@@ -194,7 +170,7 @@ def _group(op: Operand, index: Array | int) -> Operand:
     )
 
 
-def in_float(x: Operand, w: Operand, precision: Any = None, left: bool = False) -> Array:
+def in_float(x: Operand, w: Operand, precision: Any = None) -> Array:
     """One float product of what the codes stand for; the scale of `x` still goes last."""
     dtype = jnp.float32 if is_integer(x) else x.values.dtype
     bare = dequantized(dataclasses.replace(x, scale=None)).astype(dtype)
@@ -209,7 +185,7 @@ def in_float(x: Operand, w: Operand, precision: Any = None, left: bool = False) 
         weights, w_over = whole.astype(dtype), (*w.groups, *w.inner)
     a = Operand(values, None, None, x.batch, x.free, (), x_over)
     b = Operand(weights, None, None, w.batch, w.free, (), w_over)
-    out = batched(a, b, precision, left=left)
+    out = batched(a, b, precision)
     return out if x.scale is None else out * _last_scale(x, x.scale, w)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.suite import forms
 from benchmarks.suite.lowering_table import TABLE
-from jaxquant.ops import dot_general, lowering
+from jaxquant.ops import dot_general
 
 ROWS = [pytest.param(row, id=f"{row.what}, {row.case}") for row in TABLE]
 FLOAT = ("float rows", "codebook", "learned")  # of a float activation
@@ -18,10 +18,8 @@ LIMBS, EXACT = 2.0**-14, 2.0**-20
 
 
 def small(row):
-    """Shapes that compute fast, and large enough to have tiles."""
+    """Shapes that compute fast."""
     case = row.case
-    if row.form == "tiles":
-        return dataclasses.replace(case, rows=min(case.rows, 5), inputs=512, outputs=1024)
     if case.window:
         return dataclasses.replace(case, rows=6, inputs=8, outputs=8)
     return dataclasses.replace(case, rows=min(case.rows, 70), inputs=256, outputs=24)
@@ -59,10 +57,10 @@ def has_form(text, row):
             stored = f"{n}x{k // 2}xui8" if row.case.format == "int4" else weight
             wide = re.search(r"multiply.*xi32>", text)
             return not products(text) and wide and f"tensor<{stored}>" in text
-        case "weight left" | "contracted axis last":
-            return has(text, weight, f"{rows}x{k}xi8", f"{n}x{rows}xi32")
+        case "contracted axis last":
+            return has(text, f"{rows}x{k}xi8", weight, f"{rows}x{n}xi32")
         case "two rows":
-            return has(text, weight, f"2x1x{k}xi8", f"{n}x2x1xi32")
+            return has(text, f"2x1x{k}xi8", weight, f"2x1x{n}xi32")
         case "limbs" if row.case.group:  # in a loop over groups
             b = row.case.group
             return products(text)[:1] == [
@@ -70,12 +68,7 @@ def has_form(text, row):
             ]
         case "limbs":
             limbs = f"{2 * rows}x{k}xi8"
-            if lowering.weight_first(2 * rows):
-                return has(text, weight, limbs, f"{n}x{2 * rows}xi32")
             return has(text, limbs, weight, f"{2 * rows}x{n}xi32")
-        case "halves":
-            g, b = k // row.case.group, row.case.group // 2
-            return has(text, f"2x{n}x{g}x{b}xi8", f"2x{rows}x{g}x{b}xi8", f"2x{g}x{n}x{rows}xi32")
         case "loop" | "scales once":
             b, rows = row.case.group, "2x1" if rows == 1 else rows
             types = f"{n}x{b}xi8", f"{rows}x{b}xi8", f"{n}x{rows}xi32"
@@ -84,10 +77,6 @@ def has_form(text, row):
             inside = [line for line in text.splitlines() if f"tensor<1x{rows}xf32>" in line]
             loops = "stablehlo.while" in text and set(products(text)) == {want}
             return loops and not any("multiply" in line for line in inside)
-        case "tiles":
-            (product,) = products(text)
-            tile = re.match(rf"tensor<(\d+)x{k}xf32>, tensor<{rows}x{k}xf32>", product)
-            return tile and int(tile[1]) < n and f"tensor<{n}x{k}xf32>" not in text
         case "whole":
             (product,) = products(text)
             return f"tensor<{n}x{k}xf32>" in product
