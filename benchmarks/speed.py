@@ -60,9 +60,9 @@ KINDS = [
     rule(jq.int4()),
     jq.w8a8_fp8(),
     rule(jq.QSpec("float8_e4m3fn")),
-    jq.mxfp4(),
-    jq.nf4(),
-    rule(jq.palette(4), encoder=jq.kmeans("density")),
+    jq.Recipe(jq.mxfp4()),
+    jq.Recipe(jq.nf4()),
+    rule(jq.palette(4), encoder=jq.kmeans()),
 ]
 
 

@@ -81,7 +81,7 @@ def qwix(**settings: Any) -> Contender:
 
 
 def _palette() -> jq.Recipe:
-    return jq.Recipe([jq.Rule("**", weights=jq.palette(4), encoder=jq.kmeans("density"))])
+    return jq.Recipe([jq.Rule("**", weights=jq.palette(4), encoder=jq.kmeans())])
 
 
 FORMATS: dict[str, Contender] = {

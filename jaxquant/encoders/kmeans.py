@@ -104,7 +104,7 @@ class KMeans(Called, Encoder):
         return _encode(w, weights, self.exact, spec, storage_last_axes, batch_axes)
 
 
-def kmeans(exact: bool = False, weighted: bool = False) -> KMeans:
+def kmeans(*, exact: bool = False, weighted: bool = False) -> KMeans:
     """k-means: `w_i ~ c[k_i]`, with the values `c` that minimise `sum_i h_i (w_i - c[k_i])^2`.
 
     For a codebook format, such as `palette(4)`, or `palette(4, channels=16)` for a codebook for
