@@ -37,7 +37,7 @@ RECIPES: dict[str, jq.Recipe | jq.Rule] = {
         activation_estimator=jq.ste.lsq(),
     ),
     "int8 training": jq.int8_training(),
-    "int8, but dw": jq.int8_training(jq.Gradients(weight=None)),
+    "int8, but dw": jq.int8_training(jq.qtensor.Gradients(weight=None)),
 }
 
 
@@ -80,7 +80,7 @@ def step_of(model: nn.Module, recipe: Any, variables: Any, x: jax.Array) -> Call
         return float_call
     fake = jq.fake_quantized(model.apply, recipe)
 
-    def step(params: Any, state: jq.QuantState, x: jax.Array) -> Any:
+    def step(params: Any, state: jq.qat.QuantState, x: jax.Array) -> Any:
         def loss(trained: Any) -> Any:
             own = dataclasses.replace(state, learned=trained[1])
             y, new = fake(trained[0], x, quant_state=own)

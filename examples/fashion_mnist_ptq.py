@@ -115,7 +115,7 @@ def variants(
     folded: Any,
     calibration: np.ndarray,
     observers: list[str],
-    reports: dict[str, jq.Report],
+    reports: dict[str, jq.report.Report],
 ) -> Iterator[Variant]:
     """Each row of the table, float first, quantized when it is asked for.
 
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         folded, info = jq.fold_batchnorm(model.apply, variables, images.test_x[:1])
         calibration = images.train_x[:CALIBRATION]
         observers = list(QUICK_OBSERVERS if options.quick else OBSERVERS)
-        reports: dict[str, jq.Report] = {}
+        reports: dict[str, jq.report.Report] = {}
         found = variants(model, variables, folded, calibration, observers, reports)
         rows = measure(found, images, bars, rounds)
 

@@ -78,7 +78,7 @@ def codebook_recipe(bits: int) -> jq.Recipe:
     Han et al., "Deep Compression" (2016), section 3.
     """
     values = np.linspace(-1, 1, 2**bits)
-    spec = jq.QSpec(jq.codebook_format(values, name=f"kmeans{bits}"), jq.PerTensor())
+    spec = jq.QSpec(jq.numerics.codebook_format(values, name=f"kmeans{bits}"), jq.PerTensor())
     rule = jq.Rule("**", weights=spec, weight_estimator=jq.ste.kmeans())
     return jq.Recipe([rule], f"k-means {bits}")
 

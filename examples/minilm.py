@@ -81,7 +81,7 @@ PRESETS: dict[str, tuple[str, jq.Recipe]] = {
             [jq.Rule("**", weights=jq.palette(4), encoder=jq.kmeans(), lookup=jq.int8())], "kmeans"
         ),
     ),
-    "awq": ("int4 g64 / float", jq.w4a16(group=64).using(jq.clip(), jq.awq())),
+    "awq": ("int4 g64 / float", jq.w4a16(group=64).using(jq.encoders.clip(), jq.awq())),
     "gptq": ("int4 g64 / float", jq.w4a16(group=64).using(jq.gptq())),
     "awq_gptq": ("int4 g64 / float", jq.w4a16(group=64).using(jq.gptq(), jq.awq())),
     "asym": ("int4 g64 / float", jq.Recipe([ASYMMETRIC], "asym")),

@@ -42,7 +42,7 @@ def error(found: jax.Array, expected: jax.Array) -> float:
     return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
 
 
-def plain() -> tuple[float, jq.Report]:
+def plain() -> tuple[float, jq.report.Report]:
     """A plain function, weights and activations in int8."""
 
     def fn(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -54,7 +54,7 @@ def plain() -> tuple[float, jq.Report]:
     return error(jax.jit(jq.quantized(fn))(qparams, X), fn(params, X)), report
 
 
-def linen() -> tuple[float, jq.Report]:
+def linen() -> tuple[float, jq.report.Report]:
     """A Linen model, weights in int4: its function is `apply`, its params are the variables."""
     model = Linen()
     variables = model.init(jax.random.key(1), X)
@@ -63,7 +63,7 @@ def linen() -> tuple[float, jq.Report]:
     return error(y, model.apply(variables, X)), report
 
 
-def nnx_model() -> tuple[float, jq.Report]:
+def nnx_model() -> tuple[float, jq.report.Report]:
     """An NNX model, `down` in int8 and the rest in nf4; the model itself is not touched."""
     model = NNX(nnx.Rngs(1))
     recipe = jq.Recipe(jq.nf4()).prepend(jq.Rule("down/*", weights=jq.int8()))
@@ -71,7 +71,7 @@ def nnx_model() -> tuple[float, jq.Report]:
     return error(nnx.jit(qmodel)(X), model(X)), report
 
 
-def main() -> dict[str, tuple[float, jq.Report]]:
+def main() -> dict[str, tuple[float, jq.report.Report]]:
     """Runs all three and prints their reports."""
     found = {"plain": plain(), "linen": linen(), "nnx": nnx_model()}
     for name, (relative, report) in found.items():

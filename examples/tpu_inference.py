@@ -200,7 +200,7 @@ class Result:
     stored_bytes: int
     artifact_bytes: int
     reread: bool
-    report: jq.Report
+    report: jq.report.Report
 
 
 def lower(config: Config, recipe: jq.Recipe, platform: str, batch: int = 8) -> Result:

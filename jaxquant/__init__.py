@@ -1,28 +1,20 @@
 """Quantization for JAX and Flax, as pure functions.
 
 `quantized(fn)` computes `fn` with params whose leaves may be `QTensor`s; `ptq` makes such params
-from float ones by a recipe. See the README for five-line examples.
+from float ones by a recipe. See the README for five-line examples. Here are the names of a first
+week; the rest is in `jaxquant.encoders`, `.interpret`, `.numerics`, `.observers`, `.optim`, `.qat`,
+`.qtensor`, `.recipe`, `.report` and `.ste`.
 """
 
-from jaxquant import linen, nnx, observers, optim, ste
+from jaxquant import encoders, linen, nnx, numerics, observers, optim, ste
 from jaxquant.capture import Statistics, activation_report, capture
-from jaxquant.encoders import clip, gptq, hqq, huffman_bits, kmeans, rtn, vectorwise
-from jaxquant.interpret import Site, Sites, quantized, trace
-from jaxquant.numerics import BlockFormat, Format, codebook_format
+from jaxquant.encoders import gptq, hqq, kmeans
+from jaxquant.interpret import quantized, trace
 from jaxquant.numerics.table import formats
 from jaxquant.params import combine, dequantize_params, partition, quantize_params
 from jaxquant.ptq import ptq
-from jaxquant.qat import (
-    QuantState,
-    Schedule,
-    convert,
-    fake_quant_params,
-    fake_quantized,
-    init_quant_state,
-)
+from jaxquant.qat import Schedule, convert, fake_quantized, init_quant_state
 from jaxquant.qtensor import (
-    Gradients,
-    Outliers,
     PerBlock,
     PerChannel,
     PerGroup,
@@ -40,9 +32,6 @@ from jaxquant.recipe import (
     int2,
     int3,
     int4,
-    int5,
-    int6,
-    int7,
     int8,
     int8_training,
     llm_int8,
@@ -60,45 +49,29 @@ from jaxquant.recipe import (
     w8a8_static,
     w8a16,
 )
-from jaxquant.report import ActivationReport, Edge, Event, LeafReport, Report, SiteReport
 from jaxquant.rewrites import awq, fold_batchnorm, smoothquant
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActivationReport",
-    "BlockFormat",
-    "Edge",
-    "Event",
-    "Format",
-    "Gradients",
-    "LeafReport",
-    "Outliers",
     "PerBlock",
     "PerChannel",
     "PerGroup",
     "PerTensor",
     "QSpec",
     "QTensor",
-    "QuantState",
     "Recipe",
-    "Report",
     "Rule",
     "Schedule",
-    "Site",
-    "SiteReport",
-    "Sites",
     "Statistics",
     "activation_report",
     "awq",
     "capture",
-    "clip",
-    "codebook_format",
     "combine",
     "convert",
     "dequantize",
     "dequantize_params",
-    "fake_quant_params",
+    "encoders",
     "fake_quantized",
     "fold_batchnorm",
     "formats",
@@ -106,14 +79,10 @@ __all__ = [
     "fp8",
     "gptq",
     "hqq",
-    "huffman_bits",
     "init_quant_state",
     "int2",
     "int3",
     "int4",
-    "int5",
-    "int6",
-    "int7",
     "int8",
     "int8_training",
     "kmeans",
@@ -122,6 +91,7 @@ __all__ = [
     "mxfp4",
     "nf4",
     "nnx",
+    "numerics",
     "nvfp4",
     "observers",
     "optim",
@@ -131,13 +101,11 @@ __all__ = [
     "quantize",
     "quantize_params",
     "quantized",
-    "rtn",
     "smoothquant",
     "ste",
     "trace",
     "uint4",
     "uint8",
-    "vectorwise",
     "w4a8",
     "w4a16",
     "w8a8",

@@ -155,7 +155,7 @@ def test_a_tree_that_is_one_array():
 def test_values_beyond_float32_leave_the_ratio_open():
     class Boundless(Encoder):
         def __call__(self, w, spec, **options):
-            q, info = jq.rtn()(w, spec, **options)
+            q, info = jq.encoders.rtn()(w, spec, **options)
             return q, info._replace(error=jnp.float32(jnp.inf))
 
     rule = Rule("w", weights=QSpec("int8", PerChannel(1)), encoder=Boundless())
@@ -225,7 +225,11 @@ MISTAKES = [
     (weights("head", PerChannel((0, -2))), None, r"^head .*named twice"),
     (weights("scale", PerBlock(2, 2, (0, 2))), None, r"^scale .*axis 2 is out of range"),
     (weights("q", PerGroup(3, 0)), SITES, r"^q .*axis -4 is scanned over"),
-    (weights("head", PerTensor(), encoder=jq.rtn(stochastic=True)), None, "^head: rtn.* pass key="),
+    (
+        weights("head", PerTensor(), encoder=jq.encoders.rtn(stochastic=True)),
+        None,
+        "^head: rtn.* pass key=",
+    ),
 ]
 
 
@@ -253,7 +257,7 @@ def test_non_finite_weights_are_named_before_any_work(params, value):
     class Counting(Encoder):
         def __call__(self, *args, **kwargs):
             calls.append(args)
-            return jq.rtn()(*args, **kwargs)
+            return jq.encoders.rtn()(*args, **kwargs)
 
     bad = params | {"o": params["o"].at[1, 0, 0, :2].set(value)}
     recipe = Recipe([Rule("**", weights=jq.int8(), encoder=Counting())])
@@ -316,7 +320,7 @@ def test_disagreeing_sites_are_noted():
 
 
 def test_stochastic_keys_are_each_leafs_own(params, key):
-    recipe = weights("[ho]*", PerTensor(), "int4", encoder=jq.rtn(stochastic=True))
+    recipe = weights("[ho]*", PerTensor(), "int4", encoder=jq.encoders.rtn(stochastic=True))
     both, _ = jq.quantize_params(params, recipe, key=key)
     alone, _ = jq.quantize_params({"head": params["head"]}, recipe, key=key)
     np.testing.assert_array_equal(np.asarray(both["head"].codes), np.asarray(alone["head"].codes))

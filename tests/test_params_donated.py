@@ -74,7 +74,7 @@ def test_numpy_arrays_stay(key) -> None:
         (
             [
                 jq.Rule("a/kernel", weights=INT8),
-                jq.Rule("b/kernel", weights=INT8, encoder=jq.rtn(stochastic=True)),
+                jq.Rule("b/kernel", weights=INT8, encoder=jq.encoders.rtn(stochastic=True)),
             ],
             "b/kernel.*pass key",
         ),

@@ -111,7 +111,7 @@ def test_the_same_codes_under_jit_and_from_shapes(params) -> None:
 
 
 def test_stochastic_rounding_needs_its_key_and_repeats(params) -> None:
-    recipe = jq.Recipe([jq.Rule("**", weights=jq.int4(), encoder=jq.rtn(stochastic=True))])
+    recipe = jq.Recipe([jq.Rule("**", weights=jq.int4(), encoder=jq.encoders.rtn(stochastic=True))])
     first, _ = jq.ptq(fn, params, recipe, x, key=jax.random.key(1))
     again, _ = jq.ptq(fn, params, recipe, x, key=jax.random.key(1))
     other, _ = jq.ptq(fn, params, recipe, x, key=jax.random.key(2))
@@ -197,7 +197,7 @@ def test_an_event_says_everything_once() -> None:
 
 
 def test_codebooks_of_ones_own(params) -> None:
-    ternary = jq.codebook_format([-1.0, 0.0, 1.0], name="ternary")
+    ternary = jq.numerics.codebook_format([-1.0, 0.0, 1.0], name="ternary")
     rule = jq.Rule("head/*", weights=jq.QSpec(ternary, jq.PerGroup(16)))
     assert jq.ptq(fn, params, rule, x)[1]["head/w"].action == "ternary in groups of 16"
     with pytest.raises(ValueError, match="codebook_format"):

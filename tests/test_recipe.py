@@ -75,9 +75,9 @@ def test_patterns(pattern, key, expected):
     ("make", "message"),
     [
         (lambda: Rule("**"), r"Rule\('\*\*'\) does nothing"),
-        (lambda: Rule("**", encoder=jq.rtn()), "does nothing"),
+        (lambda: Rule("**", encoder=jq.encoders.rtn()), "does nothing"),
         (lambda: Rule("a", skip=True, weights=jq.int8()), "leaves no place for weights"),
-        (lambda: Rule("a", skip=True, encoder=jq.rtn()), "leaves no place for"),
+        (lambda: Rule("a", skip=True, encoder=jq.encoders.rtn()), "leaves no place for"),
         (lambda: Rule("a", activations=jq.int8()), "activations without weights"),
         (lambda: Rule("a", weights="int8"), "weights takes a QSpec .* got 'int8'"),
         (lambda: Rule("a", weights=jq.int8), "weights takes a QSpec"),
@@ -203,7 +203,9 @@ def test_swapped_arguments_are_named():
 
 def test_recipes_are_values():
     def make():
-        return Recipe([Rule(re.compile("a.*"), weights=jq.int4(group=8), encoder=jq.rtn())])
+        return Recipe(
+            [Rule(re.compile("a.*"), weights=jq.int4(group=8), encoder=jq.encoders.rtn())]
+        )
 
     assert make() == make()
     assert hash(make()) == hash(make())

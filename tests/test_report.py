@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from jaxquant import ActivationReport, Edge, Event, LeafReport, Report, SiteReport
+from jaxquant.report import ActivationReport, Edge, Event, LeafReport, Report, SiteReport
 
 LONG = "encoder/transformer/layers_with_a_long_name/self_attention/query_projection/kernel"
 

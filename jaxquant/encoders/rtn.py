@@ -63,7 +63,7 @@ def rtn(stochastic: bool = False) -> RoundToNearest:
 
     >>> import jax, jaxquant as jq
     >>> w = jax.random.normal(jax.random.key(0), (64, 8))
-    >>> q, info = jq.rtn()(w, jq.QSpec("int8", jq.PerChannel(1)))
+    >>> q, info = jq.encoders.rtn()(w, jq.QSpec("int8", jq.PerChannel(1)))
     >>> q.codes.dtype.name, 40 < info.sqnr_db < 46
     ('int8', True)
     """

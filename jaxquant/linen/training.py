@@ -162,7 +162,7 @@ class FakeQuantizedModel:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
         >>> fmodel, x = fake_quantized(nn.Dense(8), jq.w8a8()), jnp.ones((2, 32))
         >>> state = fmodel.state(fmodel.init(jax.random.key(0), x), x)
-        >>> isinstance(state, jq.QuantState), int(state.step)
+        >>> isinstance(state, jq.qat.QuantState), int(state.step)
         (True, 0)
         """
         where = "linen.fake_quantized: state"

@@ -82,7 +82,7 @@ class QSpec:
         if isinstance(format, (list, tuple)) or hasattr(format, "__array__"):
             raise ValueError(
                 f"format: expected a name or a Format, got a {type(format).__name__}; values of a "
-                "codebook become a format by jq.codebook_format(values, name='mine')"
+                "codebook become a format by jq.numerics.codebook_format(values, name='mine')"
             )
         fmt = get(format)
         if isinstance(fmt, BlockFormat):

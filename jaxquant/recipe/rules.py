@@ -172,7 +172,7 @@ class Rule:
             return
         if not isinstance(self.outliers, Outliers):
             raise ValueError(
-                f"{self._name}: outliers takes jq.Outliers(...), got {self.outliers!r}"
+                f"{self._name}: outliers takes jq.qtensor.Outliers(...), got {self.outliers!r}"
             )
         spec = self.activations
         rows = spec is not None and spec.granularity == PerChannel() and spec.symmetric
@@ -274,7 +274,8 @@ class Rule:
         if self.gradients is not None:
             if not isinstance(self.gradients, Gradients):
                 raise ValueError(
-                    f"{self._name}: gradients takes jq.Gradients(...), got {self.gradients!r}"
+                    f"{self._name}: gradients: expected jaxquant.qtensor.Gradients(...), "
+                    f"got {self.gradients!r}"
                 )
             if self.activations is None:
                 raise ValueError(f"{self._name}: gradients without activations")

@@ -56,7 +56,9 @@ def captured() -> tuple[Statistics, list[jq.Rule]]:
     return jq.capture(dense, params, recipe, batches=batches), recipe
 
 
-def rounded(x: np.ndarray, row: jq.SiteReport, spec: jq.QSpec) -> tuple[np.ndarray, np.ndarray]:
+def rounded(
+    x: np.ndarray, row: jq.report.SiteReport, spec: jq.QSpec
+) -> tuple[np.ndarray, np.ndarray]:
     """What codes of a range stand for, float64; and which values lie beyond all codes."""
     x, least, most = x.astype(np.float64), spec.format.qmin, spec.format.qmax
     if spec.symmetric:

@@ -112,7 +112,9 @@ SLOW_SPECS = [
         QSpec("float8_e4m3fn", PerChannel(1)),
         QSpec("mxfp4").at((0,), 2),
         QSpec("nvfp4").at((0,), 2),
-        QSpec(jq.codebook_format([-1, -0.3, -0.1, 0.1, 0.2, 0.9], "mine"), PerGroup(24, 0)),
+        QSpec(
+            jq.numerics.codebook_format([-1, -0.3, -0.1, 0.1, 0.2, 0.9], "mine"), PerGroup(24, 0)
+        ),
         *(pytest.param(spec, marks=pytest.mark.slow) for spec in SLOW_SPECS),
     ],
     ids=str,

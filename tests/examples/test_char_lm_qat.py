@@ -115,7 +115,9 @@ def test_variants_are_what_their_names_say(model):
     example = char_lm_text.in_order(TEXT.train, 4, 8)[0, :, :-1]
     fmodel, _ = char_lm_qat.variant("int8 training", model, SETTINGS, example)
     rule = fmodel.quant.layout.recipe.match("head/kernel")
-    assert rule.gradients == jq.Gradients() and rule.weights == rule.activations == jq.int8()
+    assert (
+        rule.gradients == jq.qtensor.Gradients() and rule.weights == rule.activations == jq.int8()
+    )
     params = {"w": np.zeros((64, 256), np.float32)}
     for name, share in {"float32": 1.0, "adam8bit": 0.27}.items():
         fitted, optimizer = char_lm_qat.variant(name, model, SETTINGS, example)

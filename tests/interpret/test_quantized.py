@@ -77,7 +77,7 @@ GROUPED += ["fused and reshaped", "joined", "embedding", "experts", "convolution
 @pytest.mark.parametrize("name", GROUPED)
 def test_groups_that_do_not_divide(name: str) -> None:
     program = PROGRAMS[name]
-    recipe = jq.Recipe([jq.Rule("**", weights=jq.int6(group=12))])
+    recipe = jq.Recipe([jq.Rule("**", weights=jq.recipe.int6(group=12))])
     qparams, _, _ = run(program, program.params, recipe)
     close(*both(program, qparams), 2e-2 if program.rounds else 5e-4)
 

@@ -12,7 +12,7 @@ import jaxquant as jq
 from .programs import PROGRAMS, helpers, normal, stack, v, w, x
 
 
-def sites(name: str) -> jq.Sites:
+def sites(name: str) -> jq.interpret.Sites:
     program = PROGRAMS[name]
     return jq.trace(program.fn, program.params, *program.args, **dict(program.kwargs))
 

@@ -83,7 +83,7 @@ CASES = {
 }
 
 
-def noise(report: jq.Report) -> float:
+def noise(report: jq.report.Report) -> float:
     """The relative error that rounding the weights makes, if the leaves' errors are independent."""
     ratios = [10 ** (-leaf.sqnr_db / 10) for leaf in report.leaves if leaf.sqnr_db is not None]
     return math.sqrt(sum(ratios))

@@ -38,7 +38,7 @@ class Helped(nn.Module):
         )[0]
 
 
-def quantize(model: nn.Module, recipe: jq.Recipe, *args: Any) -> tuple[Any, Any, jq.Report]:
+def quantize(model: nn.Module, recipe: jq.Recipe, *args: Any) -> tuple[Any, Any, jq.report.Report]:
     variables = jax.jit(model.init)(jax.random.key(0), *args)
     return variables, *jq.ptq(model.apply, variables, recipe, *args)
 

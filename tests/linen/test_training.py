@@ -141,7 +141,7 @@ def test_frozen_variables_and_state(trained: FakeQuantTensor, images: Any) -> No
     fmodel, x = trained.fmodel, images[0]
     frozen = freeze(trained.variables)
     state = fmodel.state(frozen, x)
-    assert isinstance(state, jq.QuantState) and int(state.step) == 25
+    assert isinstance(state, jq.qat.QuantState) and int(state.step) == 25
     fake = jq.fake_quantized(lambda v, x: Net().apply(v, x), LSQ)
     plain = {name: trained.variables[name] for name in trained.float}
     y, after = jax.jit(fake)(plain, x, quant_state=state)

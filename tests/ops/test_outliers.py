@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant import Outliers, PerChannel, PerGroup, QSpec, ops
-from jaxquant.qtensor import Calibration, ContractionConfig, with_contraction
+from jaxquant import PerChannel, PerGroup, QSpec, ops
+from jaxquant.qtensor import Calibration, ContractionConfig, Outliers, with_contraction
 from tests.arrays import array
 from tests.encoders import bnb_reference as ref
 
@@ -97,15 +97,17 @@ def test_weights_are_those_of_vectorwise_quantization():
     rng = np.random.default_rng(2)
     w = rng.normal(size=(256, 300)).astype(np.float32)
     spec = jq.int8(range="qmax", granularity=PerChannel(1))
-    for q in (jq.vectorwise()(jnp.asarray(w), spec, storage_last_axes=(0,))[0],):
+    for q in (jq.encoders.vectorwise()(jnp.asarray(w), spec, storage_last_axes=(0,))[0],):
         codes, amax, _ = ref.vectorwise(w.T)
         np.testing.assert_array_equal(q.validate().codes, codes)
         # XLA multiplies by the reciprocal of a constant
         np.testing.assert_allclose(np.asarray(q.scale)[:, 0], amax / 127, rtol=1.2e-7)
-    two, _ = jq.vectorwise()(jnp.stack([w, 2 * w]), spec, storage_last_axes=(0,), batch_axes=1)
+    two, _ = jq.encoders.vectorwise()(
+        jnp.stack([w, 2 * w]), spec, storage_last_axes=(0,), batch_axes=1
+    )
     np.testing.assert_array_equal(two.codes[1], q.codes)
     with pytest.raises(ValueError, match="range='qmax'"):
-        jq.vectorwise()(jnp.asarray(w), jq.int8(granularity=PerChannel(1)))
+        jq.encoders.vectorwise()(jnp.asarray(w), jq.int8(granularity=PerChannel(1)))
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ class Noting(Encoder):
     observer: ClassVar[Inputs] = inputs()
 
     def __call__(self, w: Any, spec: Any, *, stats: Any = None, **kwargs: Any) -> Any:
-        q, info = jq.rtn()(w, spec, **kwargs)
+        q, info = jq.encoders.rtn()(w, spec, **kwargs)
         assert stats is not None
         return with_rows(q, stats.rows), info
 

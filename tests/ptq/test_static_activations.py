@@ -108,7 +108,7 @@ class Served:
 
     batches: list[dict[str, jax.Array]]
     qparams: Any
-    report: jq.Report
+    report: jq.report.Report
     x: dict[str, jax.Array]
     y: dict[str, jax.Array]
 

@@ -20,7 +20,7 @@ from jaxquant import PerGroup, PerTensor, QSpec, ste
 from tests.arrays import normal
 
 LSQ = {"weight_estimator": ste.lsq(), "activation_estimator": ste.lsq()}
-LEVELS = jq.codebook_format(range(-8, 8), name="sixteen")
+LEVELS = jq.numerics.codebook_format(range(-8, 8), name="sixteen")
 
 
 def tensor(name: str, **more: Any) -> QSpec:
@@ -82,7 +82,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8 gradients": {
         "weights": jq.int8(),
         "activations": jq.int8(),
-        "gradients": jq.Gradients(),
+        "gradients": jq.qtensor.Gradients(),
     },
 }
 
@@ -128,12 +128,12 @@ class Many:
     def fn(self, params: Mapping[str, Any], *args: Any) -> dict[str, Any]:
         return {kind: self._fn(params[kind], *args) for kind in self.kinds}
 
-    def state(self) -> jq.QuantState:
+    def state(self) -> jq.qat.QuantState:
         """A state, made by one compiled program: op by op takes longer."""
         make = jax.jit(lambda p, args: jq.init_quant_state(self.fn, p, self.recipe, *args))
         return make(self.params, self.args)
 
-    def served(self, state: jq.QuantState) -> Any:
+    def served(self, state: jq.qat.QuantState) -> Any:
         """The params served, as `state` makes of that, by one compiled program."""
         return jax.jit(lambda p, state: jq.convert(p, state, self.recipe))(self.params, state)
 

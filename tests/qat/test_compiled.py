@@ -63,7 +63,7 @@ def test_weights_are_the_same_bit_for_bit() -> None:
 
     @optimised
     def fake(params: Any, state: Any) -> Any:
-        return jq.fake_quant_params(params, many.recipe, sites=sites, quant_state=state)
+        return jq.qat.fake_quant_params(params, many.recipe, sites=sites, quant_state=state)
 
     trained, qparams = fake(many.params, state), many.served(state)
     for kind in KINDS:

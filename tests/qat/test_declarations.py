@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 import jaxquant as jq
-from jaxquant import Gradients, PerChannel, PerTensor, QSpec, Rule, Schedule, ste
+from jaxquant import PerChannel, PerTensor, QSpec, Rule, Schedule, ste
+from jaxquant.qtensor import Gradients
 from tests.qat.programs import LEVELS, tensor
 
 GRID = tensor("int8")

@@ -100,7 +100,7 @@ def test_weight_gradient_of_static_activations(bits: int, zero: bool) -> None:
         weights=jq.int8(),
         activations=spec,
         observer=jq.observers.minmax(),
-        gradients=jq.Gradients(stochastic=False),
+        gradients=jq.qtensor.Gradients(stochastic=False),
     )
     params = {"w": PARAMS["a"]}
     run = lambda p, x: x @ p["w"]
@@ -135,7 +135,7 @@ def test_layers_that_are_cut_before_a_scan(recipe: Any) -> None:
     run = lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"][1:])[0]
     with pytest.raises(ValueError, match=r"w.*expected activations for layers \[4\], got \[3\]"):
         jq.init_quant_state(run, params, recipe, normal(4, 5, 8))
-    fake = jq.fake_quantized(run, jq.int8_training(jq.Gradients(stochastic=False)))
+    fake = jq.fake_quantized(run, jq.int8_training(jq.qtensor.Gradients(stochastic=False)))
     grads = jax.jit(jax.grad(lambda p: fake(p, normal(4, 5, 8)).sum()))(params)
     assert np.isfinite(grads["w"]).all()
 
@@ -165,7 +165,7 @@ def test_half_way() -> None:
         jq.convert(PARAMS, lost, rule)
     other = dataclasses.replace(rule, weights=jq.int8())
     with pytest.raises(ValueError, match="another recipe"):
-        jq.fake_quant_params(PARAMS, other, sites=jq.trace(fn, PARAMS, X), quant_state=state)
+        jq.qat.fake_quant_params(PARAMS, other, sites=jq.trace(fn, PARAMS, X), quant_state=state)
     assert len(repr(state)) < 200
 
 
@@ -190,6 +190,6 @@ def test_what_cannot_be_started_from() -> None:
         match=r"^init_quant_state: the function does not fit .* takes 2 positional arguments but 3",
     ):
         jq.init_quant_state(fn, PARAMS, LSQ, X, X)
-    encoder = dataclasses.replace(STATIC, encoder=jq.rtn(stochastic=True))
+    encoder = dataclasses.replace(STATIC, encoder=jq.encoders.rtn(stochastic=True))
     with pytest.raises(ValueError, match="leave the encoder out"):
         jq.fake_quantized(fn, encoder)

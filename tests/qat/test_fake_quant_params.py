@@ -39,7 +39,7 @@ def test_fake_quant_params(named: bool) -> None:
     sites = None if named else jq.trace(dense_and_heads, PARAMS, x)
 
     def total(params: Any, x: Any) -> Any:
-        rounded = jq.fake_quant_params(params, recipe, sites=sites)
+        rounded = jq.qat.fake_quant_params(params, recipe, sites=sites)
         return (dense_and_heads(rounded, x) * g).sum(), rounded
 
     (dparams, dx), rounded = jax.jit(jax.grad(total, (0, 1), has_aux=True))(PARAMS, x)
@@ -70,7 +70,7 @@ def test_fake_quant_params_with_a_state() -> None:
 
     def by_params(params: Any, learned: Any) -> Any:
         now = dataclasses.replace(state, learned=learned)
-        rounded = jq.fake_quant_params(params, recipe, sites=sites, quant_state=now)
+        rounded = jq.qat.fake_quant_params(params, recipe, sites=sites, quant_state=now)
         return dense_and_heads(rounded, x)
 
     def by_fn(params: Any, learned: Any) -> Any:

@@ -90,7 +90,7 @@ LAYERS = {
 }
 
 
-def training(case: Layers, recipe: jq.Recipe) -> tuple[Callable[..., Any], jq.QuantState]:
+def training(case: Layers, recipe: jq.Recipe) -> tuple[Callable[..., Any], jq.qat.QuantState]:
     """A step that gives the loss and the gradients of params and input."""
     state = jax.jit(lambda p, x: jq.init_quant_state(case.fn, p, recipe, x))(case.params, case.x)
     fake = jq.fake_quantized(case.fn, recipe)

@@ -21,7 +21,7 @@ from tests.qat.programs import (
 )
 from tests.qat.rounding import codes, near
 
-NEAREST = jq.int8_training(jq.Gradients(stochastic=False))
+NEAREST = jq.int8_training(jq.qtensor.Gradients(stochastic=False))
 
 
 def at_float8(x: np.ndarray, axis: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -101,13 +101,13 @@ def test_gradients_are_integer_contractions(name: str) -> None:
 
 
 FORMATS = {
-    "float input": jq.Gradients(input=None, stochastic=False),
-    "float weight": jq.Gradients(weight=None, stochastic=False),
-    "int4 weight": jq.Gradients(weight=jq.int4(), stochastic=False),
-    "per tensor": jq.Gradients(
+    "float input": jq.qtensor.Gradients(input=None, stochastic=False),
+    "float weight": jq.qtensor.Gradients(weight=None, stochastic=False),
+    "int4 weight": jq.qtensor.Gradients(weight=jq.int4(), stochastic=False),
+    "per tensor": jq.qtensor.Gradients(
         input=QSpec("int8", PerTensor()), weight=QSpec("int8", PerTensor()), stochastic=False
     ),
-    "float8 input": jq.Gradients(input=QSpec("float8_e5m2"), stochastic=False),
+    "float8 input": jq.qtensor.Gradients(input=QSpec("float8_e5m2"), stochastic=False),
 }
 
 
@@ -250,7 +250,7 @@ def test_convolutions_take_rounded_gradients() -> None:
 def test_gradients_that_vanish_or_are_not_finite(stochastic: bool) -> None:
     """Rows without a gradient stay without one; one that is NaN makes what it belongs to NaN."""
     x, w = normal(0, 6, 40), weights(1, 40, 5, fan=40)
-    recipe = jq.int8_training(jq.Gradients(stochastic=stochastic))
+    recipe = jq.int8_training(jq.qtensor.Gradients(stochastic=stochastic))
     g = normal(2, 6, 5).at[1].set(0.0).at[:, 4].set(0.0)
     cotangents = jnp.stack([g, jnp.zeros_like(g), g.at[2, 3].set(jnp.nan)])
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant import Gradients, PerChannel, PerTensor, QSpec, Rule, Schedule, ste
+from jaxquant import PerChannel, PerTensor, QSpec, Rule, Schedule, ste
+from jaxquant.qtensor import Gradients
 from tests.arrays import normal
 from tests.qat.programs import (
     LSQ,
@@ -22,7 +23,7 @@ from tests.qat.programs import (
 )
 
 GRID = tensor("int8")
-SIXTEEN = QSpec(jq.codebook_format(range(-8, 8), name="sixteen"), PerTensor())
+SIXTEEN = QSpec(jq.numerics.codebook_format(range(-8, 8), name="sixteen"), PerTensor())
 PARAMS = {"a": weights(0, 16, 8, fan=16), "b": weights(1, 8, 4, fan=8)}
 X = normal(2, 5, 16)
 
@@ -36,7 +37,7 @@ STATIC = jq.Recipe([rule("moving average")])
 
 
 @pytest.fixture(scope="module")
-def state() -> jq.QuantState:
+def state() -> jq.qat.QuantState:
     return jq.init_quant_state(fn, PARAMS, LEARNS, X)
 
 
@@ -70,7 +71,7 @@ def test_recipes_that_cannot_be_trained(name: str) -> None:
     raises(rf"^init_quant_state: .*{message}", lambda: jq.init_quant_state(fn, PARAMS, recipe, X))
 
 
-def test_before_the_call(state: jq.QuantState) -> None:
+def test_before_the_call(state: jq.qat.QuantState) -> None:
     raises(r"expected a function of params first, got dict", lambda: jq.fake_quantized({}, LEARNS))
     raises(
         r"schedule: expected a jq\.Schedule, got 100",
@@ -109,13 +110,13 @@ def test_what_needs_none() -> None:
     raises(r"a schedule counts steps; make a state", lambda: scheduled(PARAMS, X))
     raises(
         r"^fake_quant_params: a: .*LSQ.* learns; pass quant_state=",
-        lambda: jq.fake_quant_params(PARAMS, LEARNS, sites=jq.trace(fn, PARAMS, X)),
+        lambda: jq.qat.fake_quant_params(PARAMS, LEARNS, sites=jq.trace(fn, PARAMS, X)),
     )
     nearest = jq.int8_training(Gradients(stochastic=False))
     assert jax.eval_shape(jq.fake_quantized(fn, nearest), PARAMS, X).shape == (5, 4)
 
 
-def test_a_state_of_something_else(state: jq.QuantState) -> None:
+def test_a_state_of_something_else(state: jq.qat.QuantState) -> None:
     other = jq.Recipe([Rule("**", weights=jq.int8(), activations=tensor("int4"), **LSQ)])
     both = r"the state was made for another recipe: got Rule\(.*int8.* instead of Rule\(.*int4.*"
     more = jq.Recipe([*LEARNS, Rule("c", skip=True)])
@@ -173,7 +174,7 @@ def test_a_site_that_the_example_did_not_have() -> None:
     )
 
 
-def test_params_that_are_quantized(state: jq.QuantState) -> None:
+def test_params_that_are_quantized(state: jq.qat.QuantState) -> None:
     qparams = {**PARAMS, "a": jq.quantize(PARAMS["a"], QSpec("int8", PerChannel(1)))}
     message = r"a: expected float params, got <?QTensor"
     raises(rf"^convert: {message}", lambda: jq.convert(qparams, state, LEARNS))
@@ -181,13 +182,13 @@ def test_params_that_are_quantized(state: jq.QuantState) -> None:
     raises(rf"^fake_quantized: {message}", lambda: jq.fake_quantized(fn, jq.w8a8())(qparams, X))
 
 
-def with_step(state: jq.QuantState, what: str, path: str, change: Any) -> jq.QuantState:
+def with_step(state: jq.qat.QuantState, what: str, path: str, change: Any) -> jq.qat.QuantState:
     learned = jax.tree.map(lambda a: a, state.learned)
     learned[what][path]["step"] = change(learned[what][path]["step"])
     return dataclasses.replace(state, learned=learned)
 
 
-def test_what_is_not_finite(state: jq.QuantState) -> None:
+def test_what_is_not_finite(state: jq.qat.QuantState) -> None:
     params = {**PARAMS, "b": PARAMS["b"].at[1, 2].set(np.nan).at[0, 0].set(np.inf)}
     weights_bad = r"expected finite weights, got NaN or infinity in b \(2 of 32 values\)"
     raises(weights_bad, lambda: jq.init_quant_state(fn, params, LEARNS, X))
@@ -218,11 +219,11 @@ def test_estimators_that_do_not_fit_a_leaf() -> None:
     sites = jq.trace(fn, PARAMS, X)
     raises(
         r"^fake_quant_params: a: KMeans\(.*\) learns; pass quant_state=",
-        lambda: jq.fake_quant_params(PARAMS, codebook, sites=sites),
+        lambda: jq.qat.fake_quant_params(PARAMS, codebook, sites=sites),
     )
 
 
-def test_frozen_of_another_result(state: jq.QuantState) -> None:
+def test_frozen_of_another_result(state: jq.qat.QuantState) -> None:
     schedule = Schedule(freeze_batchnorm=1)
     for other in (lambda p, x: fn(p, x)[:2], lambda p, x: (fn(p, x), None)):
         fake = jq.fake_quantized(fn, LEARNS, schedule=schedule, frozen=other)

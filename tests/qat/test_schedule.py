@@ -46,12 +46,12 @@ PARAMS = {n: weights(i, 16, 4, fan=16) for i, n in enumerate(("lsq", "pact", "se
 X = normal(9, 5, 16)
 
 
-def made(recipe: jq.Recipe) -> jq.QuantState:
+def made(recipe: jq.Recipe) -> jq.qat.QuantState:
     return jax.jit(lambda p: jq.init_quant_state(fn, p, recipe, X))(PARAMS)
 
 
 @pytest.fixture(scope="module")
-def steps() -> tuple[list[Any], list[jq.QuantState]]:
+def steps() -> tuple[list[Any], list[jq.qat.QuantState]]:
     """Results and states of all steps; each sees more than the one before."""
     schedule = jq.Schedule(start=START, bits=((START, 8), (NARROW, BITS)), freeze=END)
     recipe = recipe_of(BITS)

@@ -19,7 +19,7 @@ from tests.qat.programs import PROGRAMS, Many, mlp, on_integers
 pytestmark = pytest.mark.usefixtures("uncontracted")
 
 
-def moved(state: jq.QuantState) -> jq.QuantState:
+def moved(state: jq.qat.QuantState) -> jq.qat.QuantState:
     """A state some steps on: what is learned is another, some of it beyond zero."""
     rng = np.random.default_rng(5)
 
@@ -42,7 +42,7 @@ QUICK = {
 @functools.cache
 def results(
     name: str, kinds: tuple[str, ...] | None = None
-) -> tuple[Many, jq.QuantState, Any, Any]:
+) -> tuple[Many, jq.qat.QuantState, Any, Any]:
     """A program, its state, what it gives in training, and what is served."""
     many = Many(PROGRAMS[name], kinds)
     state = moved(many.state())

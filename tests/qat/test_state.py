@@ -99,12 +99,12 @@ class Training:
         self.fake = jq.fake_quantized(self.many.fn, self.many.recipe)
         self.step = jax.jit(self._step, donate_argnums=(0, 1, 2))
 
-    def start(self) -> tuple[Any, jq.QuantState, Any]:
+    def start(self) -> tuple[Any, jq.qat.QuantState, Any]:
         state = self.many.state()
         params, self.before = jax.tree.map(jnp.copy, (self.many.params, state))
         return params, state, self.optimizer.init((params, state.learned))
 
-    def _step(self, params: Any, state: jq.QuantState, moments: Any) -> Any:
+    def _step(self, params: Any, state: jq.qat.QuantState, moments: Any) -> Any:
         def loss(trained: Any) -> Any:
             params, learned = trained
             now = dataclasses.replace(state, learned=learned)
@@ -145,7 +145,7 @@ def test_training_lowers_the_loss(training: Any, kind: str) -> None:
 def test_a_checkpoint_goes_on(training: Any, tmp_path: Path) -> None:
     run, held, _ = training
     held = jax.tree.map(jnp.copy, held)
-    assert isinstance(held[1], jq.QuantState) and held[1].layout == run.before.layout
+    assert isinstance(held[1], jq.qat.QuantState) and held[1].layout == run.before.layout
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "held", held)
         checkpointer.wait_until_finished()

@@ -15,12 +15,12 @@ from tests.qat.test_mistakes import LEARNS, PARAMS, X, fn, with_step
 
 
 @pytest.fixture(scope="module")
-def state() -> jq.QuantState:
+def state() -> jq.qat.QuantState:
     return jq.init_quant_state(fn, PARAMS, LEARNS, X)
 
 
 @pytest.mark.parametrize("what", ["weights", "activations"])
-def test_steps_stay_positive(state: jq.QuantState, what: str) -> None:
+def test_steps_stay_positive(state: jq.qat.QuantState, what: str) -> None:
     """Below zero they are reflected, gradient included; at zero all is finite."""
     fake = jq.fake_quantized(fn, LEARNS)
 
