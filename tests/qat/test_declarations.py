@@ -54,7 +54,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "gradients as a spec": (
         {"weights": jq.int8(), "activations": jq.int8(), "gradients": jq.int8()},
-        r"gradients takes jq\.Gradients\(\.\.\.\), got QSpec",
+        r"gradients: expected jaxquant\.qtensor\.Gradients\(\.\.\.\), got QSpec",
     ),
     "gradients alone": (
         {"weights": jq.int8(), "gradients": Gradients()},
