@@ -104,7 +104,6 @@ def test_events_are_listed_once():
     assert str(event) == "dequantized by add at encoder/x: the weight met an elementwise op"
     assert str(report).splitlines()[-1] == str(event)
     assert REPORT.events == ()
-    assert REPORT.with_notes("bfloat16 used").notes == ("bfloat16 used",)
 
 
 def test_the_dict_is_json():

@@ -17,7 +17,8 @@ from jax import Array, lax
 import jaxquant as jq
 from benchmarks.suite.cases import normal
 from benchmarks.suite.lowering_table import Case
-from jaxquant.ops import conv_general_dilated, dot_general, products
+from jaxquant.ops import contract as products
+from jaxquant.ops import conv_general_dilated, dot_general
 from jaxquant.ops.activations import quantize_activation
 from jaxquant.ops.convolve import Conv
 from jaxquant.ops.cpu.nibbles import unpacked

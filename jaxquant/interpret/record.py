@@ -43,9 +43,9 @@ def trace(
     return sites_of(trace_call(fn, params, args, kwargs))
 
 
-def sites_of(call: Call, recorder: Recorder | None = None) -> Sites:
-    """The sites of a traced call; a recorder that is given may write down more than these."""
-    recorder = Recorder() if recorder is None else recorder
+def sites_of(call: Call) -> Sites:
+    """The sites of a traced call."""
+    recorder = Recorder()
     interpreter = Interpreter(recorder, call.param_paths)
     avals = [abstract(leaf) for leaf in call.leaves]
 

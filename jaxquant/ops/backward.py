@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from jaxquant.ops.products import dequantized
+from jaxquant.ops.contract import dequantized
 from jaxquant.qtensor import QTensor, dequantize
 
 

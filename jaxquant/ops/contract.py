@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,17 +12,9 @@ from jax import Array, lax
 
 from jaxquant.ops import lowering
 from jaxquant.ops.cpu.fused_rows import fused_sums, fused_totals, fuses
-from jaxquant.ops.cpu.nibbles import unpacked
+from jaxquant.ops.cpu.nibbles import halves, low_then_high, reordered, unpacked
 from jaxquant.ops.operands import Operand, align
 from jaxquant.ops.out_sharding import Sharding
-from jaxquant.ops.products import (
-    batched,
-    by_halves,
-    in_float,
-    is_integer,
-    loop,
-    product,
-)
 
 
 def contract(
@@ -149,3 +142,186 @@ def _two_rows(x: Operand) -> Operand:
     one = new_axis(x)
     pad = [(0, int(a == one.free[0])) for a in range(one.values.ndim)]
     return dataclasses.replace(one, values=jnp.pad(one.values, pad))
+
+
+def is_integer(x: Operand) -> bool:
+    """Whether sums are exact."""
+    return x.values.dtype == jnp.int8
+
+
+def dequantized(x: Operand) -> Array:
+    """`scale (values - zero)` in float32."""
+    v = x.values.astype(jnp.float32)
+    if x.zero is not None:
+        v = v - x.zero.astype(jnp.float32)
+    return v if x.scale is None else v * x.scale
+
+
+def batched(
+    x: Operand, w: Operand, precision: Any = None, sharding: Sharding | None = None
+) -> Array:
+    """Groups as batch dimensions of one `dot_general`."""
+    return _scaled(product(x, w, precision, sharding), x, w)
+
+
+def product(
+    x: Operand,
+    w: Operand,
+    precision: Any = None,
+    sharding: Sharding | None = None,
+    left: bool = False,
+) -> Array:
+    """Products of the values, summed: `[batch, groups, free of x, free of w]`.
+
+    With the weight on the `left`, its free axes come before those of `x`.
+    """
+    assert sharding is None or not left  # it names axes in the other order
+    a, b = (w, x) if left else (x, w)
+    return lax.dot_general(
+        a.values,
+        b.values,
+        ((a.inner, b.inner), (a.batch + a.groups, b.batch + b.groups)),
+        precision=None if is_integer(x) else precision,
+        preferred_element_type=jnp.int32 if is_integer(x) else jnp.float32,
+        out_sharding=None if sharding is None else sharding.of(len(x.groups)),
+    )
+
+
+def swapped(total: Array, first: int, outs: int) -> Array:
+    """`outs` axes from `first` on moved behind all others."""
+    rest = range(first + outs, total.ndim)
+    return total.transpose((*range(first), *rest, *range(first, first + outs)))
+
+
+def _scaled(total: Array, x: Operand, w: Operand, left: bool = False) -> Array:
+    """Zero points taken off a product, then scales, then the sum over groups, in its own order."""
+    kind = total.dtype
+
+    def of_x(a: Array) -> Array:
+        return align(a, x, len(w.free), 0) if left else align(a, x, 0, len(w.free))
+
+    def of_w(a: Array) -> Array:
+        return align(a, w, 0, len(x.free)) if left else align(a, w, len(x.free), 0)
+
+    def summed(op: Operand) -> Array:
+        return jnp.sum(op.values, axis=op.inner, keepdims=True, dtype=kind)
+
+    zero, rest = _split_zero(w) if kind == jnp.int32 else (w.zero, None)
+    sums: Array | None = None
+    if zero is not None:
+        sums = of_x(summed(x))
+        total = total - of_w(zero) * sums
+    if x.zero is not None:
+        total = total - of_x(x.zero) * of_w(summed(w))
+        if zero is not None and sums is not None:
+            count = jnp.sum(jnp.ones([x.values.shape[a] for a in x.inner], kind), dtype=kind)
+            sums = sums - count * of_x(x.zero)
+            total = total + count * of_x(x.zero) * of_w(zero)
+    out = lax.convert_element_type(total, jnp.float32)
+    if rest is not None and sums is not None:
+        out = out - of_w(rest) * sums.astype(jnp.float32)
+    if w.scale is not None:
+        out = lax.mul(out, of_w(w.scale))
+    if x.scale is not None:
+        out = lax.mul(out, of_x(x.scale))
+    first = len(x.batch)
+    if x.groups:
+        out = jnp.sum(out, axis=tuple(range(first, first + len(x.groups))))
+    return out
+
+
+def _split_zero(w: Operand) -> tuple[Array | None, Array | None]:
+    """A zero point as an int8 number that sums stay exact with, and what it has beyond."""
+    if w.zero is None or jnp.issubdtype(w.zero.dtype, jnp.integer):
+        return w.zero, None
+    whole = jnp.clip(jnp.round(w.zero), -128, 127)
+    return whole.astype(jnp.int32), w.zero - whole
+
+
+def by_halves(x: Operand, w: Operand) -> Array:
+    """Packed codes as they lie: a product for either half of the bytes."""
+    (x0, w0), (x1, w1) = halves(x, w)
+    return batched(x0, w0) + batched(x1, w1)
+
+
+def loop(x: Operand, w: Operand) -> Array:
+    """Groups one after the other: each product is a plain matrix product of few terms.
+
+    The weight is on the left, and the scales of `x`, which groups share, come last.
+    """
+    first = len(x.batch)
+    bare = dataclasses.replace(x, scale=None)
+    if w.packed is not None:
+        # what makes the codes is small, and not to be made again for each group
+        values = reordered(lax.optimization_barrier(x.values))
+        bare = dataclasses.replace(bare, values=values)
+
+    def one(i: Array | int) -> Array:
+        a, b = _group(bare, i), low_then_high(_group(w, i))
+        return _scaled(product(a, b, left=True), a, b, True)
+
+    def step(total: Array, i: Array) -> tuple[Array, None]:
+        return total + one(i), None
+
+    count = x.values.shape[x.groups[0]]
+    out = swapped(lax.scan(step, one(0), jnp.arange(1, count))[0], first, len(w.free))
+    return out if x.scale is None else out * _last_scale(x, x.scale, w)
+
+
+def _last_scale(x: Operand, scale: Array, w: Operand) -> Array:
+    """The scale of `x`, the same for all groups, laid out for the result."""
+    whole = dataclasses.replace(x, groups=(), inner=(*x.groups, *x.inner))
+    return align(scale, whole, 0, len(w.free))
+
+
+def _group(op: Operand, index: Array | int) -> Operand:
+    """One group of an operand."""
+    (at,) = op.groups
+
+    def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(a - (a > at) for a in axes)
+
+    def one(a: Array) -> Array:
+        if a.shape[at] == 1:
+            return lax.index_in_dim(a, 0, at, keepdims=False)
+        if isinstance(index, int):
+            return lax.index_in_dim(a, index, at, keepdims=False)
+        return lax.dynamic_index_in_dim(a, index, at, keepdims=False, allow_negative_indices=False)
+
+    return Operand(
+        one(op.values),
+        None if op.scale is None else one(op.scale),
+        None if op.zero is None else one(op.zero),
+        moved(op.batch),
+        moved(op.free),
+        (),
+        moved(op.inner),
+        op.packed,
+    )
+
+
+def in_float(x: Operand, w: Operand, precision: Any = None) -> Array:
+    """One float product of what the codes stand for; the scale of `x` still goes last."""
+    dtype = jnp.float32 if is_integer(x) else x.values.dtype
+    bare = dequantized(dataclasses.replace(x, scale=None)).astype(dtype)
+    values, x_over = _joined(bare, (*x.groups, *x.inner))
+    whole = dequantized(w)
+    if dtype == jnp.float16:  # a scale rounded up may lead beyond what float16 holds
+        top = float(jnp.finfo(dtype).max)
+        whole = jnp.clip(whole, -top, top)
+    weights, w_over = _joined(whole.astype(dtype), (*w.groups, *w.inner))
+    if len(x_over) != len(w_over):
+        values, x_over = bare, (*x.groups, *x.inner)
+        weights, w_over = whole.astype(dtype), (*w.groups, *w.inner)
+    a = Operand(values, None, None, x.batch, x.free, (), x_over)
+    b = Operand(weights, None, None, w.batch, w.free, (), w_over)
+    out = batched(a, b, precision)
+    return out if x.scale is None else out * _last_scale(x, x.scale, w)
+
+
+def _joined(a: Array, over: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
+    """Neighbouring last axes as one: a CPU takes one contracted axis several times faster."""
+    first = a.ndim - len(over)
+    if over != tuple(range(first, a.ndim)):
+        return a, over
+    return a.reshape(*a.shape[:first], math.prod(a.shape[first:])), (first,)

@@ -12,8 +12,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from jaxquant.ops.backward import straight_through
-from jaxquant.ops.dot_call import Axes, Call
-from jaxquant.ops.dot_codes import evaluated
+from jaxquant.ops.dot_codes import Axes, Call, evaluated
 from jaxquant.qtensor import (
     Calibration,
     ContractionConfig,

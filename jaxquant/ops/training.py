@@ -12,11 +12,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxquant.ops.activations import fake, on_grid, quantize_activation, shared_axes
-from jaxquant.ops.contract import contract
-from jaxquant.ops.dot_call import Call
-from jaxquant.ops.dot_codes import evaluated
+from jaxquant.ops.contract import contract, dequantized
+from jaxquant.ops.dot_codes import Call, evaluated
 from jaxquant.ops.operands import Operand, integer_range
-from jaxquant.ops.products import dequantized
 from jaxquant.qtensor import Gradients, PerTensor, QSpec, QTensor, dequantize, encode_array
 
 

@@ -17,7 +17,6 @@ from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.record import sites_of
 from jaxquant.interpret.sites import path_str
 from jaxquant.params import make_plans
-from jaxquant.ptq.speed import Meter
 from jaxquant.ptq.stages import STAGES
 from jaxquant.ptq.state import PTQOptions, State
 from jaxquant.qtensor import is_qtensor
@@ -72,9 +71,8 @@ def ptq(
       stats: what `jaxquant.capture` found with the observers of this recipe, or the file it is in;
         in place of `batches`.
       key: PRNG key for encoders that round stochastically.
-      platforms: platforms to check for missing dtypes and for contractions that are known to take
-        longer than in float, of `cpu`, `cuda`, `rocm` and `tpu` (`gpu` is both of the middle); by
-        default the current one.
+      platforms: platforms to check for missing dtypes, of `cpu`, `cuda`, `rocm` and `tpu` (`gpu` is
+        both of the middle); by default the current one.
       sequential: quantize layers in order; `False` gathers statistics of all at once, of the float
         function, in as many passes over the batches as the budget asks for.
       budget: bytes of statistics of inputs held at once; 1 GiB by default.
@@ -116,8 +114,7 @@ def ptq(
         args, batches = _first(args, batches)
     with lists_told(args if batches is not None else ()):
         call = trace_call(fn, params, args, kwargs)
-    meter = Meter()
-    sites = sites_of(call, meter)
+    sites = sites_of(call)
     if not sites.sites:
         raise ValueError(
             "ptq: the function contracts nothing with its params, so there is nothing to quantize; "
@@ -126,7 +123,7 @@ def ptq(
     flat = jax.tree.leaves_with_path(params, is_leaf=is_qtensor)
     planned = make_plans([(path_str(path), leaf) for path, leaf in flat], recipe, sites)
     options = PTQOptions(sequential, budget, offload, progress, save, resume, key)
-    state = State(fn, params, recipe, call, sites, planned, batches, stats, options, names, meter)
+    state = State(fn, params, recipe, call, sites, planned, batches, stats, options, names)
     if state.gathers and batches is not None:
         batches = list(batches)
         if batches and given:

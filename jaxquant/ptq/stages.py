@@ -16,7 +16,6 @@ from jaxquant.params import apply_recipe
 from jaxquant.ptq.calibrate import encoded_by_inputs
 from jaxquant.ptq.channels import divided
 from jaxquant.ptq.fuse import fused, with_offsets
-from jaxquant.ptq.speed import speed_notes
 from jaxquant.ptq.state import State
 from jaxquant.ptq.static import calibrated, check_observers, check_sites
 from jaxquant.qtensor import is_qtensor
@@ -86,12 +85,9 @@ def fuse(state: State) -> State:
 
 
 def describe(state: State) -> State:
-    """What `quantized(fn)` will do and how fast it is, found without running it."""
+    """What `quantized(fn)` will do, found without running it."""
     attention = _attention(state.sites, state.qparams, state.recipe)
     report = dataclasses.replace(state.report, attention=attention)
-    report = report.with_notes(
-        *speed_notes(state.meter, state.sites, state.qparams, report, state.platforms)
-    )
     events = [*_replay(state), *_dtypes(state.qparams, state.platforms)]
     return dataclasses.replace(state, report=report.with_events(events))
 

@@ -14,7 +14,6 @@ from jaxquant.interpret.calls import Call
 from jaxquant.interpret.sites import Sites
 from jaxquant.params import Encoded, Plan
 from jaxquant.ptq.saved import Path
-from jaxquant.ptq.speed import Meter
 from jaxquant.ptq.static import Divided
 from jaxquant.qtensor import is_qtensor
 from jaxquant.recipe import Recipe
@@ -68,13 +67,12 @@ class State:
       batches: calibration samples, or `None`.
       stats: statistics of activations, or `None`.
       options: how layers are quantized by their inputs.
-      platforms: where the report looks for missing dtypes and slow contractions.
+      platforms: where the report looks for missing dtypes.
       encoded: by path, leaves that are encoded by their inputs.
       absorbed: by path, notes on leaves that took in factors of others.
       divided: by path, factors of channels that moved from an activation into a weight.
       qparams: quantized params, from the stage `encode` on.
       report: what was done, from the stage `encode` on.
-      meter: sizes of the contractions of `fn`, by which the report estimates speed.
     """
 
     fn: Callable[..., Any]
@@ -87,7 +85,6 @@ class State:
     stats: Statistics | None
     options: PTQOptions
     platforms: tuple[str, ...]
-    meter: Meter
     encoded: Mapping[str, Encoded] = dataclasses.field(default_factory=dict)
     absorbed: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
     divided: Mapping[str, Divided] = dataclasses.field(default_factory=dict)

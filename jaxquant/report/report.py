@@ -133,10 +133,6 @@ class Report:
         merged = dict.fromkeys((*self.events, *events))
         return dataclasses.replace(self, events=tuple(merged))
 
-    def with_notes(self, *notes: str) -> Report:
-        """This report with more notes."""
-        return dataclasses.replace(self, notes=self.notes + notes)
-
     def with_leaf_notes(self, notes: Mapping[str, Iterable[str]]) -> Report:
         """This report with more notes on leaves, by path."""
         leaves = (

@@ -11,7 +11,6 @@ from jaxquant.interpret.calls import trace_call
 from jaxquant.interpret.record import sites_of
 from jaxquant.params import make_plans
 from jaxquant.ptq import stages
-from jaxquant.ptq.speed import Meter
 from jaxquant.ptq.state import PTQOptions, State
 from tests.arrays import normal
 
@@ -25,11 +24,10 @@ def fn(p, x):
 
 def start(recipe):
     call = trace_call(fn, PARAMS, (BATCHES[0],), None)
-    meter = Meter()
-    sites = sites_of(call, meter)
+    sites = sites_of(call)
     planned = make_plans(sorted(PARAMS.items()), recipe, sites)
     options, platforms = PTQOptions(progress=False), ("cpu",)
-    return State(fn, PARAMS, recipe, call, sites, planned, BATCHES, None, options, platforms, meter)
+    return State(fn, PARAMS, recipe, call, sites, planned, BATCHES, None, options, platforms)
 
 
 def changed(before, after):

@@ -14,8 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxquant.ops import lowering
 from jaxquant.ops.backward import straight_through
-from jaxquant.ops.dot_call import Call, finish
-from jaxquant.ops.dot_codes import evaluated
+from jaxquant.ops.dot_codes import Call, evaluated, finish
 from jaxquant.ops.dot_general import dot_general
 from jaxquant.ops.operands import Placement, arranged, place, result_dtype
 from jaxquant.ops.pallas.packed_kernel import PLATFORMS, Blocks, Layout, blocks_for, packed_product
