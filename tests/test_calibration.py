@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def tensor(*batch: int, seed: int = 0) -> jq.QTensor:
 
 def assert_same(a: Any, b: Any) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def test_a_pytree_of_all_that_it_holds() -> None:

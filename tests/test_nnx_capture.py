@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +44,7 @@ def test_layers_have_statistics_of_their_own_and_the_model_stays_as_it_is(tmp_pa
     path = tmp_path / "stats.npz"
     stats = jq.nnx.capture(model, minmax(), batches=((x,) for x in GIVEN), save=path)
     after = nnx.state(model, nnx.Not(nnx.RngState))
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    chex.assert_trees_all_equal(after, before)
     assert model.drop.rngs.count[...] == 0
     kernels = ("attn/query", "attn/key", "attn/value", "attn/out", "up", "down")
     names = ("body/layers/attn", "body/layers/attn#1")
@@ -55,7 +56,7 @@ def test_layers_have_statistics_of_their_own_and_the_model_stays_as_it_is(tmp_pa
     assert queries[0] is queries[1] is queries[2]
     assert stats.batches == 2
     again = jq.nnx.capture(model, minmax(), batches=GIVEN, resume=path)
-    jax.tree.map(np.testing.assert_array_equal, again, stats)
+    chex.assert_trees_all_equal(again, stats)
 
 
 def test_statistics_or_batches_make_a_static_model() -> None:
@@ -66,7 +67,7 @@ def test_statistics_or_batches_make_a_static_model() -> None:
     by_stats, _ = jq.nnx.ptq(model, rule, x, stats=stats)
     by_batches, _ = jq.nnx.ptq(model, rule, batches=iter([(x,)]))
     grids = [m.model.kernel.get_raw_value().calibration.input for m in (by_stats, by_batches)]
-    jax.tree.map(np.testing.assert_array_equal, *grids)
+    chex.assert_trees_all_equal(*grids)
     np.testing.assert_allclose(by_stats(x), model(x), atol=0.05)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,7 @@ def test_what_is_quantized_is_deleted_and_nothing_else(key) -> None:
     qparams, report = jq.quantize_params(params, [KERNELS], donate=True)
     assert params["a"]["kernel"].is_deleted() and params["b"]["kernel"].is_deleted()
     assert qparams["a"]["bias"] is params["a"]["bias"] and not qparams["a"]["bias"].is_deleted()
-    jax.tree.map(np.testing.assert_array_equal, qparams, expected)
+    chex.assert_trees_all_equal(qparams, expected)
     assert str(report) == str(plain)
 
 
@@ -47,7 +48,7 @@ def test_a_tied_array_is_deleted_after_its_last_use(key) -> None:
     expected, _ = jq.quantize_params(params, rules)
     qparams, _ = jq.quantize_params(params, rules, donate=True)
     assert w.is_deleted()
-    jax.tree.map(np.testing.assert_array_equal, qparams, expected)
+    chex.assert_trees_all_equal(qparams, expected)
 
 
 def test_a_tied_array_that_is_kept_somewhere_is_not_deleted(key) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import chex
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ def test_the_same_codes_under_jit_and_from_shapes(params) -> None:
     eager, _ = jq.ptq(fn, params, jq.w4a16(group=16), x)
     sites = jq.trace(fn, params, x)
     jitted = jax.jit(lambda p: jq.quantize_params(p, jq.w4a16(group=16), sites=sites)[0])(params)
-    jax.tree.map(np.testing.assert_array_equal, eager, jitted)
+    chex.assert_trees_all_equal(eager, jitted)
     shapes = jax.eval_shape(lambda: params)
     abstract, report = jq.ptq(fn, shapes, jq.w4a16(group=16), x)
     assert jax.tree.structure(abstract) == jax.tree.structure(eager)
@@ -115,7 +116,7 @@ def test_stochastic_rounding_needs_its_key_and_repeats(params) -> None:
     first, _ = jq.ptq(fn, params, recipe, x, key=jax.random.key(1))
     again, _ = jq.ptq(fn, params, recipe, x, key=jax.random.key(1))
     other, _ = jq.ptq(fn, params, recipe, x, key=jax.random.key(2))
-    jax.tree.map(np.testing.assert_array_equal, first, again)
+    chex.assert_trees_all_equal(first, again)
     assert not np.array_equal(first["head"]["w"].codes, other["head"]["w"].codes)
 
 

@@ -93,7 +93,7 @@ def state_for(
             )
         except ValueError as error:
             raise ValueError(f"{where}: {shown(plan.path)}: {error}") from error
-        fixed = getattr(estimator, "constants", ())
+        fixed = estimator.constants
         if any(name not in fixed for name in made):
             learned["weights"][plan.path] = {k: v for k, v in made.items() if k not in fixed}
         if any(name in fixed for name in made):

@@ -16,6 +16,8 @@ Learned = Mapping[str, Any]
 # A step this small has an inverse that float32 holds, and no array of weights has a use for it.
 SMALLEST = 2.0**-100
 
+_WEIGHTS = "{} trains weights; for activations in {!r} use lsq() or pact()"
+
 
 class Moments(NamedTuple):
     """What is known of an activation before its grid is learned; float32 `[*layers]` each.
@@ -41,7 +43,8 @@ class Estimator(Protocol):
 
     Weights: `q = encode(w, learned, spec)` and `y = values(w, learned, q)`; `y` is `dequantize(q)`
     bit for bit, and differentiable in `w` and `learned`. Activations: what was rounded on the grid
-    of `grid(learned, spec)` gets its gradients from `pass_activation`.
+    of `grid(learned, spec)` gets its gradients from `pass_activation`. One of your own derives from
+    this class; one for weights alone leaves the last four methods out.
     """
 
     @property
@@ -51,8 +54,8 @@ class Estimator(Protocol):
 
     @property
     def constants(self) -> tuple[str, ...]:
-        """Names of arrays that `init` makes and that are not trained."""
-        ...
+        """Names of arrays that `init` makes and that are not trained; none by default."""
+        return ()
 
     def init(
         self, w: Array, spec: QSpec, *, storage_last_axes: tuple[int, ...] = (), batch_axes: int = 0
@@ -82,12 +85,16 @@ class Estimator(Protocol):
         ...
 
     def init_activation(self, moments: Moments, spec: QSpec) -> dict[str, Array]:
-        """What is learned of an activation, before training: float32 `[*layers]` each."""
-        ...
+        """What is learned of an activation, before training: float32 `[*layers]` each.
+
+        Raises:
+          ValueError: it is for weights alone.
+        """
+        raise ValueError(_WEIGHTS.format(self, spec))
 
     def grid(self, learned: Learned, spec: QSpec) -> tuple[Array, Array | None]:
         """Scale (float32) and zero point (int32, in the format's own codes) of an activation."""
-        ...
+        raise ValueError(_WEIGHTS.format(self, spec))
 
     def pass_activation(
         self,
@@ -99,11 +106,11 @@ class Estimator(Protocol):
         count: int | None = None,
     ) -> Array:
         """`rounded`, what `x` became on the grid, with gradients to `x` and `learned`."""
-        ...
+        raise ValueError(_WEIGHTS.format(self, spec))
 
     def rescaled(self, learned: Learned, old: QSpec, new: QSpec) -> dict[str, Array]:
         """What is learned, for the same clipping range with another number of bits."""
-        ...
+        raise ValueError(f"{self}: expected {old!r} in all of training, got {new!r} in a schedule")
 
 
 def positive(a: Any) -> Array:

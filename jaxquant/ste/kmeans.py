@@ -23,7 +23,7 @@ from jaxquant.qtensor import (
     storage_layout,
     to_storage,
 )
-from jaxquant.ste.base import Learned, Moments
+from jaxquant.ste.base import Estimator, Learned
 
 
 def kmeans(reassign: bool = False) -> KMeans:
@@ -59,7 +59,7 @@ def kmeans(reassign: bool = False) -> KMeans:
 
 
 @dataclasses.dataclass(frozen=True)
-class KMeans:
+class KMeans(Estimator):
     """The estimator that `kmeans` makes.
 
     Attributes:
@@ -116,26 +116,6 @@ class KMeans:
     def values(self, w: Array, learned: Learned, q: QTensor) -> Array:
         """See `Estimator.values`."""
         return _values(self.reassign, w, learned["codebook"], q)
-
-    def init_activation(self, moments: Moments, spec: QSpec) -> NoReturn:
-        """Raises `ValueError`: activations have no codebook."""
-        raise ValueError(f"kmeans trains weights; for activations in {spec!r} use lsq() or pact()")
-
-    def grid(self, learned: Learned, spec: QSpec) -> NoReturn:
-        """Raises `ValueError`, as `init_activation`."""
-        self.init_activation(Moments(*(jnp.float32(0.0),) * 5), spec)
-
-    def pass_activation(
-        self,
-        x: Array,
-        rounded: Array,
-        learned: Learned,
-        spec: QSpec,
-        *,
-        count: int | None = None,
-    ) -> NoReturn:
-        """Raises `ValueError`, as `init_activation`."""
-        self.init_activation(Moments(*(jnp.float32(0.0),) * 5), spec)
 
     def rescaled(self, learned: Learned, old: QSpec, new: QSpec) -> NoReturn:
         """Raises `ValueError`: a codebook has no other number of bits."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -88,7 +88,7 @@ def test_what_is_not_finite_names_site_and_batch_and_loses_nothing(tmp_path: Any
     expected = capture(dense, PARAMS, minmax(), batches=given[:3])
     for kept in (caught.value.statistics, Statistics.load(path)):
         assert kept.batches == 3
-        jax.tree.map(np.testing.assert_array_equal, kept, expected)
+        chex.assert_trees_all_equal(kept, expected)
     inner = {"a": PARAMS["a"], "b": PARAMS["b"].at[0, 0].set(jnp.inf)}
     with pytest.raises(CaptureError, match=r"batch 0: NaN or inf.* of 'b#1' \(lhs\); the"):
         capture(

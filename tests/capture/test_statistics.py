@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +30,7 @@ def run(given: Any, observer: Any, program: Program = LAYERS, **kwargs: Any) -> 
 
 def assert_same(a: Statistics, b: Statistics) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_sums_are_those_of_the_result_and_codes_those_of_quantize(spec, storage_
     w = normal(*batch, 64, 40)
     q, info = rtn()(w, spec, storage_last_axes=storage_last_axes, batch_axes=len(batch))
     expected = jq.quantize(w, spec, storage_last_axes=storage_last_axes, batch_axes=len(batch))
-    jax.tree.map(np.testing.assert_array_equal, q, expected)
+    chex.assert_trees_all_equal(q, expected)
     assert info.sqnr_db == pytest.approx(measure(w, q).sqnr_db, abs=1e-3)
 
 

@@ -4,6 +4,7 @@ import io
 import pathlib
 import sys
 
+import chex
 import jax
 import numpy as np
 import optax
@@ -91,7 +92,7 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(model):
     settings = Settings(steps=30, rate=3e-2, rows=4, length=8)
     found = fit("float32", model, optax.adam(settings.schedule()), TEXT, settings)
     assert len(found.losses) == 30 and np.mean(found.losses[-5:]) < found.losses[0] - 0.3
-    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
+    chex.assert_trees_all_equal(before, nnx.state(model))
     weights = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert 2 * weights <= found.optimizer_bytes < 2 * weights + 100
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,7 +210,7 @@ def test_quantized_params_come_out_as_they_went_in() -> None:
     qparams, _ = jq.ptq(fn, {"w": w}, jq.w8a8(), x)
     out, _ = jax.jit(jq.quantized(fn))(qparams, x)
     assert jax.tree.structure(out) == jax.tree.structure(qparams)
-    jax.tree.map(np.testing.assert_array_equal, out, qparams)
+    chex.assert_trees_all_equal(out, qparams)
 
 
 def test_a_donated_cache_is_reused() -> None:

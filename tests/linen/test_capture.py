@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -148,7 +149,7 @@ def test_ptq_takes_the_collection() -> None:
     by_collection, _ = linen.ptq(model, {**variables, **seen}, rule, x)
     by_batches, _ = linen.ptq(model, variables, rule, batches=[x])
     assert jax.tree.structure(by_collection) == jax.tree.structure(by_batches)
-    jax.tree.map(np.testing.assert_array_equal, by_collection, by_batches)
+    chex.assert_trees_all_equal(by_collection, by_batches)
     assert by_collection["params"]["kernel"].calibration is not None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,7 +118,7 @@ def test_small_leaves_are_optax() -> None:
         got, state = steps[0](grow(params), state, params)
         want, want_state = steps[1](grow(small), want_state, small)
         assert isinstance(got.pop("big"), jax.Array)
-        jax.tree.map(np.testing.assert_array_equal, got, want)
+        chex.assert_trees_all_equal(got, want)
 
 
 @ALL
@@ -198,7 +199,7 @@ def test_not_finite_leaves_the_state(name: str, value: float) -> None:
     for field in set(state[0]._fields) - {"count"}:
         old, kept = getattr(state[0], field), getattr(new[0], field)
         for leaf in ("big", "small"):
-            jax.tree.map(np.testing.assert_array_equal, old[leaf], kept[leaf])
+            chex.assert_trees_all_equal(old[leaf], kept[leaf])
         assert np.any(np.asarray(old["other"].scale) != np.asarray(kept["other"].scale))
     updates, new = step(params, new, params)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((updates, new)))

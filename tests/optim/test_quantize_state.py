@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +88,7 @@ def test_whole_trees_keep_all_of_the_state() -> None:
     bad = {**PARAMS, "b": b}
     updates, new = jax.jit(tx.update)(bad, state, PARAMS)
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
-    jax.tree.map(np.testing.assert_array_equal, new, state)
+    chex.assert_trees_all_equal(new, state)
 
 
 STATIC = ("block_size", "min_size")
@@ -144,7 +145,7 @@ def test_stacked_leaves_are_layers() -> None:
     layer = {"w": np.asarray(PARAMS["w"])[1]}
     _, alone = stepped(tx, layer)
     first = jax.tree.map(lambda x: np.asarray(x)[1], stacked[0].mu["w"])
-    jax.tree.map(np.testing.assert_array_equal, first.codes, alone[0].mu["w"].codes)
+    chex.assert_trees_all_equal(first.codes, alone[0].mu["w"].codes)
 
 
 def test_donation() -> None:
@@ -164,7 +165,7 @@ def test_checkpoint(tmp_path) -> None:
         checkpointer.wait_until_finished()
         got = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: state))
     assert jax.tree.structure(got) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, got, state)
+    chex.assert_trees_all_equal(got, state)
 
 
 def test_errors() -> None:

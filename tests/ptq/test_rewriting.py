@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +115,7 @@ def test_the_caller_keeps_his_params() -> None:
     fn, variables, batches = made(True)
     before = jax.tree.map(np.array, variables)
     jq.ptq(fn, variables, jq.w8a8(attention=False).using(rewrite=jq.awq()), batches=batches)
-    jax.tree.map(np.testing.assert_array_equal, before, variables)
+    chex.assert_trees_all_equal(before, variables)
 
 
 def error(fn: Any, variables: Any, q: Any, x: jax.Array) -> float:

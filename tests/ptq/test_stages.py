@@ -2,9 +2,8 @@
 
 import dataclasses
 
-import jax
+import chex
 import jax.numpy as jnp
-import numpy as np
 
 import jaxquant as jq
 from jaxquant.interpret.calls import trace_call
@@ -81,4 +80,4 @@ def test_ptq_is_its_stages() -> None:
     qparams, report = jq.ptq(fn, PARAMS, recipe, batches=BATCHES, progress=False)
     _, state = written(recipe)
     assert str(state.report) == str(report)
-    jax.tree.map(np.testing.assert_array_equal, state.qparams, qparams)
+    chex.assert_trees_all_equal(state.qparams, qparams)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import chex
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -110,5 +111,5 @@ def test_batches_are_gone_through_once_and_give_the_arguments() -> None:
     stats = jq.capture(mlp, PARAMS, STATIC, batches=[f * X for f in (1.0, 3.0, 2.0)])
     third, _ = jq.ptq(mlp, PARAMS, STATIC, aval, stats=stats)
     for other in (again, third):
-        jax.tree.map(np.testing.assert_array_equal, other, q)
+        chex.assert_trees_all_equal(other, q)
     assert report["a"].quantized

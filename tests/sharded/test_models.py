@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +77,7 @@ def test_automatic_mesh(name: str, params) -> None:
         codes = qparams[path].codes
         assert codes.addressable_shards[0].data.size * 4 == codes.size, path
     batch = jax.device_put(ids, NamedSharding(mesh, P("data")))
-    jax.tree.map(np.testing.assert_array_equal, *map(codes_of, (qparams, want_params)))
+    chex.assert_trees_all_equal(*map(codes_of, (qparams, want_params)))
     call = jax.jit(jq.quantized(fn))
     np.testing.assert_allclose(call(qparams, batch), want, rtol=1e-5, atol=1e-5)
     text = call.lower(qparams, batch).compile().as_text()
@@ -112,7 +113,7 @@ def test_explicit_mesh(name: str, params) -> None:
         sharded = place(layers, mesh)
         rows = jax.device_put(h, NamedSharding(mesh, P("data", None)))
         qparams, _ = jq.ptq(dense, sharded, RECIPES[name], rows)
-        jax.tree.map(np.testing.assert_array_equal, *map(codes_of, (qparams, want_params)))
+        chex.assert_trees_all_equal(*map(codes_of, (qparams, want_params)))
         call = jax.jit(jq.quantized(dense))
         got = call(qparams, rows)
         assert jax.typeof(got).sharding.spec[0] == "data"

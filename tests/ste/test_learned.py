@@ -1,5 +1,6 @@
 """What is learned: where it begins, how it stays positive, and other numbers of bits."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,7 +118,7 @@ def test_steps_of_zero_and_below_leave_finite_values(estimator, spec):
             assert np.isfinite(a).all(), value
     # one that was pushed through zero does what its reflection does, and goes the same way
     (q, y, _, (dw, there)), (q2, y2, _, (dw2, here)) = run(-0.3), run(0.3)
-    jax.tree.map(np.testing.assert_array_equal, (q, y, dw), (q2, y2, dw2))
+    chex.assert_trees_all_equal((q, y, dw), (q2, y2, dw2))
     for n in here:
         np.testing.assert_array_equal(there[n], -here[n])
         assert np.any(here[n] != 0)

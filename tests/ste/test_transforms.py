@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +54,7 @@ def test_batch_axes_vmap_and_scan_agree(estimator, spec):
     assert jax.tree.structure(stacked) == jax.tree.structure(apart)
     for other in (stacked, *others):
         (_, q), (dw, dlearned) = other
-        jax.tree.map(np.testing.assert_array_equal, q, apart[0][1])
+        chex.assert_trees_all_equal(q, apart[0][1])
         # cosines differ by an ulp between programs
         near = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
         jax.tree.map(near, (dw, dlearned), apart[1])
@@ -115,9 +116,9 @@ def test_codes_are_those_of_every_other_program(estimator, spec):
     x = jnp.ones((3, 64))
     alone = encode(w, learned)
     if estimator == straight_through():
-        jax.tree.map(np.testing.assert_array_equal, alone, jq.quantize(w, spec))
+        chex.assert_trees_all_equal(alone, jq.quantize(w, spec))
     for program in (trained, looped):
-        jax.tree.map(np.testing.assert_array_equal, jax.jit(program)(x, w, learned)[1], alone)
+        chex.assert_trees_all_equal(jax.jit(program)(x, w, learned)[1], alone)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

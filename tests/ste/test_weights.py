@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +34,7 @@ def run(estimator, spec, learned, g=G):
 def test_straight_through_is_one_inside_and_zero_outside(spec):
     q, _, dw, dlearned = run(straight_through(), spec, {})
     expected = jq.quantize(W, spec, storage_last_axes=(0,))
-    jax.tree.map(np.testing.assert_array_equal, q, expected)
+    chex.assert_trees_all_equal(q, expected)
     assert dlearned == {}
     # the scale comes from the largest magnitude: only what has no sign there is cut off
     values, groups = cases.values_of(spec), cases.groups_of(W.shape, spec.granularity)
