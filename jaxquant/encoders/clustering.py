@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +108,8 @@ def clustered(
     Returns:
       Codebooks float32 `[rows, levels]`, ascending; codes uint8 `[rows, n]`; steps int32 `[rows]`.
     """
+    chex.assert_rank(x, 2)
+    chex.assert_equal_shape([x, *jax.tree.leaves(weights)])
     if x.shape[0] > 1:
         return _mapped(x, weights, exact, levels)
     # compiled in parts: the one that takes long is the same for arrays of many sizes

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -33,6 +34,9 @@ def contract(
     in float32. `on_cpu` says that the platform is a CPU already, `narrow` that `w` is stored in
     less than a byte.
     """
+    for op in (x, w):
+        chex.assert_rank([a for a in (op.scale, op.zero) if a is not None], op.values.ndim)
+    chex.assert_equal((len(x.batch), len(x.groups)), (len(w.batch), len(w.groups)))
     rows = lowering.static_size(x.values.shape, x.free)
     if not is_integer(x):
         if not x.groups or sharding is not None:

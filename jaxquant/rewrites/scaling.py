@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,6 +110,9 @@ def output_error(
       c: `[K]`.
       hessian: `[K, K]`.
     """
+    chex.assert_shape(c, (None,))
+    chex.assert_shape(hessian, (c.size, c.size))
+    chex.assert_shape(weights, (c.size, None))
     total = jnp.float32(0.0)
     for w, spec in zip(weights, specs, strict=True):
         q = encode_array(w * c[:, None], spec, storage_last_axes=(0,))
