@@ -19,18 +19,18 @@ def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
 
 
 def body(eqn: Any) -> tuple[Any, list[Any]]:
-    """`(jaxpr, consts)` of what a call computes, under whichever name it keeps it."""
+    """`(jaxpr, consts)` of a call's body, which is its parameter `jaxpr` or `call_jaxpr`."""
     return opened(eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"])
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """The jaxprs among an equation's parameters, opened."""
-    found = []
+    jaxprs = []
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if hasattr(getattr(item, "jaxpr", item), "eqns"):
-                found.append(opened(item)[0])
-    return found
+                jaxprs.append(opened(item)[0])
+    return jaxprs
 
 
 def scan_split(params: dict[str, Any]) -> tuple[int, int]:
@@ -42,14 +42,14 @@ def scan_split(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def bind(eqn: Any, values: list[Any]) -> list[Any]:
-    """Evaluates an equation as it stands; a list of results in any case."""
+    """Binds an equation to values; returns a list even of a single result."""
     out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
 @contextlib.contextmanager
 def context(eqn: Any) -> Iterator[None]:
-    """The equation's own context: mesh, compute type, name stack and source line."""
+    """Enters the equation's context: mesh, compute type, name stack and source line."""
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with (
         source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
@@ -59,7 +59,7 @@ def context(eqn: Any) -> Iterator[None]:
 
 
 def name_parts(eqn: Any) -> tuple[str, ...]:
-    """The equation's name scopes, outermost first, transform wrappers taken off."""
+    """The equation's name scopes, outermost first, without transform wrappers."""
     parts = []
     for entry in eqn.source_info.name_stack.stack:
         name = getattr(entry, "name", "")
@@ -69,14 +69,14 @@ def name_parts(eqn: Any) -> tuple[str, ...]:
 
 
 def jit_options(params: dict[str, Any]) -> dict[str, Any]:
-    """What an inner `jit` must keep when it is emitted again."""
-    kept: dict[str, Any] = {"inline": params["inline"]} if "inline" in params else {}
+    """The options of an inner `jit` to pass on when it is emitted again."""
+    options: dict[str, Any] = {"inline": params["inline"]} if "inline" in params else {}
     compiler = dict(params.get("compiler_options_kvs", ()))
-    return kept | ({"compiler_options": compiler} if compiler else {})
+    return options | ({"compiler_options": compiler} if compiler else {})
 
 
 def given_sharding(sharding: Any) -> Any | None:
-    """A sharding of an inner `jit`'s argument or result; `None` if it was left open."""
+    """A sharding of an inner `jit`'s argument or result; `None` if unspecified."""
     return sharding if isinstance(sharding, jax.sharding.Sharding) else None
 
 

@@ -1,4 +1,4 @@
-"""Bodies of loops: how a loop's operands and results map to those of the jaxpr that it repeats."""
+"""Loop bodies: how a loop's operands and results map to those of its body's jaxpr."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """The jaxpr that a loop repeats: constants, carries and slices in, carries and results out.
+    """A loop's body, from constants, carries and slices to carries and results.
 
     Attributes:
       jaxpr: the open jaxpr.
       consts: its constants.
-      n_consts: how many operands are constant over the loop.
-      n_carry: how many are carries.
+      n_consts: number of operands that are constant over the loop.
+      n_carry: number of carries.
     """
 
     jaxpr: Any
@@ -29,12 +29,12 @@ class Body:
 
     @property
     def kept(self) -> list[bool]:
-        """Which carries leave the body as the variable that came in."""
-        came = self.jaxpr.invars[self.n_consts : self.n_consts + self.n_carry]
-        return [a is b for a, b in zip(came, self.jaxpr.outvars[: self.n_carry], strict=True)]
+        """For each carry, whether the body returns it unchanged."""
+        carries = self.jaxpr.invars[self.n_consts : self.n_consts + self.n_carry]
+        return [a is b for a, b in zip(carries, self.jaxpr.outvars[: self.n_carry], strict=True)]
 
     def split(self, operands: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
-        """Operands of the loop, or of the body, as constants, carries and what is scanned."""
+        """Splits operands of the loop or the body into constants, carries and scanned inputs."""
         at = self.n_consts + self.n_carry
         consts, carry, xs = operands[: self.n_consts], operands[self.n_consts : at], operands[at:]
         return list(consts), list(carry), list(xs)
@@ -46,7 +46,7 @@ def scan_body(eqn: Any) -> Body:
 
 
 def while_body(eqn: Any) -> Body:
-    """The body of a `while`; its operands are those after the condition's own constants."""
+    """The body of a `while`; its operands are those after the condition's constants."""
     p = eqn.params
     count = len(eqn.invars) - p["cond_nconsts"] - p["body_nconsts"]
     return Body(*_compat.opened(p["body_jaxpr"]), p["body_nconsts"], count)

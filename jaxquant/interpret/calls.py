@@ -1,4 +1,4 @@
-"""A call of any function as a jaxpr: which arguments are traced, where parameters are."""
+"""A call of any function as a jaxpr: its traced arguments and the paths of its parameters."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Call:
 
     Attributes:
       jaxpr: the open jaxpr.
-      consts: its constants, among them outer tracers that `fn` closes over.
-      leaves: data of the traced leaves, `QTensor`s among them.
+      consts: its constants, including outer tracers that `fn` closes over.
+      leaves: data of the traced leaves, including `QTensor`s.
       paths: key path of each leaf that belongs to `params`, `None` for inputs.
       out_tree: structure of the result.
     """
@@ -68,7 +68,7 @@ class Call:
         return jax.tree.unflatten(self.out_tree, [self._result(v) for v in out])
 
     def with_params(self, params: list[Any]) -> Call:
-        """The call with other leaves in place of those of `params`, in their order."""
+        """The call with its parameter leaves replaced by those of `params`, in order."""
         traced = iter(leaf for leaf in params if is_traced(leaf))
         leaves = [
             leaf if path is None else next(traced)
@@ -77,13 +77,13 @@ class Call:
         return dataclasses.replace(self, leaves=leaves)
 
     def _result(self, value: Value) -> Any:
-        """Params that are handed on stay as they are; rows or slices of one are ordinary arrays."""
+        """Returns unmoved parameters as they are, and dequantizes rows and slices of them."""
         if not is_qtensor(value.data):
             return value.data
         origin = value.facts.origin
         if origin is None or not origin.moved:
             if is_fake_quant(value.data) and origin is not None:
-                return self.leaves[self.paths.index(origin.path)]  # the float one, which is trained
+                return self.leaves[self.paths.index(origin.path)]  # the trained float leaf
             return dequantize(value.data) if value.facts.live else value.data
         return dequantize(value.data)
 
@@ -99,7 +99,7 @@ def trace_call(
     """Traces `fn` once with a float stand-in for every array.
 
     Raises:
-      ValueError: `fn` does not find in `params` what it looks for.
+      ValueError: `fn` cannot be traced with `params`, for example a key is missing.
     """
     flat, tree = jax.tree.flatten_with_path(
         ((params, *args), dict(kwargs or {})), is_leaf=is_qtensor
@@ -120,19 +120,19 @@ def trace_call(
     ]
 
     def call(*arrays: Any) -> Any:
-        given = iter(arrays)
-        whole = [next(given) if t else leaf for (_, leaf), t in zip(flat, traced, strict=True)]
-        all_args, all_kwargs = jax.tree.unflatten(tree, whole)
+        rest = iter(arrays)
+        all_leaves = [next(rest) if t else leaf for (_, leaf), t in zip(flat, traced, strict=True)]
+        all_args, all_kwargs = jax.tree.unflatten(tree, all_leaves)
         return fn(*all_args, **all_kwargs)
 
     stand_ins = [abstract(leaf) for leaf in leaves]
     try:
         closed, out_shape = jax.make_jaxpr(call, return_shape=True)(*stand_ins)
     except jax.errors.JAXTypeError:
-        raise  # the function asks for the value of something traced: no matter of its params
+        raise  # the function reads the value of a tracer: its params are not the cause
     except (KeyError, IndexError, AttributeError, TypeError, FlaxError) as error:
         raise ValueError(
-            "the function does not fit these params, or fails by itself: "
+            "the function cannot be traced with these params: "
             f"{type(error).__name__}: {error}. The params' leaves are "
             f"{_listed([p for p in paths if p])}"
         ) from error
@@ -141,6 +141,6 @@ def trace_call(
 
 
 def _listed(names: list[str], most: int = 20) -> str:
-    """The names, the last of many left out."""
+    """The first `most` names, and the number of the others."""
     more = len(names) - most
     return (", ".join(names[:most]) or "none") + (f" and {more} more" if more > 0 else "")

@@ -1,6 +1,6 @@
-"""Control flow: entered, and emitted again as the same primitive.
+"""Rules for control flow: bodies are entered and emitted again as the same primitive.
 
-Values of sites inside (`ip.slots`) go in and out with the operands; see `slots`.
+Per-site values (`ip.slots`) pass in and out with the operands; see `slots`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def _jit(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: Scope
 ) -> list[Value]:
-    """A helper called often with the same kind of operands is transformed once."""
+    """Transforms a helper once for all calls with the same kinds of operands."""
     jaxpr, consts = _compat.body(eqn)
     operands = signed(operands, positive)
     facts = [v.facts for v in operands]
@@ -46,29 +46,29 @@ def _jit(
         results: list[list[Facts]] = []
 
         def inner(consts: list[Any], data: list[Any], values: list[Any]) -> tuple[list, list]:
-            out, left = ip.slots.within(
-                ip.slots.inside(ip.call_path),  # of the call that this is traced for
+            out, new_values = ip.slots.within(
+                ip.slots.inside(ip.call_path),  # of the call for which `inner` is traced
                 values,
                 lambda: ip.run(jaxpr, consts, with_facts(data, facts), scope),
             )
             results[:] = [[v.facts for v in out]]
-            return [v.data for v in out], left
+            return [v.data for v in out], new_values
 
         inner.__name__ = inner.__qualname__ = eqn.params.get("name", "inner")
         ip.jits[cache_key] = jax.jit(inner, **_compat.jit_options(eqn.params)), results
     emitted, results = ip.jits[cache_key]
-    out, left = emitted(consts, data, ip.slots.read(slots))
-    ip.slots.leave(slots, left)
+    out, new_values = emitted(consts, data, ip.slots.read(slots))
+    ip.slots.leave(slots, new_values)
     shardings = eqn.params.get("out_shardings", ())
     out = [_constrained(d, s) for d, s in zip(out, shardings, strict=True)]
     return with_facts(out, results[0])
 
 
 def _constrained(data: Any, sharding: Any) -> Any:
-    given = _compat.given_sharding(sharding)
-    if given is None or is_qtensor(data) or is_integers(data):
+    constraint = _compat.given_sharding(sharding)
+    if constraint is None or is_qtensor(data) or is_integers(data):
         return data
-    return lax.with_sharding_constraint(data, given)
+    return lax.with_sharding_constraint(data, constraint)
 
 
 def _inside(
@@ -79,20 +79,20 @@ def _inside(
     frame: Frame | None = None,
     dense: Any = None,
 ) -> tuple[Callable[[Any, Any], tuple[list, list]], list[Facts]]:
-    """A body as a function of its operands' data and of values of sites.
+    """A body as a function of its operands' data and per-site values, and its results' facts.
 
-    Beside it the facts of its results, once it has run. With `dense`, an equation, results are
+    The list of facts is filled when the function runs. With `dense`, an equation, results are
     ordinary arrays.
     """
     slots = ip.slots.inside(ip.call_path)
     results: list[Facts] = []
 
     def call(data: Any, values: Any) -> tuple[list, list]:
-        out, left = ip.slots.within(
+        out, new_values = ip.slots.within(
             slots, values, lambda: ip.run(*body, with_facts(data, facts), scope), frame
         )
         results[:] = [v.facts for v in out]
-        return [v.data if dense is None else ip.dense(v, dense, scope) for v in out], left
+        return [v.data if dense is None else ip.dense(v, dense, scope) for v in out], new_values
 
     return call, results
 
@@ -100,25 +100,25 @@ def _inside(
 def _cond(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: Scope
 ) -> list[Value]:
-    """Branches return ordinary arrays: what they pass on quantized is dequantized there."""
+    """Branches return ordinary arrays: quantized results are dequantized inside the branch."""
     index, *rest = signed(operands, positive)
     facts, data = [v.facts for v in rest], [v.data for v in rest]
     slots = ip.slots.inside(ip.call_path)
     branches, out_facts = [], []
     for number, closed in enumerate(eqn.params["branches"]):
         frame = Frame(len(ip.call_path) - 1, number)
-        call, found = _inside(ip, _compat.opened(closed), facts, scope, frame, dense=eqn)
+        call, branch_facts = _inside(ip, _compat.opened(closed), facts, scope, frame, dense=eqn)
         branches.append(call)
-        out_facts.append(found)
+        out_facts.append(branch_facts)
     platforms = eqn.params.get("branches_platforms")
     if platforms is not None:
         named: dict[str, Any] = {}
         for names, call in zip(platforms, branches, strict=True):
             named.update(dict.fromkeys(names, call) if names else {"default": call})
-        out, left = lax.platform_dependent(data, ip.slots.read(slots), **named)
+        out, new_values = lax.platform_dependent(data, ip.slots.read(slots), **named)
     else:
-        out, left = lax.switch(index.data, branches, data, ip.slots.read(slots))
-    ip.slots.leave(slots, left)
+        out, new_values = lax.switch(index.data, branches, data, ip.slots.read(slots))
+    ip.slots.leave(slots, new_values)
     merged = [
         dataclasses.replace(merge(list(fs)), nonneg=all(f.nonneg for f in fs))
         for fs in zip(*out_facts, strict=True)
@@ -134,15 +134,15 @@ def _remat(
     facts = [v.facts for v in operands]
     call, out_facts = _inside(ip, _compat.body(eqn), facts, scope, frame)
     again = jax.checkpoint(call, prevent_cse=p["prevent_cse"], policy=p["policy"])
-    out, left = again([v.data for v in operands], ip.slots.read(slots))
-    ip.slots.leave(slots, left)
+    out, new_values = again([v.data for v in operands], ip.slots.read(slots))
+    ip.slots.leave(slots, new_values)
     return with_facts(out, out_facts)
 
 
 def _custom_rule(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: Scope
 ) -> list[Value]:
-    """`custom_jvp` and `custom_vjp`: bound whole, rule kept, unless a site inside needs entry."""
+    """Binds `custom_jvp` and `custom_vjp` unchanged, unless the policy must enter the body."""
     jaxpr, consts = _compat.body(eqn)
     if not ip.policy.enters_rules(ip, jaxpr, operands):
         return ip._plain(eqn, operands, positive, scope)
@@ -156,23 +156,23 @@ def _custom_rule(
 
 
 def _rule_kept(ip: Interpreter, eqn: Any, operands: list[Value], scope: Scope) -> list[Value]:
-    """Computed on codes, differentiated by its own rule at the quantized parameters."""
+    """Computes on codes, and differentiates by the custom rule at the dequantized operands."""
     slots = ip.slots.inside(ip.call_path)
     facts = [v.facts for v in operands]
     call, out_facts = _inside(ip, _compat.body(eqn), facts, scope, dense=eqn)
 
-    def forward(held: Any) -> tuple[list, list]:
-        return call(*held)
+    def forward(inputs: Any) -> tuple[list, list]:
+        return call(*inputs)
 
     floats = tuple(dequantize(v.data) if is_qtensor(v.data) else v.data for v in operands)
-    held = [v.data for v in operands], ip.slots.read(slots)
-    like = jax.eval_shape(forward, held)[1]
+    inputs = [v.data for v in operands], ip.slots.read(slots)
+    like = jax.eval_shape(forward, inputs)[1]
 
     def reference(*floats: Any) -> tuple[list, list]:
         return _compat.bind(eqn, list(floats)), [jax.tree.map(_zeros, a) for a in like]
 
-    out, left = with_gradients_of(forward, reference, held, floats)
-    ip.slots.leave(slots, left)
+    out, new_values = with_gradients_of(forward, reference, inputs, floats)
+    ip.slots.leave(slots, new_values)
     return with_facts(out, out_facts)
 
 

@@ -1,8 +1,8 @@
 """The interpreter: evaluates a jaxpr in which parameters may be quantized.
 
 Contractions go to a `Policy`; layout primitives move quantized values; control flow is entered
-and emitted again as the same primitive; anything else that meets a `QTensor` dequantizes it and
-is reported.
+and emitted again as the same primitive; any other primitive dequantizes its `QTensor` operands,
+which is reported.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 class Interpreter:
-    """One evaluation of one traced function: holds what lasts for that evaluation only."""
+    """One evaluation of one traced function, with the state of that evaluation."""
 
     def __init__(
         self, policy: Policy, paths: Sequence[str], slots: SiteValues | None = None
@@ -82,18 +82,18 @@ class Interpreter:
         """Evaluates one equation."""
         name, row = eqn.primitive.name, primitives.of(eqn)
         outer, self._path = self._path, (*self._path, id(eqn))
-        self._alive.append(eqn)  # ids stay unique while the equation lives
+        self._alive.append(eqn)  # an id is unique only while its object lives
         try:
             if row.kind == "contraction":
                 return [self._contract(eqn, operands, positive, scope)]
             enter = self.policy.rules.get(name) or RULES.get(name)
             if any(is_integers(v.data) for v in operands) and row.kind != "call":
                 with self._ahead(operands if row.integers == "affine" else ()):
-                    kept = integers.results(eqn, operands)
-                if kept is not None:
-                    self.policy.kept(self, eqn, operands, kept)
+                    results = integers.results(eqn, operands)
+                if results is not None:
+                    self.policy.kept(self, eqn, operands, results)
                     facts, signs = merge([v.facts for v in operands]), nonneg(eqn, positive)
-                    return _valued(kept, facts, None, signs, None)
+                    return _valued(results, facts, None, signs, None)
                 reason = integers.why(eqn, operands)
                 operands = [self.in_float(v, scope, name, reason) for v in operands]
             if enter is not None and self._worth_entering(eqn, operands):
@@ -109,11 +109,11 @@ class Interpreter:
 
     @property
     def call_path(self) -> tuple[int, ...]:
-        """Identities of the equations entered to get here."""
+        """Ids of the equations entered so far, outermost first."""
         return self._path
 
     def contracts(self, jaxpr: Any) -> bool:
-        """Whether a jaxpr holds a contraction, at any depth."""
+        """Whether a jaxpr contains a contraction, at any depth."""
         known = self._contracts.get(id(jaxpr))
         if known is None:
             self._alive.append(jaxpr)
@@ -164,14 +164,14 @@ class Interpreter:
         params = [o.path for o in origins[0].parts] if origins else []
         bases = params or [site_scope(scope, self.paths) or _common(lhs, rhs) or eqn.primitive.name]
         keys = tuple(self.key(base, part) for part, base in enumerate(bases))
-        # what comes after is named by the scope of this site, or the parent of its parameter
+        # later sites without a parameter are named by this site's scope or its parameter's parent
         near = bases[0].rpartition("/")[0] if params else bases[0]
         site = Contraction(eqn, keys, lhs, rhs, tuple(signed[2:]), scope)
         live = lhs.facts.live or rhs.facts.live
         return Value(self.policy.contract(self, site), Facts(None, live, False, frozenset([near])))
 
     def _product(self, eqn: Any, operands: list[Value], scope: tuple[str, ...]) -> Value:
-        """A product of two parameters is nobody's site: both are computed with in float."""
+        """A product of two parameters is not a site: it is computed in float."""
         for v in operands[:2]:
             self.policy.meets(eqn, v)
         out = _compat.bind(eqn, [self.dense(v, eqn, scope) for v in operands])[0]
@@ -192,7 +192,7 @@ class Interpreter:
         return self._keys[at]
 
     def dense(self, value: Value, eqn: Any, scope: tuple[str, ...]) -> Any:
-        """The data as an ordinary array; a `QTensor` is dequantized and that is reported."""
+        """The data as an ordinary array; dequantizing a `QTensor` is reported."""
         if is_integers(value.data):
             name = eqn.primitive.name
             return self.in_float(value, scope, name, integers.why(eqn, [value])).data
@@ -201,26 +201,26 @@ class Interpreter:
         path = value.facts.origin.path if value.facts.origin else "a quantized value"
         name = eqn.primitive.name
         if value.facts.origin is not None and value.facts.origin.looked_up:
-            return dequantize(value.data)  # rows taken from a table, and no others
+            return dequantize(value.data)  # only the rows looked up
         self.report("dequantized", path, name, f"in {self.where(scope)}")
         return dequantize(value.data)
 
     def _ahead(self, operands: Sequence[Value]) -> contextlib.AbstractContextManager[Any]:
-        """Where what follows from known params alone is computed, not traced, if so wished."""
+        """With `policy.ahead`, the context in which results of concrete params are computed."""
         if not self.policy.ahead:
             return _NOTHING
-        given = [v for v in operands if not is_integers(v.data)]
-        known = not any(v.facts.live or isinstance(v.data, jax.core.Tracer) for v in given)
-        if given and known and not any(is_qtensor(v.data) for v in given):
+        others = [v for v in operands if not is_integers(v.data)]
+        known = not any(v.facts.live or isinstance(v.data, jax.core.Tracer) for v in others)
+        if others and known and not any(is_qtensor(v.data) for v in others):
             return jax.ensure_compile_time_eval()
         return _NOTHING
 
     def in_float(
         self, value: Value, scope: tuple[str, ...], name: str | None, reason: str
     ) -> Value:
-        """An activation that is kept as integers, as floats; that an edge ends here is reported.
+        """Converts an integer activation to float, and tells the policy that an edge ends here.
 
-        `name` is the primitive that takes it; `None` is the function's result.
+        `name` is the primitive that takes it; `None` for the function's result.
         """
         if not is_integers(value.data):
             return value
@@ -229,7 +229,7 @@ class Interpreter:
         return Value(value.data.floats(), value.facts)
 
     def where(self, scope: tuple[str, ...]) -> str:
-        """The scope in words."""
+        """The name of a scope in reports."""
         return site_scope(scope, self.paths) or "the root"
 
     def report(self, kind: str, where: str, primitive: str, message: str) -> None:
@@ -251,18 +251,18 @@ def _valued(
 
 
 def _common(lhs: Value, rhs: Value) -> str:
-    """The longest path above all parameters that last fed both operands."""
+    """The longest common prefix of the last sites that fed either operand."""
     paths = [place.split("/") for v in (lhs, rhs) for place in v.facts.near]
-    shared = []
+    prefix = []
     for level in zip(*paths, strict=False):
         if len(set(level)) > 1:
             break
-        shared.append(level[0])
-    return "/".join(shared)
+        prefix.append(level[0])
+    return "/".join(prefix)
 
 
 def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
-    """For each equation, the variables that nothing needs after it."""
+    """For each equation, the variables that no later equation or result reads."""
     last: dict[Any, int] = {}
     for n, eqn in enumerate(jaxpr.eqns):
         for var in (*eqn.invars, *eqn.outvars):
@@ -271,10 +271,10 @@ def _last_uses(jaxpr: Any) -> dict[int, list[Any]]:
     for var in jaxpr.outvars:
         if not isinstance(var, _compat.Literal):
             last.pop(var, None)
-    gone: dict[int, list[Any]] = {}
+    variables: dict[int, list[Any]] = {}
     for var, n in last.items():
-        gone.setdefault(n, []).append(var)
-    return gone
+        variables.setdefault(n, []).append(var)
+    return variables
 
 
 def abstract(x: Any) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""Values as expressions of their arguments: which of them, and which programs, are the same."""
+"""Value numbering: which values, and which programs, compute the same."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jaxquant.interpret import _compat, primitives
 
 
 class Expressions:
-    """Numbers for expressions: what is computed alike from the same arguments has the same.
+    """Value numbers: equal equations on equally numbered operands give equally numbered results.
 
-    Programs that share one instance can be compared result by result. What has effects is equal
-    to nothing else.
+    Programs that share one instance can be compared result by result. An equation with effects
+    equals no other.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Expressions:
 
     @property
     def key(self) -> Hashable:
-        """All expressions, in the order in which they were met."""
+        """All expressions, in the order of their numbers."""
         return tuple(self._numbers)
 
     def argument(self, position: int, aval: Any = None) -> int:
@@ -30,7 +30,7 @@ class Expressions:
         return self._number(("argument", position, str(aval)))
 
     def results(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[int]) -> list[int]:
-        """Numbers of the results of a jaxpr; constants are the same if they are one object."""
+        """Numbers of a jaxpr's results; constants are equal if they are the same object."""
         env = dict(zip(jaxpr.invars, arguments, strict=True))
         for var, const in zip(jaxpr.constvars, consts, strict=True):
             env[var] = self._number(("constant", id(const)))
@@ -64,17 +64,17 @@ class Expressions:
 
 
 def kind_of(eqn: Any) -> Hashable:
-    """What an equation computes, whatever on: equal for equal helpers traced apart."""
+    """What an equation computes of its operands; equal for equal helpers traced separately."""
     name, params = eqn.primitive.name, eqn.params
     if (
         primitives.of(eqn).kind == "call" and "call_jaxpr" in params
-    ):  # how it is differentiated makes no difference to what it computes
+    ):  # its derivative rule does not change its results
         params = {"call_jaxpr": params["call_jaxpr"]}
     return name, key_of(params)
 
 
 def key_of(value: Any) -> Hashable:
-    """A hashable that is equal for parameters of equations that mean the same.
+    """A hashable key of an equation's parameter; equal where parameters mean the same.
 
     >>> key_of({"a": [1, 2]}) == key_of({"a": [1, 2]})
     True
@@ -93,4 +93,4 @@ def key_of(value: Any) -> Hashable:
         hash(value)
     except TypeError:
         return "other", id(value)
-    return type(value).__name__, value  # 1 and True are equal, and not the same
+    return type(value).__name__, value  # 1 == True, but as parameters they differ

@@ -1,7 +1,7 @@
-"""`flatten`: a call as one straight program, in which inputs of chosen parameters are marked.
+"""`flatten`: a call as one straight-line program that marks the inputs of chosen parameters.
 
-Helpers are inlined, and scans over layers unrolled, so that a program can be cut in front of any
-contraction. What is not chosen stays as it is: a loop over time is one equation.
+Helpers are inlined and scans over layers unrolled, so that the program can be cut before any
+contraction. Other loops, for example over time, stay one equation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Mark:
 
     Attributes:
       path: the parameter.
-      piece: which of its layers; `()` for one that no unrolled scan takes slice by slice.
+      piece: index of its layer; `()` if no unrolled scan slices the parameter.
       reading: how it reads the activation.
       axes: the parameter's axes (negative) that are contracted, in order.
       batched: the parameter's axes (negative) that are batch dimensions.
@@ -50,15 +50,15 @@ class Mark:
 
 @dataclasses.dataclass(frozen=True)
 class Flat:
-    """A straight program.
+    """A straight-line program.
 
     Attributes:
-      jaxpr: the open jaxpr; `mark_of` tells which of its equations are marks.
+      jaxpr: the open jaxpr; `mark_of` finds the marks among its equations.
       consts: its constants.
-      names: for each of its inputs the parameter and the piece, or `None` for an input.
+      names: for each input of the jaxpr its parameter and piece; `None` for an input of the call.
       marks: the contractions of chosen parameters, in execution order. A parameter with more than
         one mark for a piece is used more than once.
-      lengths: of each parameter that comes in pieces, the lengths of the scans.
+      lengths: for each parameter split into pieces, the lengths of its scans.
     """
 
     jaxpr: Any
@@ -69,12 +69,12 @@ class Flat:
 
 
 def flatten(call: Call, chosen: Collection[str]) -> Flat:
-    """Makes one straight program of a call; nothing is computed.
+    """Traces a call as one straight-line program; nothing is computed.
 
     Args:
       call: the traced call, its params float.
-      chosen: paths of the parameters whose contractions are to be marked. A scan that takes slices
-        of one of these is unrolled, and every parameter it takes slices of comes in pieces.
+      chosen: paths of the parameters whose contractions are marked. A scan that slices one of them
+        is unrolled, and every parameter that it slices is split into pieces.
     """
     probe = Flattener(chosen, {}, probing=True)
     _trace(call, probe)
@@ -84,7 +84,7 @@ def flatten(call: Call, chosen: Collection[str]) -> Flat:
 
 
 def mark_of(eqn: Any) -> tuple[int, int] | None:
-    """The number of the mark that an equation is, and which operand it marks (0: the activation).
+    """The number of a mark and of the operand it marks (0: the activation), else `None`.
 
     >>> eqn = jax.make_jaxpr(lambda x: checkpoint_name(x, f"{_MARK}3:0"))(1.0).eqns[0]
     >>> mark_of(eqn)
@@ -119,7 +119,7 @@ def _trace(call: Call, policy: Flattener) -> tuple[Any, list[Any], tuple[Any, ..
         if policy.probing:
             named = zip(leaves, call.paths, strict=True)
             policy.known.update({id(leaf): (p, ()) for leaf, p in named if p is not None})
-        policy.held.append(leaves)
+        policy.alive.append(leaves)
         call.run(Interpreter(policy, call.param_paths), leaves)
 
     jaxpr, consts = _compat.opened(jax.make_jaxpr(run)(*avals))
@@ -129,7 +129,7 @@ def _trace(call: Call, policy: Flattener) -> tuple[Any, list[Any], tuple[Any, ..
 def _scan(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: tuple[str, ...]
 ) -> list[Value]:
-    """A scan that takes slices of a chosen parameter, step after step; any other as it is."""
+    """Unrolls a scan that slices a chosen parameter; binds any other unchanged."""
     policy: Any = ip.policy
     p, loop = eqn.params, scan_body(eqn)
     operands = signed(operands, positive)
@@ -137,7 +137,7 @@ def _scan(
     paths = [v.facts.origin.path for v in xs if v.facts.origin is not None]
     if not any(path in policy.chosen for path in paths):
         return ip._plain(eqn, operands, positive, scope)
-    # as in the loop itself, a carry is nothing known
+    # as in a loop, nothing is known of a carry
     carry = [Value(v.data, Facts(live=True)) if v.facts.live else v for v in carry]
     slices = [policy.slices(v, p["length"]) for v in xs]
     facts = [slice_facts(v.facts) for v in xs]
@@ -172,7 +172,7 @@ def _inline(
     return ip.run(jaxpr, consts, signed(operands, positive), scope)
 
 
-def _whole(
+def _unchanged(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: tuple[str, ...]
 ) -> list[Value]:
     return ip._plain(eqn, operands, positive, scope)
@@ -181,9 +181,9 @@ def _whole(
 _RULES: dict[str, Callable[..., list[Value]]] = {
     "scan": _scan,
     "remat2": _inline,
-    "while": _whole,
-    "cond": _whole,
-    "shard_map": _whole,
+    "while": _unchanged,
+    "cond": _unchanged,
+    "shard_map": _unchanged,
 }
 
 
@@ -192,13 +192,13 @@ class Flattener(Policy):
 
     Attributes:
       chosen: paths of the parameters to mark.
-      lengths: of each parameter that comes in pieces, the lengths of the scans; filled by probing.
-      probing: whether this only finds out what comes in pieces; one step of each loop is enough.
-      marks: what was marked.
-      known: by identity of a tracer, the parameter and the piece that it is, whole and unmoved.
-      parts: by identity of a stack, the tracers that it is made of.
-      at: by path, the piece that is visible where the interpreter is.
-      held: keeps tracers alive, so that their identities stay their own.
+      lengths: for each parameter split into pieces, the lengths of its scans; filled by probing.
+      probing: whether this run only fills `lengths`, for which one step of each loop is enough.
+      marks: the marks made so far.
+      known: id of a tracer -> parameter and piece, if it is all of that piece, unmoved.
+      parts: id of a stacked array -> the tracers that were stacked.
+      at: path -> the piece at the current step.
+      alive: tracers kept alive, so that their ids stay unique.
     """
 
     rules = _RULES
@@ -215,31 +215,31 @@ class Flattener(Policy):
         self.known: dict[int, tuple[str, Piece]] = {}
         self.parts: dict[int, list[Any]] = {}
         self.at: dict[str, Piece] = {}
-        self.held: list[Any] = []
+        self.alive: list[Any] = []
 
     def whole(self, pieces: Iterator[Any], path: str, lengths: Sequence[int]) -> Any:
-        """The stack of the pieces that come next; unused stacks are never computed."""
+        """The next pieces, stacked; unused stacks are never computed."""
         if not lengths:
             return next(pieces)
         parts = [self.whole(pieces, path, lengths[1:]) for _ in range(lengths[0])]
         stack = jnp.stack(parts)
         self.parts[id(stack)] = parts
-        self.held.append(stack)
+        self.alive.append(stack)
         return stack
 
     def contract(self, ip: Interpreter, site: Contraction) -> Any:
-        """Marks what a chosen parameter meets, and contracts as the function did."""
-        held = param_first(site.lhs, site.rhs)
-        origin = held[0].facts.origin if held else None
+        """Marks the activation that meets a chosen parameter; contracts as the function did."""
+        params = param_first(site.lhs, site.rhs)
+        origin = params[0].facts.origin if params else None
         if origin is None or origin.joined or origin.path not in self.chosen:
             return super().contract(ip, site)
         piece = self.at.get(origin.path, ())
-        weight, (x, side) = held[0], (site.rhs, "rhs")
+        weight, (x, side) = params[0], (site.rhs, "rhs")
         if weight is site.rhs:
             x, side = site.lhs, "lhs"
         summed, batched = dimensions(site.eqn, "rhs" if side == "lhs" else "lhs")
         rank = len(origin.shape)
-        named = [[p - rank for a in axes for p in origin.axes[a]] for axes in (summed, batched)]
+        dims = [[p - rank for a in axes for p in origin.axes[a]] for axes in (summed, batched)]
         if len(piece) != len(origin.scanned) or not x.facts.live:
             return super().contract(ip, site)
         number, shape = len(self.marks), tuple(jnp.shape(weight.data))
@@ -248,8 +248,8 @@ class Flattener(Policy):
                 origin.path,
                 piece,
                 Reading(site.eqn.primitive.name, site.eqn.params, side, shape),
-                tuple(named[0]),
-                tuple(named[1]),
+                tuple(dims[0]),
+                tuple(dims[1]),
             )
         )
         marked = checkpoint_name(x.data, f"{_MARK}{number}:0")
@@ -265,15 +265,15 @@ class Flattener(Policy):
         return True
 
     def slices(self, value: Value, length: int) -> list[Any]:
-        """The steps of a scanned value."""
+        """The slices of a scanned value, one per step."""
         parts = self.parts.get(id(value.data))
         if parts is not None:
             return parts
         count = 1 if self.probing else length
-        found = [jax.tree.map(lambda a, i=i: a[i], value.data) for i in range(count)]
+        slices = [jax.tree.map(lambda a, i=i: a[i], value.data) for i in range(count)]
         path, piece = self.known.get(id(value.data), ("", ()))
         if self.probing and path:
             self.lengths[path] = (*self.lengths.get(path, ())[: len(piece)], length)
-            self.known.update({id(part): (path, (*piece, 0)) for part in found})
-        self.held.append(found)
-        return found
+            self.known.update({id(part): (path, (*piece, 0)) for part in slices})
+        self.alive.append(slices)
+        return slices

@@ -1,4 +1,4 @@
-"""What becomes of integer activations between contractions: which operations keep them integers."""
+"""Integer activations between contractions: which operations keep them integer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxquant.ops import (
 
 
 def results(eqn: Any, operands: list[Value]) -> list[Any] | None:
-    """The equation on integers, `None` where it has no integer form here."""
+    """Evaluates an equation on integers; `None` if it has no integer form."""
     match primitives.of(eqn).integers:
         case "affine":
             return _affine(eqn, operands)
@@ -46,7 +46,7 @@ def _converted(eqn: Any, x: Integers) -> list[Any] | None:
 
 
 def _affine(eqn: Any, operands: list[Value]) -> list[Any] | None:
-    """Sums of a contraction and a vector over its channels that no input changes."""
+    """Shifts or scales a contraction's sums by a vector over channels; adds two activations."""
     name = eqn.primitive.name
     if name == "neg":
         x, other, first = operands[0].data, Value(jnp.float32(-1.0)), True
@@ -65,18 +65,18 @@ def _affine(eqn: Any, operands: list[Value]) -> list[Any] | None:
     vector = _channel_vector(x, other)
     if vector is None or (name == "div" and not first):
         return None
-    what = f"{name}{'' if first else ' from'} {_named(other)}"
+    step = f"{name}{'' if first else ' from'} {_named(other)}"
     if name in ("mul", "neg"):
-        return [x.scaled(vector, what)]
+        return [x.scaled(vector, step)]
     if name == "div":
-        return [x.scaled(1.0 / vector, what)]
+        return [x.scaled(1.0 / vector, step)]
     if name == "sub" and not first:
-        return [x.scaled(jnp.float32(-1.0), what).shifted(vector, what)]
-    return [x.shifted(-vector if name == "sub" else vector, what)]
+        return [x.scaled(jnp.float32(-1.0), step).shifted(vector, step)]
+    return [x.shifted(-vector if name == "sub" else vector, step)]
 
 
 def _named(value: Value) -> str:
-    """What tells one vector from another: a parameter's path, a constant's value."""
+    """Identifies a vector: a parameter's path or a constant's value."""
     if value.facts.origin is not None:
         return value.facts.origin.path
     if not isinstance(value.data, jax.core.Tracer) and jnp.ndim(value.data) == 0:
@@ -85,7 +85,7 @@ def _named(value: Value) -> str:
 
 
 def _channel_vector(x: Accumulator, value: Value) -> Array | None:
-    """A value that varies over the channels of `x` only, of size 1 elsewhere, in float32."""
+    """A value that varies over the channels of `x` only, in float32 with size 1 elsewhere."""
     data = value.data
     if value.facts.live or not hasattr(data, "shape") or hasattr(data, "codes"):
         return None
@@ -98,17 +98,17 @@ def _channel_vector(x: Accumulator, value: Value) -> Array | None:
         keep = [n if a in x.channels else 1 for a, n in enumerate(shape)]
         data = lax.slice(data, [0] * len(shape), keep)
     data = data.astype(jnp.float32)
-    # what is traced may be differentiated; what is known may be folded beforehand
+    # a tracer may be differentiated; a concrete vector may be folded ahead of time
     return inference_only(data) if isinstance(data, jax.core.Tracer) else data
 
 
 def _codes(x: Any) -> Activation | None:
-    """The activation itself, once nothing more will be added to its sums."""
+    """The activation; of sums, their codes, or `None` without an output grid."""
     return x.activation() if isinstance(x, Accumulator) else x
 
 
 def _clamped(eqn: Any, operands: list[Value]) -> list[Any] | None:
-    """Clipped between scalars; or the larger of two activations on one grid."""
+    """Clips codes between scalars; takes the maximum or minimum of two activations on one grid."""
     name = eqn.primitive.name
     if name == "clamp":
         low, value, high = operands
@@ -128,17 +128,17 @@ def _clamped(eqn: Any, operands: list[Value]) -> list[Any] | None:
 
 
 def _of_two(eqn: Any, data: list[Any]) -> list[Any] | None:
-    on = [x for x in map(_codes, data) if x is not None]
-    if len(on) < len(data) or not all(x.grid.same(on[0].grid) for x in on):
+    xs = [x for x in map(_codes, data) if x is not None]
+    if len(xs) < len(data) or not all(x.grid.same(xs[0].grid) for x in xs):
         return None
-    codes = _compat.bind(eqn, [x.codes for x in on])[0]
-    source = tuple(dict.fromkeys(key for x in on for key in x.source))
-    also = tuple(dict.fromkeys(key for x in on for key in x.added))
-    return [dataclasses.replace(on[0], codes=codes, source=source, added=also)]
+    codes = _compat.bind(eqn, [x.codes for x in xs])[0]
+    source = tuple(dict.fromkeys(key for x in xs for key in x.source))
+    also = tuple(dict.fromkeys(key for x in xs for key in x.added))
+    return [dataclasses.replace(xs[0], codes=codes, source=source, added=also)]
 
 
 def _scalar(value: Value) -> Array | None:
-    """A bound that is the same everywhere."""
+    """The value as a scalar, if it is uniform and depends on no input; else `None`."""
     data = value.data
     if value.facts.live or not hasattr(data, "ndim") or is_integers(data):
         return jnp.float32(data) if isinstance(data, (int, float)) else None
@@ -148,7 +148,7 @@ def _scalar(value: Value) -> Array | None:
 
 
 def _moved(eqn: Any, operands: list[Value]) -> list[Any] | None:
-    """Layout operations and the larger of neighbours, done on the codes."""
+    """Applies layout operations and maxima (`reduce_max`, max pooling) to the codes."""
     name, rest = eqn.primitive.name, [v.data for v in operands[1:]]
     if name == "concatenate":
         data = [v.data for v in operands]
@@ -175,7 +175,7 @@ def _moved(eqn: Any, operands: list[Value]) -> list[Any] | None:
 
 
 def _turned(x: Accumulator, perm: Sequence[int]) -> Accumulator | None:
-    """Sums with their axes permuted, where channels keep their order: a bias may yet come."""
+    """Transposes sums whose channels keep their order, so that a bias can still be added."""
     channels = [perm.index(a) for a in x.channels]
     if channels != sorted(channels):
         return None
@@ -188,7 +188,7 @@ def _turned(x: Accumulator, perm: Sequence[int]) -> Accumulator | None:
 
 
 def _fill(x: Activation, value: Array) -> Array:
-    """The code that a padding value has; below the grid (minus infinity) it is the lowest one."""
+    """The code of a padding value; the lowest code if it is below the grid (minus infinity)."""
     return dataclasses.replace(x, codes=jnp.int8(-128)).clamped(low=value).codes
 
 
@@ -203,11 +203,11 @@ def why(eqn: Any, operands: list[Value]) -> str:
         if name not in ("add", "add_any"):
             return f"{name} of two activations"
         both = all(is_integers(v.data) for v in operands)
-        return "neither term is a sum yet" if both else "the other term is float"
+        return "neither term is still a sum" if both else "the other term is float"
     if row.integers == "affine":
         if any(isinstance(v.data, Activation) for v in operands):
             return f"{name} after a clamp, a move or a sum, where results are codes already"
-        return f"{name} by what varies along other axes than the channels"
+        return f"{name} with a value that varies along non-channel axes"
     if name == "concatenate":
-        return "what it joins is not on one grid"
+        return "its operands are on different grids"
     return f"{name} has no integer form"

@@ -1,4 +1,4 @@
-"""Which primitives move values without computing, for origins and for quantized values."""
+"""Layout primitives, which move values without computing: on origins and on `QTensor`s."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def _origin_reshape(axes: Axes, old: Sequence[int], new: Sequence[int]) -> Axes 
         return None
     out: list[tuple[int, ...]] = [()] * len(new)
     for olds, news in factors(old, new):
-        held = tuple(p for a in olds for p in axes[a])
+        merged = tuple(p for a in olds for p in axes[a])
         for a in news:
-            out[a] = held if new[a] != 1 or len(news) == 1 else ()
+            out[a] = merged if new[a] != 1 or len(news) == 1 else ()
     return tuple(out)
 
 
 def gathered_axis(params: dict[str, Any], shape: Sequence[int]) -> int | None:
-    """The one axis whose whole slices a `gather` takes, result axes in plain order; or `None`."""
+    """The axis that a `gather` indexes, if it is one axis and slices are whole; else `None`."""
     dims, sizes = params["dimension_numbers"], params["slice_sizes"]
     if len(dims.start_index_map) != 1 or tuple(dims.collapsed_slice_dims) != dims.start_index_map:
         return None
     if dims.operand_batching_dims or dims.start_indices_batching_dims:
         return None
     axis = dims.start_index_map[0]
-    whole = all(n == m for a, (n, m) in enumerate(zip(sizes, shape, strict=True)) if a != axis)
-    return axis if whole and sizes[axis] == 1 else None
+    full = all(n == m for a, (n, m) in enumerate(zip(sizes, shape, strict=True)) if a != axis)
+    return axis if full and sizes[axis] == 1 else None
 
 
 def rows_lead(eqn: Any) -> bool:
@@ -50,7 +50,7 @@ def rows_lead(eqn: Any) -> bool:
 
 
 def origin_of(eqn: Any, operands: list[Value]) -> Origin | None:
-    """The origin of an equation's results, if it only moves a parameter's values."""
+    """The origin of an equation's results, if it only moves or scales a parameter's values."""
     name, params, move = eqn.primitive.name, eqn.params, primitives.of(eqn).move
     sources = [v.facts.origin for v in operands]
     origin = sources[0] if sources else None
@@ -74,11 +74,11 @@ def origin_of(eqn: Any, operands: list[Value]) -> Origin | None:
         if params.get("dimensions") is None:
             axes = _origin_reshape(origin.axes, shape, params["new_sizes"])
     elif move == "broadcast":
-        placed = dict(zip(params["broadcast_dimensions"], origin.axes, strict=True))
-        axes = tuple(placed.get(a, ()) for a in range(len(params["shape"])))
+        by_dim = dict(zip(params["broadcast_dimensions"], origin.axes, strict=True))
+        axes = tuple(by_dim.get(a, ()) for a in range(len(params["shape"])))
     elif move == "squeeze":
-        gone = [d % len(shape) for d in params["dimensions"]]
-        axes = tuple(a for i, a in enumerate(origin.axes) if i not in gone)
+        dims = [d % len(shape) for d in params["dimensions"]]
+        axes = tuple(a for i, a in enumerate(origin.axes) if i not in dims)
     elif move == "gather":
         axis = gathered_axis(params, shape)
         if axis is not None and rows_lead(eqn):
@@ -99,13 +99,13 @@ def origin_of(eqn: Any, operands: list[Value]) -> Origin | None:
 
 
 def _joined(sources: list[Origin | None]) -> Origin | None:
-    found = [o for o in sources if o is not None]
-    first = found[0] if found else None
-    if first is None or len(found) != len(sources):
+    origins = [o for o in sources if o is not None]
+    first = origins[0] if origins else None
+    if first is None or len(origins) != len(sources):
         return None
-    if any((o.axes, o.scanned) != (first.axes, first.scanned) for o in found):
+    if any((o.axes, o.scanned) != (first.axes, first.scanned) for o in origins):
         return None
-    parts = [p for o in found for p in o.parts]
+    parts = [p for o in origins for p in o.parts]
     alone = [dataclasses.replace(p, joined=()) for p in parts]
     others = tuple(p for p in alone if p.path != first.path)
     return dataclasses.replace(first, joined=others, moved=True)
@@ -121,20 +121,20 @@ _SAME_AXES = ("none", "place", "barrier", "slice", "dynamic_slice", "split", "re
 
 
 def _divisor_moved(eqn: Any, q: Any, data: list[Any]) -> list[Any] | None:
-    """The result of a transposition of a QTensor whose divisor moves along."""
-    held, moved = q.calibration, None
-    bare = dataclasses.replace(q, calibration=dataclasses.replace(held, divisor=None))
+    """Transposes a `QTensor` with a divisor, whose axes are permuted, too."""
+    old, new = q.calibration, None
+    bare = dataclasses.replace(q, calibration=dataclasses.replace(old, divisor=None))
     results: Any = _RULES["transpose"](eqn, bare, [bare, *data[1:]])
     if results and is_qtensor(results[0]) and results[0].batch == q.batch:
         order = tuple(eqn.params["permutation"])
-        axes = tuple(order.index(a + q.ndim) - q.ndim for a in held.axis)
-        kept = reshapes.calibrated(results[0], lambda a: a)
-        moved = dataclasses.replace(kept, divisor=held.divisor, axis=axes) if kept else None
-    return None if moved is None else [dataclasses.replace(results[0], calibration=moved)]
+        axes = tuple(order.index(a + q.ndim) - q.ndim for a in old.axis)
+        rest = reshapes.calibrated(results[0], lambda a: a)
+        new = dataclasses.replace(rest, divisor=old.divisor, axis=axes) if rest else None
+    return None if new is None else [dataclasses.replace(results[0], calibration=new)]
 
 
 def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
-    """Results of a layout primitive on quantized operands; `None` if it is none or cannot be."""
+    """Results of a layout primitive on quantized operands; `None` if they cannot stay quantized."""
     name, params, move = eqn.primitive.name, eqn.params, primitives.of(eqn).move
     data = [v.data for v in operands]
     if any(is_fake_quant(d) for d in data):
@@ -158,8 +158,8 @@ def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
     rule = _RULES.get(name)
     results = _scaled(name, q, data) if name in ("mul", "div") else rule and rule(eqn, q, data)
     if not results or move in ("barrier", "convert"):
-        return results or None  # values lie as they did
-    # what was made for the values as they lay no longer fits
+        return results or None  # the layout is unchanged
+    # calibration made for the old layout is dropped
     return [
         dataclasses.replace(r, calibration=_still(move, q, r)) if is_qtensor(r) else r
         for r in results
@@ -167,18 +167,18 @@ def quantized_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
 
 
 def _still(move: str | None, q: QTensor, moved: QTensor) -> Calibration | None:
-    """What calibration fixed for `q` and still holds for what it became."""
-    kept, held = reshapes.calibrated(moved, lambda a: a), q.calibration
-    if kept is None or held is None or held.offset is None or move != "transpose":
-        return kept
-    # one kept axis has one order; a tied embedding is transposed for every token
-    whole = moved.batch == q.batch and held.offset.ndim == len(q.batch) + 1
-    return dataclasses.replace(kept, offset=held.offset) if whole else kept
+    """The part of `q`'s calibration that still holds after a move."""
+    rest, old = reshapes.calibrated(moved, lambda a: a), q.calibration
+    if rest is None or old is None or old.offset is None or move != "transpose":
+        return rest
+    # an offset along one axis has no order to change; a tied embedding is transposed for each token
+    one_axis = moved.batch == q.batch and old.offset.ndim == len(q.batch) + 1
+    return dataclasses.replace(rest, offset=old.offset) if one_axis else rest
 
 
 def _trained_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
-    """The same on codes and on the floats beside them, which gradients go to."""
-    trained = [v.data for v in operands if is_fake_quant(v.data)]
+    """`quantized_results` of `FakeQuantTensor`s: on codes and on the float values beside them."""
+    tensors = [v.data for v in operands if is_fake_quant(v.data)]
     codes = [Value(v.data.constant, v.facts) if is_fake_quant(v.data) else v for v in operands]
     moved = quantized_results(eqn, codes)
     if moved is None:
@@ -191,7 +191,7 @@ def _trained_results(eqn: Any, operands: list[Value]) -> list[Any] | None:
             for v, m, w in zip(operands, moved, values, strict=True)
         ]
     return [
-        trained[0].over(m, w) if is_qtensor(m) else w for m, w in zip(moved, values, strict=True)
+        tensors[0].over(m, w) if is_qtensor(m) else w for m, w in zip(moved, values, strict=True)
     ]
 
 
@@ -221,10 +221,10 @@ def _reshape(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
 
 
 def _squeeze(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
-    gone = [d % q.ndim for d in eqn.params["dimensions"]]
-    squeezed = reshapes.squeeze(q, gone)
-    kept = [n for a, n in enumerate(q.shape) if a not in gone]
-    return _one(reshapes.reshape(q, kept) if squeezed is None else squeezed)
+    dims = [d % q.ndim for d in eqn.params["dimensions"]]
+    squeezed = reshapes.squeeze(q, dims)
+    shape = [n for a, n in enumerate(q.shape) if a not in dims]
+    return _one(reshapes.reshape(q, shape) if squeezed is None else squeezed)
 
 
 def _broadcast(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
@@ -260,12 +260,12 @@ def _split(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
 
 def _gather(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:
     p, axis = eqn.params, gathered_axis(eqn.params, q.shape)
-    moved = None
+    rows = None
     if axis is not None and rows_lead(eqn) and p.get("fill_value") is None:
-        moved = slices.rows(q, data[1], axis, p["mode"])
-    # else the rows taken are dequantized, and no others
-    found = ops.gather(q, data[1], **p) if moved is None else moved
-    return None if found is None else [found]
+        rows = slices.rows(q, data[1], axis, p["mode"])
+    # otherwise only the rows looked up are dequantized
+    out = ops.gather(q, data[1], **p) if rows is None else rows
+    return None if out is None else [out]
 
 
 def _barrier(eqn: Any, q: QTensor, data: list[Any]) -> list[Any] | None:

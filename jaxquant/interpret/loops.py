@@ -1,4 +1,4 @@
-"""`scan` and `while`, with quantized operands and values of sites (`slots`) inside."""
+"""Rules for `scan` and `while` with quantized operands and per-site values (`slots`)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Scope = tuple[str, ...]
 
 
 def with_facts(data: Sequence[Any], facts: Sequence[Facts]) -> list[Value]:
-    """Data and facts as values."""
+    """Pairs data with facts."""
     return [Value(d, f) for d, f in zip(data, facts, strict=True)]
 
 
 def signed(operands: list[Value], positive: list[bool]) -> list[Value]:
-    """Operands with what is known of their signs."""
+    """Operands with their `nonneg` facts set."""
     return [
         Value(v.data, dataclasses.replace(v.facts, nonneg=p))
         for v, p in zip(operands, positive, strict=True)
@@ -38,7 +38,7 @@ def signed(operands: list[Value], positive: list[bool]) -> list[Value]:
 def scan(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: Scope
 ) -> list[Value]:
-    """Quantized operands pass as constants, as scanned inputs, and as unchanged carries."""
+    """`QTensor`s enter as constants, scanned inputs and unchanged carries."""
     p, loop = eqn.params, scan_body(eqn)
     consts, init, xs = loop.split(signed(operands, positive))
     xs = [_as_scanned(ip, eqn, v, scope) for v in xs]
@@ -54,13 +54,13 @@ def scan(
     carried = [s for s in inside if at not in s.stacked and ip.slots.updated]
 
     def body(carry: Any, x: Any) -> tuple[Any, Any]:
-        (moving, values), (slices, own) = carry, x
+        (moving, values), (slices, stacked_values) = carry, x
         rest = iter(moving)
         state = [v if k else Value(next(rest), v.facts) for v, k in zip(init, kept, strict=True)]
         args = [*consts, *state, *with_facts(slices, x_facts)]
-        out, left = ip.slots.within(
+        out, new_values = ip.slots.within(
             [*carried, *stacked],
-            [*values, *own],
+            [*values, *stacked_values],
             lambda: ip.run(loop.jaxpr, loop.consts, args, scope),
             frame,
         )
@@ -68,10 +68,10 @@ def scan(
         new = [ip.dense(v, eqn, scope) for v, k in zip(out[:n_carry], kept, strict=True) if not k]
         out = [ip.in_float(v, scope, "scan", "scan takes floats") for v in out]
         n = len(carried)
-        return (new, left[:n]), ([v.data for v in out[n_carry:]], left[n:])
+        return (new, new_values[:n]), ([v.data for v in out[n_carry:]], new_values[n:])
 
     start = [v.data for v, k in zip(init, kept, strict=True) if not k]
-    (last, left), (ys, owned) = lax.scan(
+    (last, new_values), (ys, new_stacked) = lax.scan(
         body,
         (start, ip.slots.read(carried)),
         ([v.data for v in xs], ip.slots.read(stacked)),
@@ -79,10 +79,10 @@ def scan(
         reverse=p["reverse"],
         unroll=p["unroll"],
     )
-    ip.slots.leave([*carried, *stacked], [*left, *owned])
-    moved = iter(last)
+    ip.slots.leave([*carried, *stacked], [*new_values, *new_stacked])
+    rest = iter(last)
     finals = [
-        v if k else Value(next(moved), result_facts(f))
+        v if k else Value(next(rest), result_facts(f))
         for v, k, f in zip(init, kept, out_facts, strict=False)
     ]
     return [*finals, *with_facts(ys, [result_facts(f) for f in out_facts[n_carry:]])]
@@ -97,20 +97,20 @@ def _carried(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
 
 
 def result_facts(facts: Facts) -> Facts:
-    """Facts of a value that a loop gives."""
+    """Facts of a loop's result."""
     return dataclasses.replace(facts, origin=None, over=None)
 
 
 def _as_scanned(ip: Interpreter, eqn: Any, value: Value, scope: Scope) -> Value:
-    """A value whose leading axis `scan` can take, which for a `QTensor` is a batch axis."""
+    """The value with a leading axis that `scan` can slice: for a `QTensor`, a batch axis."""
     if not is_qtensor(value.data) or value.data.batch:
         return value
-    led = reshapes.demote(value.data)
-    if led is not None and is_fake_quant(led):
-        length = value.data.core[0]  # what is learned holds for all steps
-        learned = jax.tree.map(lambda a: jnp.broadcast_to(a, (length, *a.shape)), led.learned)
-        led = dataclasses.replace(led, learned=learned)
-    return Value(ip.dense(value, eqn, scope) if led is None else led, value.facts)
+    batched = reshapes.demote(value.data)
+    if batched is not None and is_fake_quant(batched):
+        length = value.data.core[0]  # all steps share the learned values
+        learned = jax.tree.map(lambda a: jnp.broadcast_to(a, (length, *a.shape)), batched.learned)
+        batched = dataclasses.replace(batched, learned=learned)
+    return Value(ip.dense(value, eqn, scope) if batched is None else batched, value.facts)
 
 
 def slice_facts(facts: Facts) -> Facts:
@@ -120,15 +120,15 @@ def slice_facts(facts: Facts) -> Facts:
     origin = facts.origin
     if origin is None:
         return facts
-    lost = tuple(a for a in origin.axes[0] if a not in origin.scanned)
-    inner = dataclasses.replace(origin, axes=origin.axes[1:], scanned=(*origin.scanned, *lost))
+    lead = tuple(a for a in origin.axes[0] if a not in origin.scanned)
+    inner = dataclasses.replace(origin, axes=origin.axes[1:], scanned=(*origin.scanned, *lead))
     return dataclasses.replace(facts, origin=inner)
 
 
 def while_loop(
     ip: Interpreter, eqn: Any, operands: list[Value], positive: list[bool], scope: Scope
 ) -> list[Value]:
-    """Carries that come out unchanged, such as a decode loop's parameters, stay quantized."""
+    """Unchanged carries, for example a decode loop's parameters, stay quantized."""
     p = eqn.params
     cond, cond_closed = _compat.opened(p["cond_jaxpr"])
     operands, n_cond, loop = signed(operands, positive), p["cond_nconsts"], while_body(eqn)
@@ -151,13 +151,14 @@ def while_loop(
     def body_fun(carry: Any) -> Any:
         moving, values = carry
         args = [*body_consts, *state(moving)]
-        out, left = ip.slots.within(
+        out, new_values = ip.slots.within(
             slots, values, lambda: ip.run(loop.jaxpr, loop.consts, args, scope), frame
         )
-        return [ip.dense(v, eqn, scope) for v, k in zip(out, kept, strict=True) if not k], left
+        new = [ip.dense(v, eqn, scope) for v, k in zip(out, kept, strict=True) if not k]
+        return new, new_values
 
     start = [v.data for v, k in zip(init, kept, strict=True) if not k]
-    last, left = lax.while_loop(cond_fun, body_fun, (start, ip.slots.read(slots)))
-    ip.slots.leave(slots, left)
-    moved = iter(last)
-    return [v if k else Value(next(moved), v.facts) for v, k in zip(init, kept, strict=True)]
+    last, new_values = lax.while_loop(cond_fun, body_fun, (start, ip.slots.read(slots)))
+    ip.slots.leave(slots, new_values)
+    rest = iter(last)
+    return [v if k else Value(next(rest), v.facts) for v, k in zip(init, kept, strict=True)]

@@ -1,7 +1,7 @@
-"""`capture` in the interpreter: where activations meet contractions, and what observes them there.
+"""The policies of `capture`: find the activations that are contracted, then observe them.
 
-First the `Finder` walks a call abstractly and notes every operand that is an activation, with the
-slot its statistics belong in. Then `Observe` evaluates the call and updates the slots it is given.
+`Finder` walks a call abstractly and records every operand that is an activation, with the slot of
+its statistics. `Observe` evaluates the call and updates the statistics in these slots.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from jaxquant.qtensor import dequantize, is_qtensor
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One operand that is an activation, at one contraction.
+    """An activation as an operand of one contraction.
 
     Attributes:
-      slot: where values of its own live; `slot.name` says which operand it is.
+      slot: where its values live; `slot.name` is the operand, `lhs` or `rhs`.
       keys: the site's key; several where parameters were concatenated.
       params: paths of these parameters; `()` for a contraction without one.
-      aval: shape and dtype of the operand as the contraction sees it, within all loops.
+      aval: shape and dtype of the operand as the contraction sees it, inside all loops.
       lead: lengths of the scans that `slot` is stacked over.
-      array: places with the same number see one and the same array, equally often.
-      shut: why nothing can be carried out of there, or `None`.
+      array: places with equal numbers see the same array equally often.
+      shut: why no value can leave the equation around it, or `None`.
       reading: how a parameter reads the activation; `None` for a contraction without one.
       rest: shapes and dtypes of the contraction's further operands.
     """
@@ -53,7 +53,7 @@ class Place:
     rest: tuple[jax.ShapeDtypeStruct, ...] = ()
 
     def seen(self, observer: Observer) -> jax.ShapeDtypeStruct:
-        """What an observer is given of it: the array, or its rows."""
+        """Shape and dtype of what an observer is updated with: the array, or its rows."""
         if not observer.sees_rows:
             return self.aval
         if self.reading is None:
@@ -64,9 +64,9 @@ class Place:
 def places_of(call: Call) -> tuple[Place, ...]:
     """The activations that contractions of a traced call take, in execution order.
 
-    A slot is stacked over a `scan` that takes the site's parameter slice by slice, or, where a
-    site has no parameter, over one that does so with any parameter contracted in it. Such a scan
-    walks over layers; any other one over time, and its steps share one value.
+    A slot is stacked over each `scan` that slices the site's parameter; without a parameter, over
+    each `scan` that slices any parameter contracted in it. Such a scan runs over layers. Any other
+    one runs over time, and its steps share one value.
     """
     finder = Finder()
     interpreter = Interpreter(finder, call.param_paths)
@@ -93,15 +93,15 @@ def _stacked(place: Place, frames: tuple[Frame, ...], layers: set[tuple[int, ...
 
 
 def statistics_slot(slot: Slot) -> Slot:
-    """Where the statistics of an operand live, beside what else there is of its own."""
+    """The slot of an operand's statistics, apart from that of its other values."""
     return dataclasses.replace(slot, name=f"{slot.name} statistics")
 
 
 class Finder(Policy):
-    """The policy that notes every activation that is contracted.
+    """The policy that records every activation that is contracted.
 
     Attributes:
-      found: place and frames by slot. Loops may be traced more than once, slots stay the same.
+      found: place and frames by slot. A loop that is traced again finds the same slots.
     """
 
     def __init__(self) -> None:
@@ -109,12 +109,12 @@ class Finder(Policy):
         self._arrays: dict[Any, tuple[int, Any]] = {}
 
     def contract(self, ip: Interpreter, site: Contraction) -> Any:
-        """Notes the operands and contracts as the function did."""
+        """Records the operands; contracts as the function did."""
         lhs, rhs = site.lhs, site.rhs
-        held = param_first(lhs, rhs)
-        origin = held[0].facts.origin if held else None
+        params = param_first(lhs, rhs)
+        origin = params[0].facts.origin if params else None
         if origin is not None:
-            other = ("rhs", rhs) if held[0] is lhs else ("lhs", lhs)
+            other = ("rhs", rhs) if params[0] is lhs else ("lhs", lhs)
             self._note(ip, site, *other, tuple(part.path for part in origin.parts))
         elif site.eqn.primitive.name == "dot_general" and both_live(lhs, rhs):
             self._note(ip, site, "lhs", lhs, ())
@@ -128,7 +128,7 @@ class Finder(Policy):
         if slot in self.found or not jnp.issubdtype(value.data.dtype, jnp.floating):
             return
         frames = ip.slots.frames
-        # values of one array in one frame; kept, so that its identity stays its own
+        # numbers an array within its frames; keeps it alive, so that its id stays unique
         array, _ = self._arrays.setdefault(
             (id(value.data), frames), (len(self._arrays), value.data)
         )
@@ -143,11 +143,11 @@ class Finder(Policy):
         self.found[slot] = place, frames
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
-        """Helpers are looked at in place, so that arrays keep their identity within them."""
+        """Helpers are evaluated in place, so that arrays keep their identity within them."""
         return None
 
     def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
-        """Sites inside custom rules are found by going in."""
+        """Custom rules are entered to find the sites inside."""
         return True
 
 
@@ -155,8 +155,8 @@ class Observe(Policy):
     """The policy that updates statistics, and contracts as another policy does.
 
     Attributes:
-      inner: how contractions are computed: by `Serve` where params are quantized.
-      observers: what observes each `statistics_slot` whose state `Interpreter.slots` holds.
+      inner: the policy that contracts; `Serve` if params are quantized.
+      observers: the observer of each `statistics_slot`; `Interpreter.slots` holds their states.
     """
 
     def __init__(self, inner: Policy, observers: Mapping[Slot, Observer]) -> None:
@@ -178,8 +178,8 @@ class Observe(Policy):
             elif is_qtensor(x):
                 x = dequantize(x)
             elif isinstance(observer, Histogram):
-                # it reads x twice: XLA would fuse what makes x into each reader, and compute it
-                # anew. For one reduction the barrier costs more than it saves
+                # it reads x twice: XLA would fuse the producer of x into both readers and compute
+                # it twice. For one reduction the barrier costs more than it saves
                 x = lax.optimization_barrier(x)
                 operands[name] = dataclasses.replace(value, data=x)
             weight = operands["rhs" if name == "lhs" else "lhs"].data
@@ -192,7 +192,7 @@ class Observe(Policy):
                 x = reading.rows(x, [v.data for v in site.rest])
             state = ip.slots.values[slot]
             new = observer.update(state, x)
-            # loops insist on the very type that went in
+            # a loop requires the dtype of a carry to stay the same
             ip.slots.values[slot] = {
                 k: lax.convert_element_type(new[k], v.dtype) for k, v in state.items()
             }
@@ -216,13 +216,13 @@ class Observe(Policy):
         self.inner.leaves(ip, data, where, reason)
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
-        """Two calls of one helper are one only if they observe alike."""
+        """Calls of a helper can share a transform only if their observers are equal."""
         key = self.inner.jit_key(ip, facts, scope)
         inside = tuple(self.observers.get(slot) for slot in ip.slots.inside(ip.call_path))
         return None if key is None else (*key, inside)
 
     def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
-        """Enters where something is observed inside, too."""
+        """Also enters where an observed site is inside."""
         if any(slot in self.observers for slot in ip.slots.inside(ip.call_path)):
             return True
         return self.inner.enters_rules(ip, jaxpr, operands)

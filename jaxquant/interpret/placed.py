@@ -1,4 +1,4 @@
-"""Where the arrays of a `QTensor` live, for the array that it stands for."""
+"""Shardings of a `QTensor`'s arrays, from and to that of the array that it stands for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxquant.qtensor import QTensor, with_plain_scales
 
 
 def storage_spec(q: QTensor, spec: Sequence[Any], groups: bool) -> PartitionSpec:
-    """A partition of `q`'s own axes as one of its codes (or, if `groups`, of its scales)."""
+    """Converts a partition of `q`'s axes to one of its codes (if `groups`, of its scales)."""
     nb = len(q.batch)
     full = tuple(spec) + (None,) * (q.ndim - len(spec))
     parts = list(full[:nb])
@@ -24,7 +24,7 @@ def storage_spec(q: QTensor, spec: Sequence[Any], groups: bool) -> PartitionSpec
 
 
 def reshard(q: QTensor, sharding: Any, apply: Callable[[Any, Any], Any]) -> QTensor:
-    """Applies a sharding meant for the array that `q` stands for to codes and scales."""
+    """Applies a sharding of the array that `q` stands for to codes and scales."""
     if not isinstance(sharding, NamedSharding):
         return q
     q = with_plain_scales(q)

@@ -1,7 +1,7 @@
-"""Planning of integer inference: which contraction hands its result to which, as integers.
+"""Plans integer inference: which contraction passes its result to which as integers.
 
-One abstract evaluation of the quantized call in which every result has an output grid, so that it
-stays integer as far as operations allow.
+The quantized call is evaluated once, abstractly. Every result has an output grid, so that it stays
+integer as far as operations allow.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from jaxquant.recipe import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """What is done to the sums of a contraction before they become codes.
+    """The operations on a contraction's sums before they become codes.
 
     Attributes:
-      gain: float32, laid out to broadcast with the sums; `None` is 1.
+      gain: float32, broadcasts with the sums; `None` is 1.
       bias: float32 likewise; `None` is 0.
-      steps: the primitives, as `Accumulator.chain` has them.
-      channels: axes of the result that the weight gives it.
+      steps: names of the operations, as in `Accumulator.chain`.
+      channels: axes of the result that come from the weight.
     """
 
     gain: Any
@@ -39,15 +39,15 @@ class Chain:
 
 
 class Planner(Serve):
-    """The policy that notes where results of contractions go.
+    """The policy that records where results of contractions go.
 
     Attributes:
-      edges: `(source, target)` of results that are the next contraction's input as integers, and
-        whether they have to be on its grid: they have not if added to what is.
-      arrays: for those that have to be, which array it is that is taken.
-      exits: `(source, where)` of results that become float, and why.
-      ends: for each site, its sums wherever they are used, by call path: with what was done to
-        them up to there, or `None` where that depends on more than concrete params.
+      edges: `(source, target)` of results that reach the next contraction as integers -> whether
+        they must be on its grid: not if they are added to a result that is.
+      arrays: for edges that must be, the id of the codes that the target contracts.
+      exits: `(source, where)` of results that become float -> the reason.
+      ends: for each site, by the call path of each use of its sums, the chain up to there; `None`
+        if that depends on more than concrete params.
     """
 
     ahead = True
@@ -65,46 +65,46 @@ class Planner(Serve):
         self._other: list[tuple[tuple[str, ...], Any]] = []
 
     def on_grid(self, x: ops.Activation, q: QTensor) -> bool:
-        """Any integers will do: grids are chosen once it is known who takes what."""
+        """Accepts any grid: grids are chosen after the walk."""
         return not self.as_it_is or super().on_grid(x, q)
 
-    def edge(self, ip: Interpreter, given: Any, x: ops.Activation, target: str) -> None:
-        """Notes where a result stays integer."""
+    def edge(self, ip: Interpreter, operand: Any, x: ops.Activation, target: str) -> None:
+        """Records where a result stays integer."""
         for source in x.source:
             self.edges[source, target] = True
             self.arrays[source, target] = id(x.codes)
         for source in x.added:
             self.edges.setdefault((source, target), False)
-        if isinstance(given, ops.Accumulator):
-            self._end(ip, given, coded=True)
+        if isinstance(operand, ops.Accumulator):
+            self._end(ip, operand, coded=True)
         else:
             self._taken[id(x.codes)] = x
 
     def leaves(self, ip: Interpreter, data: Any, where: str | None, reason: str) -> None:
-        """Notes where a result becomes float."""
+        """Records where a result becomes float."""
         if isinstance(data, ops.Activation):
-            held = (*data.source, *data.added)
+            keys = (*data.source, *data.added)
             self._other.append((data.source, data))
         else:
-            held = (data.key,)
+            keys = (data.key,)
             self._end(ip, data, coded=False)
-        if where is not None:  # the function's results are float, as they should
-            for source in held:
+        if where is not None:  # the function's own results are to be float
+            for source in keys:
                 self.exits[source, where] = reason
 
     def kept(self, ip: Interpreter, eqn: Any, operands: list[Value], results: list[Any]) -> None:
-        """Notes where sums become codes, and where codes are added to sums."""
+        """Records where sums become codes, and where codes are added to sums."""
         if any(isinstance(r, ops.Accumulator) for r in results):
             return
-        given = [v.data for v in operands if ops.is_integers(v.data)]
-        for x in given:
+        integers = [v.data for v in operands if ops.is_integers(v.data)]
+        for x in integers:
             if isinstance(x, ops.Accumulator):
                 self._end(ip, x, coded=True)
-            elif any(isinstance(y, ops.Accumulator) for y in given):
+            elif any(isinstance(y, ops.Accumulator) for y in integers):
                 self._other.append((x.source, x))
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
-        """Helpers are walked in place: what is known stays known, arrays keep their identity."""
+        """Helpers are evaluated in place: values stay concrete, arrays keep their identity."""
         return None
 
     def _end(self, ip: Interpreter, sums: ops.Accumulator, coded: bool) -> None:
@@ -115,16 +115,16 @@ class Planner(Serve):
             self._coded.setdefault(sums.key, set()).add(ip.call_path)
 
     def chain(self, key: str) -> Chain | None:
-        """What is done to the sums of a site, if it is one thing and known beforehand."""
+        """The chain of a site's sums, if they have one use and it is known; else `None`."""
         ends = list(self.ends.get(key, {}).values())
         return ends[0] if len(ends) == 1 else None
 
     def clips(self, key: str) -> bool:
-        """Whether some use of a site's results would miss what is beyond the grid of another.
+        """Whether the grid of one use of a site's results would clip values that another needs.
 
-        The grid has the range of what a contraction takes, and nothing else is sure to lie within.
-        So the sums may become codes in one place only, and what else is done with the codes has to
-        be done with the very array that a contraction takes.
+        The grid covers the range of a contraction's input; only that input is sure to be within.
+        So the sums may become codes in one place only, and every other use of the codes must read
+        the same array as the contraction.
         """
         if len(self._coded.get(key, ())) > 1:
             return True
@@ -132,9 +132,9 @@ class Planner(Serve):
 
 
 def plan(call: Call, recipe: Recipe, *, as_it_is: bool = False) -> Planner:
-    """Walks a call whose params are quantized, without computing anything of its inputs.
+    """Walks a call with quantized params; nothing that depends on its inputs is computed.
 
-    With `as_it_is`, by the grids that the params have, to see what really stays integer.
+    With `as_it_is`, by the grids that the params have, to see which results do stay integer.
     """
     planner = Planner(recipe, as_it_is)
     interpreter = Interpreter(planner, call.param_paths)
@@ -153,11 +153,11 @@ def plan(call: Call, recipe: Recipe, *, as_it_is: bool = False) -> Planner:
 
 
 def _open(leaf: Any) -> Any:
-    """A leaf whose results may stay integers, whoever takes them."""
+    """The leaf with a placeholder output grid, so that its results may stay integer."""
     if not is_qtensor(leaf) or leaf.contraction.requantize is None or leaf.calibration is None:
         return leaf
-    held: Calibration = leaf.calibration
-    assert held.input is not None
-    like = held.input.scale
-    anything = QuantParams(jnp.ones_like(like), jnp.zeros_like(like, jnp.int32), QSpec("int8"), "?")
-    return dataclasses.replace(leaf, calibration=dataclasses.replace(held, output=anything))
+    calibration: Calibration = leaf.calibration
+    assert calibration.input is not None
+    like = calibration.input.scale
+    grid = QuantParams(jnp.ones_like(like), jnp.zeros_like(like, jnp.int32), QSpec("int8"), "?")
+    return dataclasses.replace(leaf, calibration=dataclasses.replace(calibration, output=grid))

@@ -1,4 +1,4 @@
-"""What a `Policy` decides while the interpreter walks a jaxpr, and what it is told."""
+"""`Policy`: the interpreter's decisions and callbacks while it walks a jaxpr."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Contraction:
 
     Attributes:
       eqn: the equation.
-      keys: the site's key; further ones where parameters were concatenated.
+      keys: the site's key; several where parameters were concatenated.
       lhs: left operand.
       rhs: right operand.
       rest: further operands (group sizes of a ragged dot).
@@ -35,15 +35,15 @@ class Contraction:
 
 
 class Policy:
-    """What to do at a site; as it stands, to compute as the function did.
+    """What to do at a site; the base class computes as the function did.
 
-    Data for data: the interpreter keeps the facts.
+    Policies return data; the interpreter tracks the facts.
 
     Attributes:
       inline_rules: whether a custom derivative rule is lost where its body is entered.
-      keeps_rules: whether a rule whose body is entered still gives the gradient of the result.
-      ahead: whether what follows from concrete params alone is computed while tracing.
-      rules: rules of its own for control flow, by primitive, in place of `control_flow.RULES`.
+      keeps_rules: whether the rule still gives the gradient where its body is entered.
+      ahead: whether results of concrete params alone are computed while tracing.
+      rules: rules for control flow, by primitive, that override `control_flow.RULES`.
     """
 
     inline_rules = False
@@ -57,16 +57,16 @@ class Policy:
         return _compat.bind(site.eqn, data)[0]
 
     def lookup(self, eqn: Any, key: str, operand: Value) -> None:
-        """Told of each `gather` of rows of a parameter."""
+        """Called for each `gather` of rows of a parameter."""
 
     def meets(self, eqn: Any, operand: Value) -> None:
-        """Told of each parameter that an equation computes with other than by contraction."""
+        """Called for each parameter that is used other than by contraction, lookup or layout."""
 
     def kept(self, ip: Interpreter, eqn: Any, operands: list[Value], results: list[Any]) -> None:
-        """Told of each equation between contractions that is done on integers."""
+        """Called for each equation between contractions that is computed on integers."""
 
     def leaves(self, ip: Interpreter, data: Any, where: str | None, reason: str) -> None:
-        """Told of each activation kept as integers that becomes float, and why.
+        """Called for each integer activation that becomes float, with the reason.
 
         `where` is `None` for a result of the function.
         """
@@ -84,5 +84,5 @@ class Policy:
 
 
 def param_first(lhs: Value, rhs: Value) -> list[Value]:
-    """The operands that are parameters, the one that holds no input (a looked-up row) first."""
+    """The operands that are parameters; one that depends on inputs (looked-up rows) is last."""
     return sorted((v for v in (rhs, lhs) if v.is_param), key=lambda v: v.facts.live)

@@ -1,7 +1,7 @@
 """What each JAX primitive means to jaxquant: one row each, read by every walk over a jaxpr.
 
-A primitive without a row computes with values in a way of its own: a quantized operand is
-dequantized for it, and nothing is known of its results.
+For a primitive without a row, quantized operands are dequantized and nothing is known of the
+results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Integers = Literal["same", "convert", "move", "affine", "clip"]
 Sign = Callable[[Any, Sequence[bool]], bool]
 
 
-# Whether results cannot be negative, given the same of the operands
+# Sign rules: whether results cannot be negative, from which operands cannot
 
 
 def _unknown(eqn: Any, operands: Sequence[bool]) -> bool:
@@ -63,15 +63,15 @@ def _to_float(eqn: Any, operands: Sequence[bool]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Primitive:
-    """What one primitive means.
+    """The row of one primitive.
 
     Attributes:
-      kind: contractions go to the policy; calls and control flow are entered, a call being what
-        computes its body's results once; layout primitives move values and compute nothing.
-      move: how results lie in the operands. Walks have one rule for each move that they follow.
-      sign: whether results cannot be negative; where results and operands pair up, as in `sort`,
-        it is `None`, and each has the sign of its own.
-      integers: what becomes of an activation kept as integers; `None` makes it float.
+      kind: contractions go to the policy; calls (which run their body once) and control flow are
+        entered; layout primitives move values and compute nothing.
+      move: how results are taken from the operands. A walk has one rule for each move it follows.
+      sign: whether results cannot be negative; `None` if each result has the sign of the operand
+        at its position, as in `sort`.
+      integers: how an integer activation is handled; `None` makes it float.
     """
 
     kind: Kind = "other"
@@ -95,7 +95,7 @@ TABLE: Mapping[str, Primitive] = {
     **_rows("optimization_barrier", "layout", "barrier", None, "same"),
     **_rows("convert_element_type", "layout", "convert", _to_float, "convert"),
     **_rows("reduce_precision", "layout", "round", _first, "same"),
-    # Layout: they go elsewhere
+    # Layout: values move
     **_rows("transpose", "layout", "transpose", _first, "move"),
     **_rows("reshape", "layout", "reshape", _first, "move"),
     **_rows("squeeze", "layout", "squeeze", _first, "move"),
@@ -118,7 +118,7 @@ TABLE: Mapping[str, Primitive] = {
     **_rows("reduce_prod cumsum cumprod cummax cummin", "reduction", sign=_first),
     **_rows("argmax argmin", "reduction", sign=_always),
     **_rows("iota", sign=_always),
-    # Elementwise: sums with vectors over channels and products with them keep integers integer
+    # Elementwise: sums and products with vectors over channels keep integers integer
     **_rows("add add_any mul div", "elementwise", sign=_all, integers="affine"),
     **_rows("sub neg", "elementwise", integers="affine"),
     **_rows("max", "elementwise", sign=_any, integers="clip"),
@@ -149,7 +149,7 @@ def of(eqn: Any) -> Primitive:
 
 
 def by_move(rules: Mapping[Move, T]) -> dict[str, T]:
-    """A walk's rules for moves, by the names of the primitives that move values so.
+    """Rules by move -> rules by the name of each primitive with that move.
 
     >>> sorted(by_move({"place": 1, "rev": 2}).items())
     [('reshard', 1), ('rev', 2), ('sharding_constraint', 1)]

@@ -1,4 +1,4 @@
-"""How a contraction reads the activation that a parameter meets: as rows of a matrix."""
+"""How a contraction with a parameter reads its activation: as rows of a matrix."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Reading:
     """The static part of a contraction of a parameter with an activation.
 
     Attributes:
-      primitive: of the contraction.
-      params: of the primitive.
-      side: the operand that the activation is, `lhs` or `rhs`.
+      primitive: name of the contraction's primitive.
+      params: parameters of the primitive.
+      side: which operand the activation is, `lhs` or `rhs`.
       weight: shape of the other operand.
     """
 
@@ -33,7 +33,7 @@ class Reading:
         """The activation as rows `[*batched, rows, K]`, see `jaxquant.ops.unfold`.
 
         Raises:
-          ValueError: a contraction that is no product of rows and a matrix.
+          ValueError: the contraction is not a product of rows and a matrix.
         """
         return unfold(self.primitive, self.params, self.side, x, self.weight, rest)
 
@@ -48,8 +48,8 @@ class Reading:
         if self.primitive == "dot_general":
             contract, batch = self.params["dimension_numbers"]
             return self.primitive, tuple(contract[at]), tuple(batch[at])
-        kept = self.weight
+        shape = self.weight
         if self.primitive == "conv_general_dilated":
             out = self.params["dimension_numbers"].rhs_spec[0]
-            kept = tuple(n for a, n in enumerate(self.weight) if a != out)
-        return self.primitive, self.side, kept, key_of(self.params)
+            shape = tuple(n for a, n in enumerate(self.weight) if a != out)
+        return self.primitive, self.side, shape, key_of(self.params)

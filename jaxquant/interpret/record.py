@@ -1,4 +1,4 @@
-"""`trace`: the sites of a function, found by running it abstractly."""
+"""`trace`: the sites of a function, found by abstract evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxquant.interpret.values import Facts, Origin, Value
 def trace(
     fn: Callable[..., Any], params: Any, *args: Any, kwargs: Mapping[str, Any] | None = None
 ) -> Sites:
-    """What contracts with what in `fn(params, *args, **kwargs)`; no FLOPs are spent.
+    """Finds the contractions in `fn(params, *args, **kwargs)`; no FLOPs are spent.
 
     Args:
       fn: any traceable function whose first argument is a params pytree.
@@ -29,7 +29,7 @@ def trace(
       kwargs: keyword arguments of `fn`, likewise.
 
     Raises:
-      ValueError: `fn` does not find in `params` what it looks for.
+      ValueError: `fn` cannot be traced with `params`, for example a key is missing.
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
@@ -62,23 +62,23 @@ def sites_of(call: Call) -> Sites:
 
 
 class Recorder(Policy):
-    """The policy that computes in float and writes down each site."""
+    """The policy that computes in float and records each site."""
 
     def __init__(self) -> None:
         self.sites: dict[str, Site] = {}
         self.met: dict[str, str] = {}
 
     def contract(self, ip: Interpreter, site: Contraction) -> Any:
-        """Notes the site and contracts as the function did."""
+        """Records the site; contracts as the function did."""
         lhs, rhs, eqn = site.lhs, site.rhs, site.eqn
         scope = site_scope(site.scope, ip.paths)
         operands = (tuple(jnp.shape(lhs.data)), tuple(jnp.shape(rhs.data)))
         name = eqn.primitive.name
-        held = param_first(lhs, rhs)
-        if held and held[0].facts.origin is not None:
-            side, other = ("lhs", "rhs") if held[0] is lhs else ("rhs", "lhs")
+        params = param_first(lhs, rhs)
+        if params and params[0].facts.origin is not None:
+            side, other = ("lhs", "rhs") if params[0] is lhs else ("rhs", "lhs")
             summed, batched = dimensions(eqn, side)
-            for key, origin in zip(site.keys, held[0].facts.origin.parts, strict=True):
+            for key, origin in zip(site.keys, params[0].facts.origin.parts, strict=True):
                 contracted = _named(origin, summed)
                 self.sites[key] = Site(
                     key=key,
@@ -111,7 +111,7 @@ class Recorder(Policy):
         return super().contract(ip, site)
 
     def lookup(self, eqn: Any, key: str, operand: Value) -> None:
-        """Notes a lookup of rows."""
+        """Records a lookup of rows."""
         origin = operand.facts.origin
         assert origin is not None
         shape = tuple(jnp.shape(operand.data))
@@ -119,14 +119,14 @@ class Recorder(Policy):
         if axis is None:
             self.met.setdefault(origin.path, "gather")
             return
-        kept = [a for a in range(len(shape)) if a != axis]
+        others = [a for a in range(len(shape)) if a != axis]
         self.sites[key] = Site(
             key=key,
             primitive="gather",
             param=origin.path,
             shape=origin.shape,
             dtype=origin.dtype,
-            contracted=_named(origin, kept),
+            contracted=_named(origin, others),
             scanned=tuple(sorted(origin.scanned)),
             batched=(),
             operands=(shape, tuple(eqn.invars[1].aval.shape)),
@@ -134,21 +134,21 @@ class Recorder(Policy):
         )
 
     def meets(self, eqn: Any, operand: Value) -> None:
-        """Notes the first other primitive that a parameter meets."""
+        """Records the first other primitive that uses a parameter."""
         if operand.facts.origin is not None:
             self.met.setdefault(operand.facts.origin.path, eqn.primitive.name)
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple:
-        """Every call of a helper is a call path of its own."""
+        """Every call of a helper has its own call path, so no two share a transform."""
         return (ip.call_path,)
 
     def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
-        """Sites inside custom rules are found by going in."""
+        """Custom rules are entered to find the sites inside."""
         return True
 
 
 def both_live(lhs: Value, rhs: Value) -> bool:
-    """Whether a contraction is of two activations, both float."""
+    """Whether both operands are float activations."""
     float_like = all(jnp.issubdtype(jnp.result_type(v.data), jnp.floating) for v in (lhs, rhs))
     return float_like and all(v.facts.live and not v.is_param for v in (lhs, rhs))
 

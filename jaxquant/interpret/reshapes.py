@@ -27,9 +27,9 @@ from jaxquant.qtensor import (
 def rebuilt(
     q: QTensor, codes: Callable[[Array], Array], scales: Callable[[Array], Array], **static: Any
 ) -> QTensor:
-    """`q` with functions applied to its codes and to its scales and what lies as they do.
+    """`q` with one function applied to its codes and one to its scales.
 
-    That is zero points, and each level of codebooks that groups have of their own.
+    `scales` also applies to zero points and to each level of a codebook per group.
     """
     zero = None if q.zero_point is None else scales(q.zero_point)
     if q.grouped_codebook:
@@ -46,12 +46,12 @@ def with_arrays(q: QTensor, **arrays: Any) -> QTensor:
 
 
 def calibrated(q: QTensor, batch: Callable[[Array], Array]) -> Calibration | None:
-    """What calibration fixed and still holds once values have moved and batch axes have changed."""
+    """The part of `q`'s calibration that holds after a move; `batch` acts on its batch axes."""
     return None if q.calibration is None else q.calibration.moved(batch)
 
 
 def with_grouped_codebook(q: QTensor) -> QTensor | None:
-    """`q` with a learned codebook laid out as scales are; `None` if it belongs to many groups."""
+    """`q` with its codebook in the layout of scales; `None` if several groups share it."""
     if q.codebook is None or q.grouped_codebook:
         return q
     if not q.axes or any(n != 1 for n in q.groups):
@@ -61,18 +61,18 @@ def with_grouped_codebook(q: QTensor) -> QTensor | None:
 
 
 def plain_axes(rank: int) -> tuple[tuple[int, ...], ...]:
-    """The storage axes of a tensor that lies in its own order."""
+    """The storage axes of a tensor that is stored in the order of its axes."""
     return tuple((a,) for a in range(-rank, 0))
 
 
 def _respec(q: QTensor, fmt: Format, scale_dtype: str) -> QSpec:
-    # what a moved tensor's granularity was called no longer matters: axes and blocks say it
+    # axes and blocks define the granularity of a moved tensor, not the spec
     s = q.spec
     return QSpec(fmt, PerTensor(), s.symmetric, s.range, scale_dtype, zero_dtype=s.zero_dtype)
 
 
 def _widened(fmt: Format) -> Format:
-    """A format whose codes are whole bytes and which holds every value of `fmt`."""
+    """A format with codes of whole bytes that holds every value of `fmt`."""
     if fmt.is_integer:
         return get("int8" if fmt.signed else "uint8")  # type: ignore[return-value]
     if fmt.is_codebook:
@@ -85,10 +85,10 @@ def promote(q: QTensor) -> QTensor | None:
     n = len(q.batch)
     if not n:
         return q
-    held = with_grouped_codebook(q)
-    if held is None:
+    grouped = with_grouped_codebook(q)
+    if grouped is None:
         return None
-    q, rank = with_plain_scales(held), len(q.core) + n
+    q, rank = with_plain_scales(grouped), len(q.core) + n
     scale, dtype = q.scale, q.spec.scale_dtype
     if q.global_scale is not None:
         scale, dtype = storage_scale(q), "float32"
@@ -100,7 +100,7 @@ def promote(q: QTensor) -> QTensor | None:
         core=q.batch + q.core,
         axes=tuple((a,) for a in range(-rank, n - rank)) + q.axes,
         blocks=(1,) * n + q.blocks,
-        calibration=None,  # there is no saying which index a grid belongs to
+        calibration=None,  # an index no longer has a grid of its own
     )
 
 
@@ -131,7 +131,7 @@ def demote(q: QTensor) -> QTensor | None:
         q,
         lambda a: jnp.moveaxis(a, at, 0),
         scales,
-        codebook=book,  # or as scales, if there is one for each group
+        codebook=book,  # a codebook per group is moved by `rebuilt`
         core=q.core[1:],
         axes=q.axes[:at] + q.axes[at + 1 :],
         blocks=q.blocks[:at] + q.blocks[at + 1 :],
@@ -184,7 +184,7 @@ def plain(q: QTensor) -> QTensor | None:
 
 
 def place_of(q: QTensor, axis: int) -> int | None:
-    """Where in `codes` an axis lies, alone and with whole codes; `None` if it does not."""
+    """The axis of `codes` that stores an axis; `None` if that is packed or merged with others."""
     nb = len(q.batch)
     if axis < nb:
         return axis
@@ -195,7 +195,7 @@ def place_of(q: QTensor, axis: int) -> int | None:
 
 
 def opened(q: QTensor, axes: Sequence[int]) -> QTensor | None:
-    """`q` in a form in which each of `axes` has a place: as it lies, if they do, else plain."""
+    """`q` if each of `axes` has a place in its codes, else its `plain` form."""
     return plain(q) if any(place_of(q, a) is None for a in axes) else q
 
 
@@ -208,30 +208,31 @@ def transpose(q: QTensor, perm: Sequence[int]) -> QTensor | None:
     rank = len(q.core)
     core = [p - nb - rank for p in perm[nb:]]  # new axis i was old axis core[i], negative
     new = {old: i - rank for i, old in enumerate(core)}
-    held = q.calibration
-    if held is not None and held.outliers is not None:
-        held = dataclasses.replace(held, over=tuple(new[a] for a in held.over))
+    calibration = q.calibration
+    if calibration is not None and calibration.outliers is not None:
+        over = tuple(new[a] for a in calibration.over)
+        calibration = dataclasses.replace(calibration, over=over)
     return dataclasses.replace(
         q,
-        calibration=held,
+        calibration=calibration,
         core=tuple(q.core[a] for a in core),
         axes=tuple(tuple(new[a] for a in merged) for merged in q.axes),
     )
 
 
 def squeeze(q: QTensor, dims: Sequence[int]) -> QTensor | None:
-    """Takes axes of size 1 away; codes stay as they lie."""
+    """Removes axes of size 1; codes keep their storage order."""
     for d in sorted(dims, reverse=True):
         nb, rank = len(q.batch), len(q.core)
         if d < nb:
             q = jax.tree.map(lambda a, d=d: lax.squeeze(a, [d]), q)
             continue
-        gone = d - nb - rank
-        at = next(i for i, merged in enumerate(q.axes) if gone in merged)
+        axis = d - nb - rank
+        at = next(i for i, merged in enumerate(q.axes) if axis in merged)
         alone = len(q.axes[at]) == 1
         if alone and (q.padded[at] != 1 or (at == len(q.axes) - 1 and q.spec.format.packed)):
             return None
-        axes = [tuple(a + (a < gone) for a in m if a != gone) for m in q.axes]
+        axes = [tuple(a + (a < axis) for a in m if a != axis) for m in q.axes]
         keep = [i for i in range(len(axes)) if not (alone and i == at)]
 
         def drop(a: Array, place: int | None = nb + at if alone else None) -> Array:
@@ -249,7 +250,7 @@ def squeeze(q: QTensor, dims: Sequence[int]) -> QTensor | None:
 
 
 def expand(q: QTensor, dims: Sequence[int]) -> QTensor:
-    """Inserts axes of size 1 at positions of the result; codes stay as they lie."""
+    """Inserts axes of size 1 at positions of the result; codes keep their storage order."""
     for d in sorted(dims):
         nb = len(q.batch)
         if d <= nb:
@@ -272,7 +273,7 @@ def expand(q: QTensor, dims: Sequence[int]) -> QTensor:
 
 
 def _unit_reshape(q: QTensor, shape: tuple[int, ...]) -> QTensor | None:
-    """A reshape that only adds and takes away axes of size 1."""
+    """A reshape that only adds and removes axes of size 1."""
     if [n for n in q.shape if n != 1] != [n for n in shape if n != 1]:
         return None
     bare = squeeze(q, [d for d, n in enumerate(q.shape) if n == 1])
@@ -280,7 +281,7 @@ def _unit_reshape(q: QTensor, shape: tuple[int, ...]) -> QTensor | None:
 
 
 def reshape(q: QTensor, shape: Sequence[int]) -> QTensor | None:
-    """Reshapes; `None` where a run of values that share a scale would be cut unevenly."""
+    """Reshapes; `None` if values that share a scale would be split unevenly."""
     shape, nb = tuple(shape), len(q.batch)
     if shape == q.shape:
         return q

@@ -7,17 +7,17 @@ from collections.abc import Sequence
 
 
 def site_scope(parts: Sequence[str], paths: Sequence[str]) -> str:
-    """The scope as a path among the parameters' paths.
+    """The scope in the form of the parameters' paths.
 
-    Einsum strings and transform wrappers are left out, methods (`Dense.attend`) cut to their
-    module, and leading names dropped that no parameter's path has (the root module's class).
+    Drops einsum strings, transform wrappers and leading names that are in no parameter's path (the
+    root module's class), and cuts methods (`Dense.attend`) to their module.
 
     >>> site_scope(
     ...     ["Net", "layers_0", "attn", "bqhd,bkhd->bhqk"], ["params/layers_0/attn/q/kernel"]
     ... )
     'layers_0/attn'
     """
-    kept = []
+    names = []
     for part in parts:
         if (
             not part
@@ -26,17 +26,17 @@ def site_scope(parts: Sequence[str], paths: Sequence[str]) -> str:
             or part in ("checkpoint", "rematted_computation")
         ):
             continue
-        kept.append(part.split(".")[0])
+        names.append(part.split(".")[0])
     known = _modules(tuple(paths))
-    for start in range(len(kept)):
-        candidate = "/".join(kept[start:])
+    for start in range(len(names)):
+        candidate = "/".join(names[start:])
         if candidate in known:
             return candidate
-    return "/".join(kept)
+    return "/".join(names)
 
 
 @functools.lru_cache(maxsize=16)
 def _modules(paths: tuple[str, ...]) -> frozenset[str]:
-    """All that paths begin with, cut between names: a site is looked up among hundreds of them."""
+    """All prefixes of the paths, in whole names; cached, since each site looks them up."""
     parts = (p.removeprefix("params/").split("/") for p in paths)
-    return frozenset("/".join(own[:n]) for own in parts for n in range(1, len(own) + 1))
+    return frozenset("/".join(names[:n]) for names in parts for n in range(1, len(names) + 1))

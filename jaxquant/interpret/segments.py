@@ -1,8 +1,8 @@
-"""A straight program cut in front of its marks: what to run next, and what to keep for later.
+"""Cuts a straight-line program before its marks: what to run next, and what to keep for later.
 
 A segment computes what the next marked activation needs and nothing else. Between segments only
-values that depend on inputs and that later segments need are kept; what follows from parameters
-alone is computed where it is used. Segments that do the same are told by a key.
+values that depend on inputs and that later segments need are kept; values of parameters alone are
+recomputed where they are used. Segments that compute the same have equal keys.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Var = Any
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Marks of one and the same activation, read alike: they share their statistics.
+    """Marks of the same activation with equal readings: they share their statistics.
 
     Attributes:
       marks: numbers of the marks, in execution order.
@@ -37,10 +37,10 @@ class Segment:
     """A part of the program.
 
     Attributes:
-      group: the marks in front of which it ends.
-      inputs: variables it reads, in a canonical order: parameters, inputs, and what was kept.
-      outputs: variables to keep, the group's own first.
-      dropped: variables that nothing needs any more after it.
+      group: the marks that it ends before.
+      inputs: variables it reads, in a canonical order: parameters, inputs and kept values.
+      outputs: variables to keep, those that the group reads first.
+      dropped: variables that no later segment needs.
       key: what it computes; segments with equal keys are one function of their inputs.
       run: that function, from a list of values to a list of values.
     """
@@ -54,9 +54,9 @@ class Segment:
 
 
 def groups_of(flat: Flat) -> tuple[Group, ...]:
-    """The marks of a program that see the same activation, in the order of their first."""
+    """The marks of a program by the activation they see, in the order of their first marks."""
     numbers = _numbers(flat)
-    found: dict[Hashable, list[int]] = {}
+    numbers_of: dict[Hashable, list[int]] = {}
     seen: dict[Hashable, tuple[Var, ...]] = {}
     operands: dict[int, list[Var]] = {}
     for eqn in flat.jaxpr.eqns:
@@ -65,9 +65,9 @@ def groups_of(flat: Flat) -> tuple[Group, ...]:
             operands.setdefault(at[0], []).append(eqn.invars[0])
     for number, mark in enumerate(flat.marks):
         kind = (tuple(numbers[v] for v in operands[number]), mark.reading.key)
-        found.setdefault(kind, []).append(number)
+        numbers_of.setdefault(kind, []).append(number)
         seen.setdefault(kind, tuple(operands[number]))
-    return tuple(Group(tuple(marks), seen[kind]) for kind, marks in found.items())
+    return tuple(Group(tuple(marks), seen[kind]) for kind, marks in numbers_of.items())
 
 
 def segments_of(flat: Flat, groups: Sequence[Group]) -> tuple[Segment, ...]:
@@ -75,7 +75,7 @@ def segments_of(flat: Flat, groups: Sequence[Group]) -> tuple[Segment, ...]:
     producers: dict[Var, Any] = {}
     alias: dict[Var, Var] = {}
     varying = {v for v, name in zip(flat.jaxpr.invars, flat.names, strict=True) if name is None}
-    given = {*flat.jaxpr.invars, *flat.jaxpr.constvars}
+    sources = {*flat.jaxpr.invars, *flat.jaxpr.constvars}
     order: dict[int, int] = {}
     for n, eqn in enumerate(flat.jaxpr.eqns):
         order[id(eqn)] = n
@@ -89,20 +89,20 @@ def segments_of(flat: Flat, groups: Sequence[Group]) -> tuple[Segment, ...]:
                 varying.add(v)
 
     def needed(targets: Sequence[Var], done: set[Var]) -> list[Any]:
-        """The equations that lead to the targets from what is given or done, in order."""
-        found: dict[int, Any] = {}
+        """The equations that compute the targets from sources and done variables, in order."""
+        eqns: dict[int, Any] = {}
         stack = list(targets)
         while stack:
             v = _root(alias, stack.pop())
-            eqn = None if v in given or v in done else producers[v]
-            if eqn is not None and id(eqn) not in found:
-                found[id(eqn)] = eqn
+            eqn = None if v in sources or v in done else producers[v]
+            if eqn is not None and id(eqn) not in eqns:
+                eqns[id(eqn)] = eqn
                 stack += [u for u in eqn.invars if not _literal(u)]
-        return sorted(found.values(), key=lambda eqn: order[id(eqn)])
+        return sorted(eqns.values(), key=lambda eqn: order[id(eqn)])
 
     targets = [[_root(alias, v) for v in group.seen] for group in groups]
     everything = needed([v for vs in targets for v in vs], set())
-    pending: Counter[Var] = Counter()  # uses of what is kept that are still to come
+    pending: Counter[Var] = Counter()  # uses of kept values still to come
     for eqn in everything:
         if any(v in varying for v in eqn.outvars):
             pending.update({_root(alias, v) for v in eqn.invars if not _literal(v)})
@@ -110,30 +110,30 @@ def segments_of(flat: Flat, groups: Sequence[Group]) -> tuple[Segment, ...]:
 
     done: set[Var] = set()
     segments = []
-    for group, own in zip(groups, targets, strict=True):
-        eqns = needed(own, done)
+    for group, seen in zip(groups, targets, strict=True):
+        eqns = needed(seen, done)
         reads = dict.fromkeys(
             _root(alias, v) for eqn in eqns for v in eqn.invars if not _literal(v)
         )
-        made = {v for eqn in eqns for v in eqn.outvars}
-        inputs = tuple(v for v in (*reads, *own) if v not in made)
+        results = {v for eqn in eqns for v in eqn.outvars}
+        inputs = tuple(v for v in (*reads, *seen) if v not in results)
         inputs = tuple(dict.fromkeys(inputs))
         for eqn in eqns:
             if any(v in varying for v in eqn.outvars):
                 pending.subtract({_root(alias, v) for v in eqn.invars if not _literal(v)})
-        pending.subtract(own)
+        pending.subtract(seen)
         new = [v for eqn in eqns for v in eqn.outvars if v in varying]
         done.update(new)
-        outputs = (*own, *(v for v in new if pending[v] > 0 and v not in own))
-        kept = {v for v in (*inputs, *outputs) if v in varying and v not in given}
-        dropped = tuple(v for v in kept if pending[v] <= 0)
+        outputs = (*seen, *(v for v in new if pending[v] > 0 and v not in seen))
+        intermediates = {v for v in (*inputs, *outputs) if v in varying and v not in sources}
+        dropped = tuple(v for v in intermediates if pending[v] <= 0)
         key, run = _function(eqns, inputs, outputs, alias)
         segments.append(Segment(group, inputs, outputs, dropped, key, run))
     return tuple(segments)
 
 
 def _root(alias: Mapping[Var, Var], var: Var) -> Var:
-    """The variable behind marks."""
+    """The variable that a mark is an alias of, or `var` itself."""
     return alias.get(var, var)
 
 
@@ -165,10 +165,10 @@ def _function(
 
 
 def _numbers(flat: Flat) -> dict[Var, int]:
-    """Numbers of values: variables computed alike from the same have the same."""
+    """Value numbers: variables that equal equations compute have the same."""
     known = Expressions()
-    given = (*flat.jaxpr.invars, *flat.jaxpr.constvars)
-    number = {v: known.argument(n) for n, v in enumerate(given)}
+    sources = (*flat.jaxpr.invars, *flat.jaxpr.constvars)
+    number = {v: known.argument(n) for n, v in enumerate(sources)}
     for eqn in flat.jaxpr.eqns:
         operands = [known.read(v, number) for v in eqn.invars]
         results = operands if mark_of(eqn) is not None else known.equation(eqn, operands)

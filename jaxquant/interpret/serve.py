@@ -30,15 +30,14 @@ from jaxquant.report import Event
 def quantized(fn: Callable[..., Any], recipe: Recipe | None = None) -> Callable[..., Any]:
     """The function that computes `fn` with params whose leaves may be `QTensor`s.
 
-    `fn` is traced with a float stand-in for every `QTensor` and evaluated so that contractions
-    whose operand is one run on its codes: `(q_x . q_w) S_x S_w` with integer activations,
-    `(x . q_w) S_w` otherwise. Nothing of `fn` is changed; the result has `fn`'s own signature and
-    works under `jit`, `grad` (reverse mode, with respect to float arguments), `vmap` and
-    `jax.export`.
+    `fn` is traced with a float stand-in for every `QTensor`. Contractions with a `QTensor` operand
+    run on its codes: `(q_x . q_w) S_x S_w` with integer activations, `(x . q_w) S_w` otherwise.
+    `fn` is not changed; the result has the signature of `fn` and works under `jit`, `grad`
+    (reverse mode, with respect to float arguments), `vmap` and `jax.export`.
 
     Args:
       fn: any traceable function; params are its first argument.
-      recipe: whose `attention` rules to use instead of those the params carry.
+      recipe: its `attention` rules replace those that the params carry.
 
     Raises:
       ValueError: at the call, if there is no `QTensor` among the arguments.
@@ -64,10 +63,10 @@ def quantized(fn: Callable[..., Any], recipe: Recipe | None = None) -> Callable[
 def serve(
     call: Call, recipe: Recipe | None = None, *, audit: bool = False
 ) -> tuple[Any, tuple[Event, ...]]:
-    """Evaluates a traced call with its quantized leaves; the result, and what was reported.
+    """Evaluates a traced call with its quantized leaves; returns the result and the events.
 
-    With `audit`, for a report: each call of a jitted helper is looked at by itself, and so is
-    each contraction that was to run on integers.
+    With `audit`, for a report, each call of a jitted helper is transformed separately, and each
+    contraction that is meant to run on integers is checked.
     """
     policy = policy_of(call, recipe, audit=audit)
     if policy is None:
@@ -76,22 +75,22 @@ def serve(
             "qparams, report = jaxquant.ptq(fn, params, recipe, *args)"
         )
     interpreter = Interpreter(policy, call.param_paths, attention_grids(call))
-    # whatever a quantized leaf meets, asking for its gradient is a mistake that must be heard
-    held = iter(ops.constant([leaf for leaf in call.leaves if is_qtensor(leaf)]))
-    leaves = [next(held) if is_qtensor(leaf) else leaf for leaf in call.leaves]
+    # the gradient of a quantized leaf is an error, wherever the leaf is used
+    constants = iter(ops.constant([leaf for leaf in call.leaves if is_qtensor(leaf)]))
+    leaves = [next(constants) if is_qtensor(leaf) else leaf for leaf in call.leaves]
     return call.run(interpreter, leaves), tuple(interpreter.events)
 
 
 def policy_of(call: Call, recipe: Recipe | None = None, *, audit: bool = False) -> Serve | None:
-    """The policy that a call's quantized leaves ask for; `None` if there are none."""
-    found = [leaf for leaf in call.leaves if is_qtensor(leaf)]
-    if not found:
+    """The policy that serves a call's quantized leaves; `None` if there are none."""
+    tensors = [leaf for leaf in call.leaves if is_qtensor(leaf)]
+    if not tensors:
         return None
-    return Serve(_attention(found) if recipe is None else recipe.attention, audit)
+    return Serve(_attention(tensors) if recipe is None else recipe.attention, audit)
 
 
 def attention_grids(call: Call) -> SiteValues:
-    """Calibrated grids of contractions without a parameter, each where its site is."""
+    """Calibrated grids of contractions without a parameter, in the slots of their sites."""
     grids: dict[str, tuple[QuantParams, QuantParams]] = {}
     for leaf in call.leaves:
         if is_qtensor(leaf) and leaf.calibration is not None:
@@ -104,14 +103,14 @@ def attention_grids(call: Call) -> SiteValues:
     return SiteValues(values)
 
 
-def _attention(found: list[QTensor]) -> tuple[tuple[Any, QSpec | None], ...]:
-    given = dict.fromkeys(q.contraction.attention for q in found if q.contraction.attention)
-    if len(given) > 1:
+def _attention(tensors: list[QTensor]) -> tuple[tuple[Any, QSpec | None], ...]:
+    rules = dict.fromkeys(q.contraction.attention for q in tensors if q.contraction.attention)
+    if len(rules) > 1:
         raise ValueError(
             "quantized: the params carry attention rules of different recipes; "
             "pass quantized(fn, recipe) the one to use"
         )
-    return next(iter(given), ())
+    return next(iter(rules), ())
 
 
 class Serve(Policy):
@@ -126,7 +125,7 @@ class Serve(Policy):
         self.audit = audit
         specs = {spec for _, spec in attention}
         self.any_attention = any(spec is not None for spec in specs)
-        # one rule for everything: the key of a site makes no difference
+        # one rule matches all sites, so their keys make no difference
         self.uniform = not audit and (not self.any_attention or attention[0][0] == "**")
 
     def contract(self, ip: Interpreter, site: Contraction) -> Any:
@@ -136,24 +135,24 @@ class Serve(Policy):
         if not is_qtensor(lhs.data) and not is_qtensor(rhs.data):
             return self._float(ip, site)
         if is_qtensor(lhs.data) and is_qtensor(rhs.data):
-            # the one that is more an activation (rows looked up) gives way
+            # dequantize the operand that depends on inputs (rows looked up), else the left one
             live = lhs.facts.live or not rhs.facts.live
             lhs = Value(dequantize(lhs.data), lhs.facts) if live else lhs
             rhs = rhs if live else Value(dequantize(rhs.data), rhs.facts)
             site = dataclasses.replace(site, lhs=lhs, rhs=rhs)
-        kept = self._integers(ip, site)
-        if kept is not None:
-            return kept
+        sums = self._integers(ip, site)
+        if sums is not None:
+            return sums
         lhs, rhs = (self._in_float(ip, site, v) for v in (lhs, rhs))
         left, right = lhs.data, rhs.data
         if name == "conv_general_dilated" and p.get("out_sharding") is not None:
-            # JAX itself cannot yet place a convolution on an explicit mesh for certain
+            # JAX itself cannot yet shard every convolution on an explicit mesh
             return _compat.bind(eqn, [ip.dense(v, eqn, site.scope) for v in (lhs, rhs)])[0]
         if name == "dot_general":
             op = functools.partial(ops.dot_general, **p)
         elif name == "conv_general_dilated":
-            known = {k: v for k, v in p.items() if k != "out_sharding"}
-            op = functools.partial(ops.conv_general_dilated, **known)
+            options = {k: v for k, v in p.items() if k != "out_sharding"}
+            op = functools.partial(ops.conv_general_dilated, **options)
         else:
             op = functools.partial(ops.ragged_dot_general, **p)
         if name != "dot_general" or not _divides(site, left, right):
@@ -170,16 +169,21 @@ class Serve(Policy):
         return ip.in_float(value, site.scope, site.eqn.primitive.name, why(site.eqn, []))
 
     def _integers(self, ip: Interpreter, site: Contraction) -> Any:
-        """Sums that stay integers, where the parameter's rule says so; or `None`."""
+        """The contraction's int32 sums, if the parameter's rule requantizes them; else `None`."""
         flipped = is_qtensor(site.lhs.data)
         value, q = (site.rhs, site.lhs.data) if flipped else (site.lhs, site.rhs.data)
         name, p = site.eqn.primitive.name, site.eqn.params
         if not is_qtensor(q) or q.contraction.requantize is None or is_qtensor(value.data):
             return None
-        held = q.calibration
-        if held is None or held.input is None or held.input.scale.ndim or held.divisor is not None:
+        calibration = q.calibration
+        if (
+            calibration is None
+            or calibration.input is None
+            or calibration.input.scale.ndim
+            or calibration.divisor is not None
+        ):
             return None
-        grid = held.input
+        grid = calibration.input
         about = {"key": site.keys[0], "dtype": site.eqn.outvars[0].aval.dtype.name}
         over: Any = ()
         if name == "dot_general":
@@ -191,9 +195,9 @@ class Serve(Policy):
             return None
         x = value.data
         x = x.activation() if isinstance(x, ops.Accumulator) else x
-        taken = x if isinstance(x, ops.Activation) and self.on_grid(x, q) else None
-        if taken is not None:
-            codes = taken.codes
+        activation = x if isinstance(x, ops.Activation) and self.on_grid(x, q) else None
+        if activation is not None:
+            codes = activation.codes
         else:
             codes, spec = self._in_float(ip, site, value).data, q.contraction.activations
             if spec is None or not jnp.issubdtype(codes.dtype, jnp.floating):
@@ -202,19 +206,19 @@ class Serve(Policy):
         if name == "dot_general":
             sums = ops.dot_integer(codes, q, over, flipped, **about)
         else:
-            known = {k: v for k, v in p.items() if k != "out_sharding"}
-            sums = ops.conv_integer(ops.conv_of(**known), codes, q, **about)
-        if sums is not None and taken is not None:
-            self.edge(ip, value.data, taken, site.keys[0])
+            options = {k: v for k, v in p.items() if k != "out_sharding"}
+            sums = ops.conv_integer(ops.conv_of(**options), codes, q, **about)
+        if sums is not None and activation is not None:
+            self.edge(ip, value.data, activation, site.keys[0])
         return sums
 
     def on_grid(self, x: ops.Activation, q: QTensor) -> bool:
-        """Whether an activation has the codes that a parameter's contraction takes."""
-        held = q.calibration
-        return held is not None and held.input is not None and x.grid.same(held.input)
+        """Whether an activation is on the input grid of a parameter's contraction."""
+        grid = None if q.calibration is None else q.calibration.input
+        return grid is not None and x.grid.same(grid)
 
-    def edge(self, ip: Interpreter, given: Any, x: ops.Activation, target: str) -> None:
-        """Told of each activation that stays integer from one site to another."""
+    def edge(self, ip: Interpreter, operand: Any, x: ops.Activation, target: str) -> None:
+        """Called for each activation that stays integer from one site to another."""
 
     def _float(self, ip: Interpreter, site: Contraction) -> Any:
         lhs, rhs = (self._in_float(ip, site, v) for v in (site.lhs, site.rhs))
@@ -226,19 +230,19 @@ class Serve(Policy):
             return _compat.bind(site.eqn, data)[0]
         specs = [unsigned(spec) if v.facts.nonneg else spec for v in (lhs, rhs)]
         grids = [
-            _suited(ip.slots.values.get(Slot(ip.call_path, name)), own)
-            for name, own in zip(("lhs", "rhs"), specs, strict=True)
+            _suited(ip.slots.values.get(Slot(ip.call_path, name)), s)
+            for name, s in zip(("lhs", "rhs"), specs, strict=True)
         ]
         how = site.eqn.params | dict(zip(("lhs_spec", "rhs_spec"), specs, strict=True))
         return _of_activations(*data, *grids, params=tuple(how.items()))
 
     def jit_key(self, ip: Interpreter, facts: list[Facts], scope: tuple[str, ...]) -> tuple | None:
-        """Calls differ by what is quantized (structure), live or a parameter; seldom by key."""
+        """Calls differ by their operands' facts; by call path only if rules differ by site."""
         kinds = tuple((f.live, f.nonneg, f.origin is not None, f.over) for f in facts)
         return (kinds,) if self.uniform else (kinds, ip.call_path)
 
     def enters_rules(self, ip: Interpreter, jaxpr: Any, operands: list[Value]) -> bool:
-        """Enters where a quantized operand or a matched attention may contract inside."""
+        """Enters where a quantized operand or matched attention may be contracted inside."""
         if any(is_integers(v.data) for v in operands):
             return True
         if not ip.contracts(jaxpr):
@@ -255,43 +259,43 @@ def _of_activations(
     *,
     params: tuple[Any, ...],
 ) -> Any:
-    """Traced once for layers that are alike, and one function of the lowered program."""
+    """Layers with equal shapes and specs share one trace and one lowered function."""
     how: dict[str, Any] = dict(params)
     return ops.dot_general_dynamic(lhs, rhs, lhs_grid=lhs_grid, rhs_grid=rhs_grid, **how)
 
 
 def _suited(grid: QuantParams | None, spec: QSpec) -> QuantParams | None:
-    """A calibrated grid, unless it was made for another spec than the recipe's."""
+    """The calibrated grid, or `None` if it was made for a spec other than the recipe's."""
     return grid if grid is not None and grid.suits(spec) else None
 
 
 def _divides(site: Contraction, left: Any, right: Any) -> bool:
-    """Whether the other operand can be divided as a parameter's divisor asks."""
+    """Whether the other operand can be divided by a parameter's divisor."""
     q, side = (left, 0) if is_qtensor(left) else (right, 1)
-    held = q.calibration
-    if held is None or held.divisor is None:
+    calibration = q.calibration
+    if calibration is None or calibration.divisor is None:
         return True
     summed = site.eqn.params["dimension_numbers"][0][side]
-    axes = {q.ndim + a for a in held.axis}
-    return held.divisor.ndim == len(axes) and axes <= {*summed}
+    axes = {q.ndim + a for a in calibration.axis}
+    return calibration.divisor.ndim == len(axes) and axes <= {*summed}
 
 
 def _undivided(data: Any) -> Any:
-    """A parameter with a divisor as floats."""
-    held = data.calibration if is_qtensor(data) else None
-    return data if held is None or held.divisor is None else dequantize(data)
+    """Dequantizes a parameter that has a divisor; other data are unchanged."""
+    calibration = data.calibration if is_qtensor(data) else None
+    return data if calibration is None or calibration.divisor is None else dequantize(data)
 
 
 def _without_outliers(ip: Interpreter, site: Contraction, operands: Any) -> None:
     """Reports a contraction whose outlier columns are quantized with the rest."""
     name = site.eqn.primitive.name
-    asked = any(is_qtensor(d) and d.contraction.outliers is not None for d in operands)
-    if asked and name != "dot_general":
+    has_outliers = any(is_qtensor(d) and d.contraction.outliers is not None for d in operands)
+    if has_outliers and name != "dot_general":
         ip.report("without outliers", site.keys[0], name, "outlier columns are quantized too")
 
 
 def _audit(ip: Interpreter, site: Contraction, op: Callable[..., Any], operands: Any) -> None:
-    """Reports a contraction that was to run on integers and on no platform does."""
+    """Reports a contraction that is meant to run on integers, and on no platform does."""
     (q,) = (d for d in operands if is_qtensor(d))
     spec = q.contraction.activations
     if spec is None or not spec.format.is_integer:
@@ -303,7 +307,7 @@ def _audit(ip: Interpreter, site: Contraction, op: Callable[..., Any], operands:
 
 
 def _on_integers(jaxpr: Any) -> bool:
-    """Whether a jaxpr holds a contraction with integer operands, at any depth."""
+    """Whether a jaxpr contains a contraction with integer operands, at any depth."""
     for eqn in jaxpr.eqns:
         if primitives.of(eqn).kind == "contraction":
             dtypes = [v.aval.dtype for v in eqn.invars[:2]]

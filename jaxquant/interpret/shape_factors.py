@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def split_block(block: int, sizes: Sequence[int]) -> list[int] | None:
-    """Blocks along each of `sizes` that make runs of `block` in their flattened order."""
+    """Block sizes along `sizes` that make runs of `block` in flattened order, or `None`."""
     blocks: list[int] = []
     for n in reversed(sizes):
         if n and block % n == 0:
@@ -22,13 +22,13 @@ def split_block(block: int, sizes: Sequence[int]) -> list[int] | None:
 
 def merge_blocks(blocks: Sequence[int], sizes: Sequence[int]) -> int | None:
     """Inverse of `split_block`: the run length in flattened order, if runs are contiguous."""
-    flat, whole = 1, True
+    flat, full = 1, True
     for b, n in zip(reversed(blocks), reversed(sizes), strict=True):
         if n == 1:
             continue
-        if whole:
+        if full:
             flat *= b
-            whole = b == n
+            full = b == n
         elif b != 1:
             return None
     return flat
@@ -48,7 +48,7 @@ def factors(
                 right, j = right * new[j], j + 1
             elif left == right:
                 break
-            else:  # sizes differ: cannot be
+            else:  # the shapes differ in size
                 raise AssertionError((old, new))
         runs.append((tuple(range(a, i)), tuple(range(b, j))))
     return runs

@@ -1,4 +1,4 @@
-"""`shard_map` with quantized operands: each leaf is split as the array it stands for."""
+"""`shard_map` with quantized operands: each is split like the array it stands for."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _parts(mesh: Any, entry: Any) -> int:
 
 
 def _local(q: QTensor, mesh: Any, spec: Sequence[Any]) -> QTensor | None:
-    """Static data of one shard; `None` where a shard would cut through a group or a byte."""
+    """`q` with the static data of one shard; `None` if that would split a group or a byte."""
     nb = len(q.batch)
     full = tuple(spec) + (None,) * (q.ndim - len(spec))
     counts = [_parts(mesh, e) for e in full]
@@ -39,15 +39,15 @@ def _local(q: QTensor, mesh: Any, spec: Sequence[Any]) -> QTensor | None:
         n = split[0]
         if n == 1:
             continue
-        whole = groups == 1
-        if q.padded[at] != q.storage[at] or q.padded[at] % n or (not whole and groups % n):
+        one_group = groups == 1
+        if q.padded[at] != q.storage[at] or q.padded[at] % n or (not one_group and groups % n):
             return None
         if at == len(q.axes) - 1 and q.spec.format.packed and (q.padded[at] // n) % 64:
             return None
         core[merged[0] + len(q.core)] //= n
-        blocks[at] = q.padded[at] // n if whole else block
-    held = None if q.calibration is None else q.calibration.moved()
-    return dataclasses.replace(q, core=tuple(core), blocks=tuple(blocks), calibration=held)
+        blocks[at] = q.padded[at] // n if one_group else block
+    calibration = None if q.calibration is None else q.calibration.moved()
+    return dataclasses.replace(q, core=tuple(core), blocks=tuple(blocks), calibration=calibration)
 
 
 def shard_map(
@@ -84,15 +84,17 @@ def shard_map(
     out_facts: list[Facts] = []
     slots = ip.slots.inside(ip.call_path)
 
-    def body(own: list[Any], *shards: Any) -> list[Any]:
+    def body(slot_values: list[Any], *shards: Any) -> list[Any]:
         values = []
-        for shard, made, fact in zip(shards, rebuild, facts, strict=True):
-            if made is not None:
-                local, names = made
+        for shard, parts, fact in zip(shards, rebuild, facts, strict=True):
+            if parts is not None:
+                local, names = parts
                 shard = dataclasses.replace(local, **dict(zip(names, shard, strict=True)))
             values.append(Value(shard, fact))
         with ip.slots.shutting("a shard_map"):
-            out, _ = ip.slots.within(slots, own, lambda: ip.run(jaxpr, consts, values, scope))
+            out, _ = ip.slots.within(
+                slots, slot_values, lambda: ip.run(jaxpr, consts, values, scope)
+            )
         out_facts[:] = [v.facts for v in out]
         return [ip.dense(v, eqn, scope) for v in out]
 

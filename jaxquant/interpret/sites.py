@@ -1,4 +1,4 @@
-"""Sites: what contracts with what, known from tracing and named by a key."""
+"""Sites: the contractions and lookups of a traced function, each named by a key."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def path_str(path: tuple[Any, ...]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One contraction, or one lookup of rows, as one call path reaches it.
+    """One contraction, or one lookup of rows, at one call path.
 
     Attributes:
       key: unique name: the parameter's path or else the scope; `#k` marks the k-th repeat.
@@ -40,11 +40,11 @@ class Site:
       shape: the parameter's whole shape; `()` without one.
       dtype: name of the parameter's (or the result's) dtype.
       contracted: axes of the parameter that are summed over; for `gather`, those not indexed.
-      scanned: axes of the parameter that a loop has taken away before (layers of a `scan`).
+      scanned: axes of the parameter that loops around it slice (layers of a `scan`).
       batched: axes of the parameter that are batch dimensions of the contraction.
       operands: shapes of both operands as the contraction sees them.
       scope: the enclosing name scopes.
-      nonneg: of a contraction of two activations, which of them cannot be negative.
+      nonneg: for two activations, which of them cannot be negative.
       over: axes of the other operand that are summed over.
     """
 
@@ -64,8 +64,8 @@ class Site:
     @property
     def axes(self) -> str:
         """The parameter's axes in words, as reports print them: `sum 0, keep 1`."""
-        kept = [a for a in range(len(self.shape)) if a not in self.contracted + self.scanned]
-        named = (("scan", self.scanned), ("sum", self.contracted), ("keep", kept))
+        free = [a for a in range(len(self.shape)) if a not in self.contracted + self.scanned]
+        named = (("scan", self.scanned), ("sum", self.contracted), ("keep", free))
         return ", ".join(f"{name} {' '.join(map(str, axes))}" for name, axes in named if axes)
 
 
@@ -76,7 +76,7 @@ class Sites(Mapping[str, Site]):
     Attributes:
       sites: the sites.
       leaves: for every parameter leaf, its path -> (shape, dtype name).
-      met: for leaves that reach no site, what they met instead: path -> primitive name.
+      met: path of a leaf -> name of the first primitive that uses it, other than a site's.
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> sites = jq.trace(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, jnp.ones((4, 3)))

@@ -1,4 +1,4 @@
-"""Slices, rows, joins and repeats of a `QTensor` that keep it quantized, or `None`."""
+"""Slices, lookups, concatenation and broadcasts that keep a `QTensor` quantized, or `None`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jaxquant.qtensor import QTensor, with_plain_scales
 
 
 def broadcast(q: QTensor, shape: Sequence[int], dims: Sequence[int]) -> QTensor | None:
-    """`broadcast_in_dim`; new axes share the scale of what is repeated."""
+    """`broadcast_in_dim`; repeated values share their scale."""
     lead = len(q.batch)
     if tuple(dims[:lead]) != tuple(range(lead)) or tuple(shape[:lead]) != q.batch:
         promoted = promote(q)
@@ -55,7 +55,7 @@ def _broadcast(q: QTensor, shape: Sequence[int], dims: Sequence[int]) -> QTensor
 def cut(
     q: QTensor, starts: Sequence[Any], sizes: Sequence[int], strides: Sequence[int] | None = None
 ) -> QTensor | None:
-    """A slice, static or dynamic (`starts` may be traced); groups must not be cut through."""
+    """A slice, static or dynamic (`starts` may be traced); `None` if it would split a group."""
     strides = tuple(strides or (1,) * q.ndim)
     touched = [a for a in range(q.ndim) if sizes[a] != q.shape[a] or strides[a] != 1]
     if not touched:
@@ -99,16 +99,16 @@ def cut(
     static: dict[str, Any] = {"core": core, "blocks": tuple(blocks)}
     for name in ("codebook", "global_scale"):  # these have batch axes only
         if name == "codebook" and flat.grouped_codebook:
-            continue  # cut as scales are
-        held = getattr(flat, name)
-        static[name] = None if held is None else _leading(held, spans, nb)
+            continue  # cut like scales
+        array = getattr(flat, name)
+        static[name] = None if array is None else _leading(array, spans, nb)
     static["calibration"] = calibrated(flat, lambda a: _leading(a, spans, nb))
     static["nested"] = jax.tree.map(lambda a: _leading(a, spans, nb), flat.nested)
     return rebuilt(flat, take_codes, take_scales, **static)
 
 
 class _Span(NamedTuple):
-    """What to take of one axis of the codes (`start`, `size`) and of the scales."""
+    """A slice of one axis: `start`, `size` of the codes, `first`, `groups` of the scales."""
 
     at: int
     start: Any
@@ -140,24 +140,24 @@ def reverse(q: QTensor, dims: Sequence[int]) -> QTensor | None:
     if flat is None:
         return None
     places = [at for at in (place_of(flat, d) for d in dims) if at is not None]
-    held = [at - nb for at in places if at >= nb]
-    if any(flat.groups[c] > 1 and flat.blocks[c] > 1 for c in held):
+    core_axes = [at - nb for at in places if at >= nb]
+    if any(flat.groups[c] > 1 and flat.blocks[c] > 1 for c in core_axes):
         return None
-    if any(flat.padded[c] != flat.storage[c] for c in held):
+    if any(flat.padded[c] != flat.storage[c] for c in core_axes):
         return None
     lead = [at for at in places if at < nb]
     out = rebuilt(flat, lambda a: lax.rev(a, places), lambda a: lax.rev(a, places))
     names = ("global_scale",) if flat.grouped_codebook else ("codebook", "global_scale")
-    held_by_batch = {
+    batch_arrays = {
         name: None if getattr(flat, name) is None else lax.rev(getattr(flat, name), lead)
         for name in names
     }
     calibration = calibrated(flat, lambda a: lax.rev(a, lead))
-    return with_arrays(out, **held_by_batch, calibration=calibration)
+    return with_arrays(out, **batch_arrays, calibration=calibration)
 
 
 def concatenate(qs: Sequence[QTensor], axis: int) -> QTensor | None:
-    """Joins tensors of one format along an axis where each index or full group has its scale."""
+    """Joins tensors with equal specs and blocks along an axis of full groups."""
     qs = [with_plain_scales(q) for q in qs]
     same_layout = all((q.axes, len(q.batch)) == (qs[0].axes, len(qs[0].batch)) for q in qs)
     opens = [opened(q, [axis]) if same_layout else plain(q) for q in qs]
@@ -177,10 +177,10 @@ def concatenate(qs: Sequence[QTensor], axis: int) -> QTensor | None:
 
     parts: dict[str, Any] = {}
     for name in ("codes", "scale", "zero_point", "codebook"):
-        held = [getattr(f, name) for f in joined]
-        parts[name] = None if held[0] is None else lax.concatenate(held, at or 0)
-    fixed = None if axis < nb else calibrated(first, lambda a: a)
-    parts["calibration"] = None if fixed is None else dataclasses.replace(fixed, output=None)
+        arrays = [getattr(f, name) for f in joined]
+        parts[name] = None if arrays[0] is None else lax.concatenate(arrays, at or 0)
+    rest = None if axis < nb else calibrated(first, lambda a: a)
+    parts["calibration"] = None if rest is None else dataclasses.replace(rest, output=None)
     return with_arrays(dataclasses.replace(first, core=tuple(core)), **parts)
 
 
@@ -201,9 +201,9 @@ def _joins(f: QTensor, first: QTensor, c: int) -> bool:
 
 
 def rows(q: QTensor, indices: Array, axis: int, mode: Any) -> QTensor | None:
-    """Rows `indices[..., 0]` of one axis: their codes and scales become batch axes.
+    """Rows `indices[..., 0]` of one axis; the axes of `indices` become batch axes.
 
-    Equivalent to a `gather` of whole slices with the result's leading axes those of `indices`.
+    Equivalent to a `gather` of whole slices whose result leads with the axes of `indices`.
     """
     nb, rank, lead = len(q.batch), len(q.core), indices.shape[:-1]
     if nb and axis:
@@ -217,7 +217,7 @@ def rows(q: QTensor, indices: Array, axis: int, mode: Any) -> QTensor | None:
     if not nb and q.blocks[at] > 1 and not shared:
         return None
     if shared and mode == lax.GatherScatterMode.FILL_OR_DROP:
-        return None  # a scale that all rows share has none that could be out of bounds
+        return None  # a row out of bounds is filled by its scale, and all rows share one
 
     def gather(x: Array) -> Array:
         x = jnp.moveaxis(x, at, 0)
@@ -235,16 +235,16 @@ def rows(q: QTensor, indices: Array, axis: int, mode: Any) -> QTensor | None:
     glob, book = q.global_scale, q.codebook
     if book is not None and not q.grouped_codebook:
         book = jnp.broadcast_to(book, (*lead, *book.shape))
-    gone = axis - rank
+    core_axis = axis - rank
     return rebuilt(
         q,
         gather,
         gather,
-        codebook=book,  # or as scales, if there is one for each group
+        codebook=book,  # a codebook per group is gathered by `rebuilt`
         global_scale=None if glob is None else jnp.broadcast_to(glob, lead),
         calibration=None,
         core=q.core[:axis] + q.core[axis + 1 :],
-        axes=tuple(tuple(a + (a < gone) for a in m) for i, m in enumerate(q.axes) if i != at),
+        axes=tuple(tuple(a + (a < core_axis) for a in m) for i, m in enumerate(q.axes) if i != at),
         blocks=tuple(b for i, b in enumerate(q.blocks) if i != at),
     )
 

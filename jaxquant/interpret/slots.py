@@ -1,19 +1,19 @@
-"""Values of a site's own that travel with it through control flow: statistics, static scales.
+"""Per-site values that pass through control flow: statistics, static scales.
 
-A `Slot` says where in a traced call such a value lives, `SiteValues` holds the values of one
-evaluation. Each rule of `control_flow` passes on what lies inside its equation, and nothing else:
+A `Slot` is the place of one value in a traced call; `SiteValues` holds the values of one
+evaluation. Each rule of `control_flow` passes the values of sites inside its equation, no others:
 
-| equation | read | updated |
+| equation | values only read | values updated |
 |---|---|---|
-| `jit` | further inputs | and further outputs |
-| `scan`, slot stacked over it | scanned inputs | and scanned outputs |
+| `jit` | extra inputs | extra inputs and outputs |
+| `scan`, slot stacked over it | scanned inputs | scanned inputs and outputs |
 | `scan`, other slots | closed over | carries |
 | `while` | closed over | carries |
-| `cond`, remat | further inputs | and outputs, of every branch |
-| `shard_map`, condition of `while` | further inputs, whole on every device | shut: see `shut` |
+| `cond`, remat | extra inputs | extra inputs and outputs of every branch |
+| `shard_map`, condition of `while` | extra inputs, replicated | cannot leave, see `shut` |
 
-So an updated value is one chain of uses through the whole program, in order of execution, and a
-policy does no more than `values[slot] = new`.
+So updates of a value follow the program's order of execution, and a policy only sets
+`values[slot] = new`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Slot:
 
     Attributes:
       path: the site's call path, `Interpreter.call_path` at its contraction.
-      name: which of its values: `"lhs"` or `"rhs"`, the operand it belongs to.
-      stacked: positions in `path` of those `scan`s over which there is one value per step, on a
-        leading axis each, the outermost first. Inside, a slice of it is seen.
+      name: which of the site's values: `"lhs"` or `"rhs"` is the operand it belongs to.
+      stacked: positions in `path` of the `scan`s with one value per step, outermost first. Each
+        adds a leading axis; inside it, the value is one slice.
     """
 
     path: Path
@@ -45,13 +45,13 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """One equation that was entered, and whose inside is run another number of times.
+    """An entered equation whose body may run any number of times.
 
     Attributes:
       at: its position in the call path.
-      branch: which of its jaxprs.
+      branch: index of its jaxpr, for a `cond`.
       length: steps of a `scan`, else `None`.
-      params: the parameters that a `scan` takes slice by slice.
+      params: the parameters that a `scan` slices.
     """
 
     at: int
@@ -61,13 +61,13 @@ class Frame:
 
 
 class SiteValues:
-    """The values of one evaluation, as seen where the interpreter is.
+    """The values of one evaluation, as seen at the current equation.
 
     Attributes:
       values: a value (an array or any pytree) for each slot.
-      updated: whether the policy changes them; they then leave control flow as they entered it.
-      frames: what has been entered, the outermost first.
-      shut: why values that are set here cannot leave, or `None`.
+      updated: whether the policy changes them; they are then outputs of control flow, too.
+      frames: the frames entered, outermost first.
+      shut: why values set here cannot leave the equation, or `None`.
     """
 
     def __init__(self, values: Mapping[Slot, Any] | None = None, *, updated: bool = False) -> None:
@@ -82,7 +82,7 @@ class SiteValues:
         return [slot for slot in self.values if slot.path[:n] == path]
 
     def read(self, slots: Sequence[Slot]) -> list[Any]:
-        """Their values, to be passed into an equation."""
+        """The values of slots, to pass into an equation."""
         return [self.values[slot] for slot in slots]
 
     def within(
@@ -92,10 +92,10 @@ class SiteValues:
         body: Callable[[], R],
         frame: Frame | None = None,
     ) -> tuple[R, list[Any]]:
-        """Evaluates what is inside an equation with the values as they arrive there.
+        """Evaluates an equation's body with the values as they arrive inside.
 
         Returns:
-          `body`'s result, and the values that leave: none if they are only read.
+          `body`'s result, and the updated values: none if they are only read.
         """
         outer, frames = self.read(slots), self.frames
         self._set(slots, values)
@@ -109,7 +109,7 @@ class SiteValues:
             self.frames = frames
 
     def leave(self, slots: Sequence[Slot], values: Sequence[Any]) -> None:
-        """Takes up the values that have left an equation."""
+        """Sets the values that an equation has returned."""
         if self.updated:
             self._set(slots, values)
 
@@ -117,7 +117,7 @@ class SiteValues:
         self.values.update(zip(slots, values, strict=True))
 
     def signature(self, path: Path) -> tuple[Any, ...]:
-        """What the slots inside two calls of one helper must share, so that both can be one."""
+        """The slots inside a call; calls of a helper can share one trace if these are equal."""
         n = len(path)
         return tuple(
             (s.path[n:], s.name, tuple(at - n for at in s.stacked if at >= n))
@@ -126,7 +126,7 @@ class SiteValues:
 
     @contextlib.contextmanager
     def shutting(self, reason: str) -> Iterator[None]:
-        """A part of the program out of which no value can be carried."""
+        """A part of the program that no updated value can leave."""
         outer, self.shut = self.shut, self.shut or reason
         try:
             yield

@@ -1,4 +1,4 @@
-"""What the interpreter knows of a value besides its data: where it came from."""
+"""What the interpreter knows of a value besides its data: its origin and other facts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jaxquant.qtensor import is_qtensor
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Origin:
-    """The parameter that a value is, moved by layout operations only.
+    """The parameter that a value comes from by layout operations only.
 
     Attributes:
       path: the parameter's key path.
       shape: the parameter's whole shape.
       dtype: name of the parameter's dtype.
       axes: for each axis of the value, the parameter's axes it holds; `()` for a new one.
-      scanned: axes of the parameter that loops have taken away.
+      scanned: axes of the parameter that the loops around it slice.
       joined: other parameters concatenated to this one, with the same axes.
-      moved: whether any operation has moved values, be it only to other places.
-      looked_up: whether these are rows taken from a table.
+      moved: whether any operation but an identity was applied.
+      looked_up: whether the values are rows looked up in a table.
     """
 
     path: str
@@ -56,7 +56,7 @@ class Facts:
       origin: set while the value is a parameter, moved at most by layout operations.
       live: whether it depends on the function's inputs, not on parameters alone.
       nonneg: whether it cannot be negative (softmax, relu), so that unsigned codes fit it.
-      near: where the last sites that fed it are; it names contractions that have no parameter.
+      near: scopes of the last sites that fed it; names contractions without a parameter.
       over: axes along which the value may vary; `None` is all.
     """
 
@@ -81,7 +81,7 @@ class Value:
 
 
 def merge(facts: list[Facts], nonneg: bool = False) -> Facts:
-    """Facts of a result that all of these went into."""
+    """Facts of a result computed from values with these facts."""
     near = frozenset().union(*(f.near for f in facts)) if facts else frozenset()
     return Facts(None, any(f.live for f in facts), nonneg, near)
 
@@ -97,22 +97,22 @@ def varying(value: Value) -> frozenset[int]:
 def varies(eqn: Any, operands: list[Value]) -> frozenset[int] | None:
     """The axes along which an equation's results may vary; `None` is all.
 
-    Followed from parameters to the vectors that biases and normalisations are, so that their
-    broadcast copies are known for what they are.
+    Tracked from parameters on, so that a bias or a norm's scale is known as a vector after it has
+    been broadcast.
     """
     if any(v.facts.live for v in operands) or len(eqn.outvars) != 1 or not operands:
         return None
     row, shape = primitives.of(eqn), tuple(eqn.outvars[0].aval.shape)
-    axes, given = varying(operands[0]), tuple(jnp.shape(operands[0].data))
+    axes, sizes = varying(operands[0]), tuple(jnp.shape(operands[0].data))
     if row.move == "broadcast":
         dims = eqn.params["broadcast_dimensions"]
-        return frozenset(dims[a] for a in axes if given[a] != 1)
+        return frozenset(dims[a] for a in axes if sizes[a] != 1)
     if row.move == "transpose":
         return frozenset(eqn.params["permutation"].index(a) for a in axes)
     if row.move in ("reshape", "squeeze"):
-        old = [a for a, n in enumerate(given) if n != 1]
+        old = [a for a, n in enumerate(sizes) if n != 1]
         new = [a for a, n in enumerate(shape) if n != 1]
-        if [given[a] for a in old] != [shape[a] for a in new]:
+        if [sizes[a] for a in old] != [shape[a] for a in new]:
             return None
         return frozenset(new[old.index(a)] for a in axes if a in old)
     pointwise = row.kind == "elementwise" or row.move in ("none", "convert", "round")

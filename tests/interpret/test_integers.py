@@ -108,8 +108,8 @@ EDGES = [
         of_two_relus,
         RULE,
         [
-            "a -> add in the root: float, neither term is a sum yet",
-            "b -> add in the root: float, neither term is a sum yet",
+            "a -> add in the root: float, neither term is still a sum",
+            "b -> add in the root: float, neither term is still a sum",
         ],
     ),
     (

@@ -141,12 +141,12 @@ CASES: dict[str, tuple[Callable[..., Any], Any, list[str]]] = {
     "rows in a loop": (
         rows_in_a_loop,
         X,
-        ["stack -> add in the root: float, add by what varies along other axes than the channels"],
+        ["stack -> add in the root: float, add with a value that varies along non-channel axes"],
     ),
     "rows out of a loop": (
         rows_out_of_a_loop,
         X,
-        ["w -> mul in the root: float, mul by what varies along other axes than the channels"],
+        ["w -> mul in the root: float, mul with a value that varies along non-channel axes"],
     ),
     "joined": (
         lambda p, x: jnp.concatenate([relu(x @ p["w"]), relu(x @ p["v"])], -1) @ p["w4"],
