@@ -6,15 +6,17 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
+
 
 def path_str(path: tuple[Any, ...]) -> str:
     """A tree path as the key that rules and reports use, parts joined by `/`.
 
-    A trailing `value` attribute, as NNX variables have, is left out.
+    A trailing `value` attribute, as NNX variables have, is left out; a key `"value"` is not.
 
     >>> import jax
-    >>> [path_str(p) for p, _ in jax.tree.leaves_with_path({"a": [1, {"b": 2}]})]
-    ['a/0', 'a/1/b']
+    >>> [path_str(p) for p, _ in jax.tree.leaves_with_path({"a": [1, {"value": 2}]})]
+    ['a/0', 'a/1/value']
     """
     parts = []
     for entry in path:
@@ -24,7 +26,7 @@ def path_str(path: tuple[Any, ...]) -> str:
                 break
         else:
             parts.append(str(entry))
-    if len(parts) > 1 and parts[-1] == "value":
+    if len(parts) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
         parts.pop()
     return "/".join(parts)
 
