@@ -128,7 +128,7 @@ def _outputs(contraction: Node, at: int, rank: int) -> list[int | None]:
 def site_of(
     roles: Roles, form: Form, kernel: Kernel, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[BatchNormSite | None, str]:
-    """The site, if every leaf lies along the same axes of the kernel; else why not."""
+    """The site, if all leaves have the same axes of the kernel; else why not."""
     along: dict[str, tuple[int, ...]] = {}
     for path in roles.paths:
         loop_of = {axis: loop for loop, axis in form.sliced.get(path, ())}
