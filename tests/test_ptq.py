@@ -75,7 +75,7 @@ def test_non_finite_weights_are_named(params, bad) -> None:
 
 
 def test_params_that_do_not_fit(params) -> None:
-    with pytest.raises(ValueError, match=r"does not fit.*'head'"):
+    with pytest.raises(ValueError, match=r"cannot be traced.*'head'"):
         jq.ptq(fn, {"enc": params["enc"]}, jq.w8a8(), x)
 
 

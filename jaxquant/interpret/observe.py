@@ -57,7 +57,8 @@ class Place:
         if not observer.sees_rows:
             return self.aval
         if self.reading is None:
-            raise ValueError(f"{self.keys[0]!r}: {observer} observes what parameters meet")
+            key = self.keys[0]
+            raise ValueError(f"{key!r}: {observer} needs a contraction with a parameter, got none")
         return self.reading.aval(self.aval, self.rest)
 
 
@@ -75,9 +76,9 @@ def places_of(call: Call) -> tuple[Place, ...]:
         call.run(interpreter, list(leaves))
 
     jax.eval_shape(run, *(abstract(leaf) for leaf in call.leaves))
-    found = list(finder.found.values())
-    layers = {p.slot.path[: f.at + 1] for p, frames in found for f in _over_layers(p, frames)}
-    return tuple(_stacked(place, frames, layers) for place, frames in found)
+    entries = list(finder.found.values())
+    layers = {p.slot.path[: f.at + 1] for p, frames in entries for f in _over_layers(p, frames)}
+    return tuple(_stacked(place, frames, layers) for place, frames in entries)
 
 
 def _over_layers(place: Place, frames: tuple[Frame, ...]) -> list[Frame]:

@@ -10,7 +10,8 @@ evaluation. Each rule of `control_flow` passes the values of sites inside its eq
 | `scan`, other slots | closed over | carries |
 | `while` | closed over | carries |
 | `cond`, remat | extra inputs | extra inputs and outputs of every branch |
-| `shard_map`, condition of `while` | extra inputs, replicated | cannot leave, see `shut` |
+| `shard_map` | extra inputs, replicated | cannot leave, see `shut` |
+| condition of `while` | closed over | cannot leave, see `shut` |
 
 So updates of a value follow the program's order of execution, and a policy only sets
 `values[slot] = new`.

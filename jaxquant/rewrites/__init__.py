@@ -1,6 +1,6 @@
-"""Rewrites of float params that leave the function as it is: SmoothQuant, AWQ, BatchNorm.
+"""Rewrites of float params that do not change the function: SmoothQuant, AWQ, BatchNorm.
 
-A file per method; `graph.py` and what reads it find by tracing where a factor can go.
+One file per method; `graph.py` and the files that read it find by tracing where factors can go.
 """
 
 from jaxquant.rewrites.absorb import Absorbed, Absorber, scaled_leaf

@@ -1,4 +1,4 @@
-"""Factors for each channel of an activation, put into leaves: the function stays what it is."""
+"""Moves per-channel factors of an activation into leaves; the function is unchanged."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from jaxquant.qtensor import QTensor, is_qtensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Absorber:
-    """A leaf that a factor for each channel goes into: it becomes `leaf * c[index] ** power`.
+    """A leaf that absorbs per-channel factors: it becomes `leaf * c[index] ** power`.
 
     Attributes:
       path: its key path.
       shape: its shape.
-      index: for each place of the leaf, which of the factors `[*layers, channels]`, flattened; -1
+      index: for each element of the leaf, the number of its factor in `[*layers, channels]`; -1
         for none. Axes along which it is constant have size 1.
-      power: -1 for what is divided, 1 for what is multiplied.
-      kind: `norm` for what multiplies a value, `bias` for what is added, `linear` for a kernel.
-      offset: the leaf plus this is what is scaled, as in a norm that multiplies by `1 + scale`.
+      power: -1 to divide, 1 to multiply.
+      kind: `norm` if it multiplies a value, `bias` if it is added, `linear` for a kernel.
+      offset: the leaf plus this is scaled, as in a norm that multiplies by `1 + scale`.
     """
 
     path: str
@@ -46,16 +46,16 @@ class Absorber:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Absorbed:
-    """How a factor for each channel of one activation moves into leaves.
+    """How per-channel factors of one activation move into leaves.
 
     Attributes:
-      layers: sizes of the leading axes of the factors: loops that the weights are scanned by.
-      channels: the number of channels: of batch axes and contracted axes of the weights' first
+      layers: sizes of the leading axes of the factors: the loops that scan the weights.
+      channels: the number of channels: batch axes and contracted axes of the weights' first
         contraction, flattened in this order; input features of a convolution.
       weights: the leaves that the activation is contracted with; they are multiplied.
       producers: the leaves that absorb the division.
       tied: for each channel the first one that must have the same factor, where one value feeds
-        several channels (grouped heads); `None` where each may have its own.
+        several channels (grouped heads); `None` if all factors are independent.
     """
 
     layers: tuple[int, ...]
@@ -71,7 +71,7 @@ class Absorbed:
         return next((kind for kind in ("linear", "norm") if kind in kinds), "bias")
 
     def tie(self, c: Array) -> Array:
-        """The factors `[*layers, channels]` with the geometric mean where they are tied."""
+        """The factors `[*layers, channels]`, tied ones replaced by their geometric mean."""
         if self.tied is None:
             return c
         count = np.maximum(np.bincount(self.tied, minlength=self.channels), 1)
@@ -80,9 +80,9 @@ class Absorbed:
         return jnp.exp(means)[..., self.tied]
 
     def tie_stats(self, stats: InputStats) -> InputStats:
-        """Statistics with the mean or largest magnitude of the channels that are tied.
+        """Statistics in which tied channels share their mean and largest magnitudes.
 
-        With them `awq` measures what tied factors do; `tie` its factors as well.
+        `awq` needs them to measure tied factors; apply `tie` to its factors as well.
         """
         if self.tied is None:
             return stats
@@ -96,20 +96,19 @@ class Absorbed:
 
 
 def scaled_leaf(leaf: Any, absorber: Absorber, c: Array) -> Any:
-    """`leaf * c ** power` at the places that the absorber names.
+    """`leaf * c[index] ** power`, as the absorber describes.
 
-    A float leaf is computed in float32. Of a `QTensor` the scales are multiplied and the codes
-    stay, which is exact but for the rounding of scales to their dtype; its layout must have a
-    scale of its own for each channel.
+    A float leaf is computed in float32. In a `QTensor` only the scales change, which is exact but
+    for their rounding to their dtype; each channel must have a separate scale.
 
     Args:
       leaf: float array or `QTensor` of the absorber's shape.
-      absorber: where which factor goes.
+      absorber: which elements of the leaf have which factors.
       c: positive factors `[*layers, channels]`.
 
     Raises:
-      ValueError: the scales of a `QTensor` are shared by several channels, or it does not stand
-        for an array that can be scaled so; the leaf has another shape.
+      ValueError: channels of a `QTensor` share scales, or it cannot be scaled for another reason;
+        the leaf has a different shape.
 
     >>> absorber = Absorber("w", (2, 2), np.array([[0, 1]]), -1, "linear")
     >>> scaled_leaf(jnp.ones((2, 2)), absorber, jnp.array([1.0, 2.0])).tolist()
@@ -154,7 +153,7 @@ def _scaled_codes(q: QTensor, by: Array, absorber: Absorber) -> QTensor:
         reason = "its scales are too coarse"
     if reason:
         raise ValueError(f"{absorber.path} is quantized and cannot absorb factors: {reason}")
-    # laid out as the scales: storage axes in order, of size 1 where they share a scale
+    # in the layout of the scales: storage axes in order, of size 1 where they share a scale
     order = [a for merged in q.axes for a in merged]
     by = jnp.broadcast_to(by, (*q.batch, *by.shape[lead:]))
     by = by.transpose([*range(lead), *(lead + rank + a for a in order)])
@@ -173,15 +172,15 @@ def _scaled_codes(q: QTensor, by: Array, absorber: Absorber) -> QTensor:
 
 
 def absorb(leaves: Mapping[str, Any], absorbed: Absorbed, c: Array) -> dict[str, Any]:
-    """The new leaves: weights multiplied by `c`, what produces their input divided by it.
+    """The new leaves: weights multiplied by `c`, producers of their input divided by it.
 
     Args:
       leaves: all leaves that `absorbed` names, by key path.
       absorbed: see `absorbers`.
-      c: positive factors `[*layers, channels]`; where channels are tied their mean is taken.
+      c: positive factors `[*layers, channels]`; tied channels take their mean.
 
     Raises:
-      ValueError: `c` has another shape, or see `scaled_leaf`.
+      ValueError: `c` has a different shape, or see `scaled_leaf`.
     """
     shape = (*absorbed.layers, absorbed.channels)
     if tuple(c.shape) != shape:

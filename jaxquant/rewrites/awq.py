@@ -1,4 +1,4 @@
-"""AWQ: weights that meet large inputs are rounded on a finer grid."""
+"""AWQ: weights of large inputs are rounded on a finer grid."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ActivationAware(Called):
     """The rewrite that `awq` makes.
 
     Attributes:
-      steps: how many ratios are tried.
-      duo: whether the weights' own magnitudes are tried, too.
+      steps: number of ratios to try.
+      duo: whether ratios with the weights' magnitudes are tried, too.
       online: see `Rewrite`.
     """
 
@@ -52,8 +52,8 @@ class ActivationAware(Called):
     ) -> tuple[Array, Details]:
         """The factors, see `Rewrite`.
 
-        Details: the `ratio` that was chosen, with `duo` whether it is one with the `weights`, the
-        output `error` there, and `rounded`, that of ratio 0, which is rounding to nearest.
+        Details: the chosen `ratio`; with `duo`, whether it is one with the `weights`; its output
+        `error`; and `rounded`, the error of ratio 0, which is rounding to nearest.
         """
         require_fitting("awq", weights, specs, stats, hessian=True)
         assert stats.hessian is not None
@@ -119,7 +119,7 @@ def _mean_magnitude(weights: Sequence[Array], specs: Sequence[QSpec]) -> Array:
 
 
 def awq(steps: int = 20, duo: bool = False, online: bool = True) -> ActivationAware:
-    """Activation-aware weight quantization: the factors that round the weights best.
+    """Activation-aware weight quantization: the factors with the least output error.
 
         c_k = s_k / sqrt(max s  min s),   s_k = max(mean |x_k|^r, 1e-4)
 
@@ -128,15 +128,15 @@ def awq(steps: int = 20, duo: bool = False, online: bool = True) -> ActivationAw
         sum_i tr(D_i^T H D_i),   D_i = Q(c W_i) / c - W_i,   H = X^T X / n
 
     over all weights that the activation feeds, each rounded to nearest by its own spec. Ratio 0 is
-    rounding to nearest as it is, so the error is never above that. A channel in which no input was
-    seen keeps the factor 1.
+    plain rounding to nearest, so the error is never above that. A channel whose inputs are all 0
+    keeps the factor 1.
 
     Args:
-      steps: how many ratios are tried.
-      duo: tries as many more with the mean magnitude of weights, each relative to the largest of
+      steps: number of ratios to try.
+      duo: tries as many again with the mean magnitude of weights, each relative to the largest of
         its group: `s_k = max(mean |x_k|^r / mean |w_k|^(1 - r), 1e-4)`.
       online: whether the division stays on the activation where nothing before it (a norm's scale,
-        a linear layer) can absorb it; `False` leaves such weights as they are.
+        a linear layer) can absorb it; `False` leaves these weights unchanged.
 
     Raises:
       ValueError: `steps` is not a positive integer.

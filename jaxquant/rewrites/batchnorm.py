@@ -1,4 +1,4 @@
-"""BatchNorm into the kernel before it: what remains of the BatchNorm is a shift per channel."""
+"""Folds a BatchNorm into the kernel before it; a shift per channel remains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Folded(NamedTuple):
       kernel: the kernel, scaled per channel.
       gamma: ones; `None` where there was none.
       beta: the shift; `None` where there was none, then `mean` holds it.
-      mean: zeros, or the shift negated.
+      mean: zeros, or the negative shift.
       var: `1 - eps`, so that `rsqrt(var + eps)` is exactly 1 in its dtype.
       bias: zeros; `None` where there was none.
     """
@@ -49,8 +49,8 @@ def fold(
 
         (y + bias - mean) a + beta = a y + ((bias - mean) a + beta),
 
-    so the kernel becomes `a kernel` along its output channels and the BatchNorm the identity plus
-    the shift in brackets. The channels' new shift is in `beta`, the bias of the contraction 0.
+    so the kernel is multiplied by `a` along its output channels, and the BatchNorm becomes the
+    identity plus the shift in brackets. This shift is in `beta`; the contraction's bias is 0.
 
     Args:
       kernel: float array, such as `[height, width, in, out]` or `[in, out]`.
@@ -59,8 +59,8 @@ def fold(
       mean: running mean `[channels]`.
       var: running variance `[channels]`.
       eps: added to the variance.
-      channel_axis: axis of `kernel` that counts the channels; several where the statistics have
-        several axes, such as the layers of a scan, in the order of those.
+      channel_axis: axis of `kernel` that the channels run along; one for each axis of the
+        statistics, in their order, if they have several (layers of a scan).
       bias: bias of the contraction `[channels]`, or `None` for 0.
 
     Raises:
@@ -78,8 +78,8 @@ def fold(
     axes = (channel_axis,) if isinstance(channel_axis, int) else tuple(channel_axis)
     axes = tuple(a % kernel.ndim for a in axes)
     channels = tuple(kernel.shape[a] for a in axes)
-    given = {"gamma": gamma, "beta": beta, "mean": mean, "var": var, "bias": bias}
-    for name, x in given.items():
+    vectors = {"gamma": gamma, "beta": beta, "mean": mean, "var": var, "bias": bias}
+    for name, x in vectors.items():
         if x is not None and tuple(x.shape) != channels:
             raise ValueError(
                 f"fold: expected {name} of shape {list(channels)}, as the kernel "
@@ -105,7 +105,7 @@ def fold(
 
 
 def _along(a: Array, axes: tuple[int, ...], ndim: int) -> Array:
-    """`a` as an array of `ndim` axes, its own at `axes` and the others of size 1."""
+    """`a` with `ndim` axes: its axes at `axes`, all others of size 1."""
     order = np.argsort(axes)
     sizes = dict(zip(axes, a.shape, strict=True))
     return a.transpose(order).reshape([sizes.get(i, 1) for i in range(ndim)])
@@ -114,8 +114,8 @@ def _along(a: Array, axes: tuple[int, ...], ndim: int) -> Array:
 def _one_less(eps: float, dtype: Any) -> Any:
     """`1 - eps` in `dtype`: adding `eps` again rounds to exactly 1.
 
-    The difference is wrong by at most half a step of the numbers below 1, which is a quarter of a
-    step of those above: the sum is nearer to 1 than to its neighbours, or ties to the even 1.
+    The difference is off by at most half an ulp of the numbers below 1, a quarter of an ulp of
+    those above: the sum is nearer to 1 than to its neighbours, or a tie, which rounds to even 1.
     """
     one = np.ones((), dtype)
     return one - np.asarray(eps, dtype)
@@ -126,8 +126,8 @@ class BatchNormSite:
     """One BatchNorm and the contraction that feeds it, as key paths of parameters.
 
     Attributes:
-      kernel: of the contraction.
-      channel_axes: axes of the kernel that the statistics have, in the order of those.
+      kernel: kernel of the contraction.
+      channel_axes: axes of the kernel that the statistics have, in their order.
       mean: running mean.
       var: running variance.
       eps: added to the variance.
@@ -153,7 +153,7 @@ def fold_site(leaves: Mapping[str, Array], site: BatchNormSite) -> dict[str, Arr
 
     Args:
       leaves: all leaves that the site names, by key path.
-      site: which they are.
+      site: their roles.
 
     Raises:
       ValueError: a leaf is missing, or the leaves do not fit each other.

@@ -1,9 +1,9 @@
-"""How a factor for each channel moves from a value to what the value is computed from.
+"""How per-channel factors move from a value to the operands that it is computed from.
 
-A *demand* on a value `v` asks for `v / c[index]` in its place (or `v * c[index]`), with an index
-into the factors `c` for every place of `v`. Each rule says of which operands the same must be asked
-so that the operation yields it: all terms of a sum, one factor of a product, the operand of a
-contraction that has the channels. Operations that do not commute with factors have no rule.
+A *demand* on a value `v` asks for `v / c[index]` (or `v * c[index]`) instead, with an index into
+the factors `c` for every element of `v`. Each rule returns the demands on operands that meet it:
+all terms of a sum, one factor of a product, the operand of a contraction that has the channels.
+Operations that do not commute with factors have no rule.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxquant.rewrites.layout_rules import LAYOUT, MOVING
 
 
 def options(node: Node, demand: Demand, ties: Ties) -> list[tuple[Option, Ties]]:
-    """The ways to meet a demand on a node: what to ask of its operands, and what is tied then.
+    """The ways to meet a demand on a node: demands on its operands, with the ties they need.
 
     Raises:
       Refused: there is none.
@@ -39,26 +39,26 @@ def options(node: Node, demand: Demand, ties: Ties) -> list[tuple[Option, Ties]]
 
 
 def _every(node: Node, d: Demand, ties: Ties, kind: str = "", first: int = 0) -> list[Option]:
-    """All operands but zeros."""
-    found: Option = {}
+    """Demands on all operands except zeros."""
+    demands: Option = {}
     for n, parent in enumerate(node.parents):
         if n < first or is_zero(parent):
             continue
         if len(parent.shape) != len(node.shape):
-            raise Refused("a constant takes part in it")
-        asked = d.moved(d.index, kind)
+            raise Refused("it is computed with a constant")
+        demand = d.moved(d.index, kind)
         for axis, size in enumerate(parent.shape):
             if size == 1 < node.shape[axis]:
-                asked = asked.moved(ties.across(asked, axis))
-        found[n] = asked
-    return [found]
+                demand = demand.moved(ties.across(demand, axis))
+        demands[n] = demand
+    return [demands]
 
 
 def _add(node: Node, d: Demand, ties: Ties) -> list[Option]:
-    """All terms; a leaf plus a constant, as in a norm that multiplies by `1 + scale`."""
-    known = [(n, p.detail) for n, p in enumerate(node.parents) if p.op == "const"]
-    if len(known) == 1 and known[0][1]:
-        [(at, value)] = known
+    """Demands on all terms, or on a leaf plus a constant (a norm's factor `1 + scale`)."""
+    constants = [(n, p.detail) for n, p in enumerate(node.parents) if p.op == "const"]
+    if len(constants) == 1 and constants[0][1]:
+        [(at, value)] = constants
         leaf = node.parents[1 - at]
         while leaf.op in LAYOUT:
             leaf = leaf.parents[0]
@@ -68,7 +68,7 @@ def _add(node: Node, d: Demand, ties: Ties) -> list[Option]:
 
 
 def _able(node: Node, d: Demand) -> list[int]:
-    """The operands that have the channels."""
+    """The operands that have the channels and may be divided."""
     return [
         at
         for at, p in enumerate(node.parents)
@@ -81,20 +81,20 @@ def _able(node: Node, d: Demand) -> list[int]:
 
 
 def _mul(node: Node, d: Demand, ties: Ties) -> list[Option]:
-    """One factor; first what no input changes, then that nearest to a leaf."""
+    """A demand on one factor; first those without inputs, then those nearest to a leaf."""
     able = _able(node, d)
     if len(able) > 1:
         able.sort(key=lambda at: (is_live(node.parents[at]), _distance(node.parents[at])))
     if not able:
-        raise Refused("it is a product of what cannot be divided")
+        raise Refused("it is a product without a factor that can be divided")
     return [{at: d.moved(d.index, "norm")} for at in able]
 
 
 def _div(node: Node, d: Demand, ties: Ties) -> list[Option]:
-    turned = dataclasses.replace(d, power=-d.power)
-    ways = [{at: (turned if at else d).moved(d.index, "norm")} for at in _able(node, d)]
+    inverse = dataclasses.replace(d, power=-d.power)
+    ways = [{at: (inverse if at else d).moved(d.index, "norm")} for at in _able(node, d)]
     if not ways:
-        raise Refused("it is a quotient of what cannot be divided")
+        raise Refused("it is a quotient without an operand that can be divided")
     return ways
 
 
@@ -114,7 +114,7 @@ def is_live(node: Node) -> bool:
 
 
 def _distance(node: Node, most: int = 8) -> int:
-    """How many operations a value is away from the nearest leaf."""
+    """The number of operations from a value to the nearest leaf, at most `most`."""
     level = [node]
     for steps in range(most):
         if any(n.op == "leaf" for n in level):
@@ -127,7 +127,7 @@ def _distance(node: Node, most: int = 8) -> int:
 
 
 def kept_axes(node: Node, side: int) -> dict[int, int]:
-    """For an operand of a `dot_general`: which axis of the result is which of its own."""
+    """For an operand of a `dot_general`, axis of the result -> axis of the operand."""
     (summed, batched), at = node.params["dimension_numbers"], side
     rank = len(node.parents[side].shape)
     free = [a for a in range(rank) if a not in (*summed[at], *batched[at])]
@@ -136,7 +136,7 @@ def kept_axes(node: Node, side: int) -> dict[int, int]:
 
 
 def _sides(node: Node, d: Demand) -> list[int]:
-    """The operands that have all the channels; else those that have some, which are tied then."""
+    """The operands that lack the fewest channel axes; channels along lacking axes are tied."""
     relevant = {a for a, n in enumerate(d.index.shape) if n > 1}
     missing = {
         side: len(relevant - set(kept_axes(node, side)))
@@ -144,26 +144,26 @@ def _sides(node: Node, d: Demand) -> list[int]:
         if parent.op not in _UNABLE
     }
     fewest = min(missing.values(), default=0)
-    found = [side for side, count in missing.items() if count == fewest < max(len(relevant), 1)]
-    if not found:
+    sides = [side for side, count in missing.items() if count == fewest < max(len(relevant), 1)]
+    if not sides:
         raise Refused("no operand of the contraction before it has its channels")
-    return sorted(found, key=lambda side: _distance(node.parents[side]))
+    return sorted(sides, key=lambda side: _distance(node.parents[side]))
 
 
 def _dot(node: Node, d: Demand, side: int, ties: Ties) -> tuple[Option, Ties]:
-    own = kept_axes(node, side)
+    axes = kept_axes(node, side)
     for axis in range(len(node.shape)):
-        if axis not in own:
+        if axis not in axes:
             d = d.moved(ties.across(d, axis))
-    others = [a for a in range(d.index.ndim) if a not in own]
-    index = d.index.transpose([*own, *others]).reshape([d.index.shape[a] for a in own])
-    index = index.transpose(np.argsort(list(own.values())))
-    summed = set(range(len(node.parents[side].shape))) - set(own.values())
+    others = [a for a in range(d.index.ndim) if a not in axes]
+    index = d.index.transpose([*axes, *others]).reshape([d.index.shape[a] for a in axes])
+    index = index.transpose(np.argsort(list(axes.values())))
+    summed = set(range(len(node.parents[side].shape))) - set(axes.values())
     return {side: d.moved(np.expand_dims(index, tuple(summed)), "linear")}, ties
 
 
 def _conv(node: Node, d: Demand, ties: Ties) -> list[Option]:
-    """The kernel, along its output channels."""
+    """A demand on the kernel, along its output channels."""
     numbers = node.params["dimension_numbers"]
     feature, out = numbers.out_spec[1], numbers.rhs_spec[0]
     if any(n > 1 and a != feature for a, n in enumerate(d.index.shape)):

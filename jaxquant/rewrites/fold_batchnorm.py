@@ -1,4 +1,4 @@
-"""`fold_batchnorm`: BatchNorms and what feeds them, found by tracing; the params rewritten."""
+"""`fold_batchnorm`: finds BatchNorms and the kernels before them by tracing, and folds them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from jaxquant.rewrites.match import elsewhere, producer_of, roles_of, site_of
 
 @dataclasses.dataclass(frozen=True)
 class BatchNormFold:
-    """What was done about one BatchNorm.
+    """Whether and where one BatchNorm was folded.
 
     Attributes:
       path: key path of the BatchNorm: that of its scale, or else of its variance, without the
         last part.
-      folded: whether its scale is in a kernel now.
+      folded: whether its scale was moved into a kernel.
       reason: why not; empty if folded.
-      kernel: key path of the kernel that feeds it, if one does.
+      kernel: key path of the kernel that feeds it, if any.
     """
 
     path: str
@@ -64,39 +64,39 @@ def _folded(record: BatchNormFold) -> str:
 def fold_batchnorm(
     fn: Callable[..., Any], params: Any, *args: Any, kwargs: Mapping[str, Any] | None = None
 ) -> tuple[Any, FoldReport]:
-    """Moves the scale of every BatchNorm into the kernel before it, where there is just one.
+    """Moves the scale of every BatchNorm into the kernel before it, if there is just one.
 
     With `a = scale / sqrt(var + eps)`, per channel, the kernel becomes `a kernel` and the
     BatchNorm the identity plus a shift:
 
         var = 1 - eps,  mean = 0,  scale = 1,  bias = (kernel_bias - mean) a + bias,
 
-    and `kernel_bias = 0`; without a bias, the mean takes the shift. `fn` on the new params is
-    `fn` on the old ones but for rounding, and the tree keeps its structure, shapes and dtypes.
+    and `kernel_bias = 0`; without a bias, the mean takes the shift. The new params give
+    the same results but for rounding, and the tree keeps its structure, shapes and dtypes.
 
-    Found by tracing `fn` once, not by names: a `dot_general` or convolution whose kernel is a
-    parameter, an optional bias, layout operations, then any arithmetic that comes to
+    BatchNorms are found by tracing `fn` once, not by names: a `dot_general` or convolution whose
+    kernel is a parameter, an optional bias, layout operations, then any arithmetic equal to
     `(y - mean) / sqrt(var + eps) * scale + bias` with parameters for all but `y` and `eps`, with
     or without scale and bias: Linen, NNX or written by hand. In a `scan` over layers, kernel and
-    BatchNorm are folded layer by layer. Left alone are: a BatchNorm fed by anything else (a sum, an
-    activation), by a kernel that is computed or used more than once, whose input or parameters
-    are used or returned elsewhere, and one that normalises by statistics of its batch.
+    BatchNorm are folded layer by layer. A BatchNorm is not folded if it is fed by anything else (a
+    sum, an activation) or by a kernel that is computed or used more than once, if its input or
+    parameters are used or returned elsewhere, or if it normalises by batch statistics.
 
     An NNX model is folded by `jaxquant.nnx.fold_batchnorm`.
 
     Args:
       fn: any traceable function whose first argument is a params pytree, for Linen
-        `model.apply` with all variables; as it is used for inference.
-      params: its float parameters, running statistics among them; not changed.
+        `model.apply` with all variables; in inference mode.
+      params: its float parameters, including running statistics; not changed.
       *args: the other arguments to trace with, arrays or `jax.ShapeDtypeStruct`s.
       kwargs: keyword arguments of `fn`, likewise.
 
     Returns:
-      The new params, and a record on each BatchNorm in the order of execution.
+      The new params, and a record for each BatchNorm in the order of execution.
 
     Raises:
       ValueError: nothing can be folded, with the reasons; a variance plus `eps` is not positive;
-        or `fn` does not fit `params`.
+        or `fn` cannot be traced with `params`.
 
     Source: Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference, section 3.2.
@@ -146,8 +146,8 @@ def _require_function(fn: Any) -> None:
 def find_batchnorms(
     fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
 ) -> tuple[tuple[BatchNormSite, ...], tuple[BatchNormFold, ...]]:
-    """The sites that `fold_batchnorm` folds, and what it says of every BatchNorm."""
-    call = trace_call(fn, params, args, kwargs or {})
+    """The sites that `fold_batchnorm` folds, and a record for every BatchNorm."""
+    call = trace_call(fn, params, args, kwargs)
     quantized = {p for p, leaf in zip(call.paths, call.leaves, strict=True) if is_qtensor(leaf)}
     nodes = graph_of(call).nodes
     order = {id(node): n for n, node in enumerate(nodes)}
@@ -155,8 +155,8 @@ def find_batchnorms(
     ends: dict[int, _Match] = {}
     while True:
         # a BatchNorm may feed another, which then has the first one's result as its base
-        found = _matches(nodes, ends, quantized)
-        fresh = [m for m in found if not done & m.chain]
+        candidates = _matches(nodes, ends, quantized)
+        fresh = [m for m in candidates if not done & m.chain]
         fresh.sort(key=lambda m: (m.reason == "", order[id(m.end)]), reverse=True)
         if not fresh:
             break
@@ -176,7 +176,7 @@ class _Match:
     """A value that is a BatchNorm of its base."""
 
     end: Node
-    chain: frozenset[int]  # the values from the base, without it, to the end
+    chain: frozenset[int]  # the values after the base, to the end
     record: BatchNormFold
     site: BatchNormSite | None
 
@@ -188,11 +188,11 @@ class _Match:
 def _matches(
     nodes: Sequence[Node], ends: Mapping[int, _Match], quantized: set[str | None]
 ) -> list[_Match]:
-    """Every value that is a BatchNorm of something, prefixes of longer ones among them."""
+    """Every value that is a BatchNorm of its base, including prefixes of longer ones."""
     forms: dict[Node, Form] = {}
     chains: dict[Node, frozenset[int]] = {}
     shapes = {node.detail: node.shape for node in nodes if node.op == "leaf"}
-    found = []
+    matches = []
     for node in nodes:
         forms[node] = form = opaque(node) if id(node) in ends else form_of(node, forms)
         if form.base is None or form.base is node:
@@ -214,14 +214,14 @@ def _matches(
         path = kernel.path if kernel is not None else None
         where = _above(roles.scale or roles.var)
         record = BatchNormFold(where, not reason, reason, path)
-        found.append(_Match(node, chains[node], record, site))
-    return found
+        matches.append(_Match(node, chains[node], record, site))
+    return matches
 
 
 def _of_batches(nodes: Iterable[Node]) -> list[tuple[Node, BatchNormFold]]:
-    """BatchNorms in training mode: a scale times a root, per channel, of what is no parameter."""
+    """BatchNorms in training mode: per channel, a scale times a root of computed values."""
     forms: dict[Node, Form] = {}
-    found = []
+    records = []
     for node in nodes:
         forms[node] = form_of(node, forms)
         if node.op not in ("mul", "div"):
@@ -231,8 +231,8 @@ def _of_batches(nodes: Iterable[Node]) -> list[tuple[Node, BatchNormFold]]:
             per_channel = root.shape == scale.shape and any(n > 1 for n in root.shape)
             if base is not None and base.op in ("rsqrt", "sqrt") and path and per_channel:
                 reason = "it normalises by statistics of its batch (training mode)"
-                found.append((node, BatchNormFold(_above(path), False, reason)))
-    return found
+                records.append((node, BatchNormFold(_above(path), False, reason)))
+    return records
 
 
 def _above(path: str) -> str:
@@ -244,6 +244,6 @@ def _nothing(info: Iterable[BatchNormFold]) -> str:
     if not reasons:
         return (
             "no BatchNorm with running statistics among the params was found; expected "
-            "(y - mean) / sqrt(var + eps) * scale + bias, y a contraction, all others params"
+            "(y - mean) / sqrt(var + eps) * scale + bias of a contraction y, all others params"
         )
     return "nothing can be folded; " + "; ".join(reasons)

@@ -1,6 +1,6 @@
-"""What a value is in terms of parameters: `factor * base + shift`, both polynomials of leaves.
+"""Values as `factor * base + shift`, with factor and shift polynomials of leaves.
 
-A BatchNorm can be written in many ways, and all of them are the same two polynomials. Variables
+A BatchNorm can be written in many ways, all of which have the same two polynomials. Variables
 are leaves `p` and the inverse roots `r = 1 / sqrt(p + eps)`; exponents are integers, so that a
 square root is `r^-1`.
 """
@@ -23,7 +23,7 @@ Monomial = frozenset[tuple[Variable, int]]
 Polynomial = Mapping[Monomial, float]
 
 ONE: Monomial = frozenset()
-_MOST_TERMS = 8  # a BatchNorm has three; whatever grows beyond this is none
+_MOST_TERMS = 8  # a BatchNorm has three; a value with more than this is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Form:
 
     Attributes:
       base: the value that is scaled and shifted; `None` for a value of parameters alone.
-      factor: of the base.
-      shift: added to it.
-      axes: for each axis of the value, the base's axis that it is, `None` for another.
-      places: for each leaf in the polynomials, where the value has each of the leaf's axes.
-      sliced: for each leaf, which loop takes away which of its axes: pairs of loop and axis.
+      factor: what the base is multiplied by.
+      shift: what is added.
+      axes: for each axis of the value, the same axis of the base, or `None`.
+      places: for each leaf in the polynomials, the value's axis for each axis of the leaf.
+      sliced: for each leaf, pairs of a loop and the leaf's axis that it slices.
     """
 
     base: Node | None
@@ -48,7 +48,7 @@ class Form:
 
     @property
     def leaf(self) -> str | None:
-        """Path of the leaf that the value is, moved at most."""
+        """Path of the leaf, if the value is one, possibly moved."""
         if self.base is None and len(self.shift) == 1:
             [(monomial, times)] = self.shift.items()
             if times == 1.0 and len(monomial) == 1:
@@ -58,7 +58,7 @@ class Form:
 
 
 def opaque(node: Node) -> Form:
-    """A value of which nothing is known: its own base."""
+    """The form of an unknown value, which is its own base."""
     return Form(node, {ONE: 1.0}, {}, tuple(range(len(node.shape))), {}, {})
 
 
@@ -69,14 +69,14 @@ def form_of(node: Node, forms: Mapping[Node, Form]) -> Form:
         return Form(None, {}, {_variable(node.detail): 1.0}, (None,) * len(node.shape), places, {})
     if node.op == "const" and node.detail is not None:
         return Form(None, {}, {ONE: node.detail}, (None,) * len(node.shape), {}, {})
-    found: Form | None = None
+    form: Form | None = None
     if node.op in _LAYOUT:
-        found = _LAYOUT[node.op](node, forms[node.parents[0]])
+        form = _LAYOUT[node.op](node, forms[node.parents[0]])
     elif node.op in _ARITHMETIC:
-        found = _ARITHMETIC[node.op](node, *(forms[parent] for parent in node.parents))
-    if found is None or max(len(found.factor), len(found.shift)) > _MOST_TERMS:
+        form = _ARITHMETIC[node.op](node, *(forms[parent] for parent in node.parents))
+    if form is None or max(len(form.factor), len(form.shift)) > _MOST_TERMS:
         return opaque(node)
-    return found
+    return form
 
 
 def _variable(path: str, eps: float | None = None, power: int = 1) -> Monomial:
@@ -117,11 +117,11 @@ def _power(a: Polynomial, n: int) -> Polynomial | None:
 
 
 def _together(node: Node, a: Form, b: Form) -> dict[str, Any] | None:
-    """What the result of two forms has apart from its polynomials; `None` if they do not fit."""
+    """The fields of a result besides its polynomials; `None` if the forms do not fit."""
     if a.base is not None and b.base is not None:
         return None
     for mine, other in ((a.places, b.places), (a.sliced, b.sliced)):
-        if any(other.get(path, held) != held for path, held in mine.items()):
+        if any(other.get(path, axes) != axes for path, axes in mine.items()):
             return None
     based = a if a.base is not None else b
     axes = based.axes if len(based.axes) == len(node.shape) else (None,) * len(node.shape)
@@ -169,8 +169,8 @@ def _root(node: Node, a: Form, power: int) -> Form | None:
 
 
 def _integer_pow(node: Node, a: Form) -> Form | None:
-    found = _power(a.shift, node.params["y"]) if a.base is None else None
-    return None if found is None else dataclasses.replace(a, shift=found)
+    shift = _power(a.shift, node.params["y"]) if a.base is None else None
+    return None if shift is None else dataclasses.replace(a, shift=shift)
 
 
 def _pow(node: Node, a: Form, b: Form) -> Form | None:
@@ -198,13 +198,13 @@ _ARITHMETIC: dict[str, Callable[..., Form | None]] = {
 
 
 def _moved(form: Form, rank: int, to: Mapping[int, int]) -> Form:
-    """The form after its axes went to new places; axes not named are lost."""
+    """The form after its axes move by `to` (old -> new); other axes are dropped."""
     axes: list[int | None] = [None] * rank
     for old, new in to.items():
         axes[new] = form.axes[old]
     places = {
-        path: tuple(None if at is None else to.get(at) for at in held)
-        for path, held in form.places.items()
+        path: tuple(None if at is None else to.get(at) for at in ats)
+        for path, ats in form.places.items()
     }
     return dataclasses.replace(form, axes=tuple(axes), places=places)
 
@@ -224,37 +224,37 @@ def _broadcast(node: Node, form: Form) -> Form:
 
 
 def _reshape(node: Node, form: Form) -> Form | None:
-    """Axes that stay whole keep their place; merged or split ones are lost."""
+    """Axes keep their place, but for merged and split ones, which are dropped."""
     old, new = node.parents[0].shape, node.shape
     if node.params.get("dimensions") is not None or 0 in old:
         return None
     to: dict[int, int] = {}
     for olds, news in factors(old, new):
-        kept = [a for a in olds if old[a] != 1], [a for a in news if new[a] != 1]
-        if len(kept[0]) == len(kept[1]) == 1:
-            to[kept[0][0]] = kept[1][0]
+        wide = [a for a in olds if old[a] != 1], [a for a in news if new[a] != 1]
+        if len(wide[0]) == len(wide[1]) == 1:
+            to[wide[0][0]] = wide[1][0]
     return _moved(form, len(new), to)
 
 
 def _squeeze(node: Node, form: Form) -> Form:
-    gone = {d % len(node.parents[0].shape) for d in node.params["dimensions"]}
-    left = [a for a in range(len(node.parents[0].shape)) if a not in gone]
-    return _moved(form, len(left), {old: new for new, old in enumerate(left)})
+    dims = {d % len(node.parents[0].shape) for d in node.params["dimensions"]}
+    axes = [a for a in range(len(node.parents[0].shape)) if a not in dims]
+    return _moved(form, len(axes), {old: new for new, old in enumerate(axes)})
 
 
 def _rev(node: Node, form: Form) -> Form:
-    left = [a for a in range(len(node.shape)) if a not in node.params["dimensions"]]
-    return _moved(form, len(node.shape), {a: a for a in left})
+    axes = [a for a in range(len(node.shape)) if a not in node.params["dimensions"]]
+    return _moved(form, len(node.shape), {a: a for a in axes})
 
 
 def _step(node: Node, form: Form) -> Form | None:
-    """One step of a scanned value, its leading axis taken away."""
+    """One step of a scanned value, without its leading axis."""
     if form.base is not None:
         return None
     sliced = {
         path: form.sliced.get(path, ())
-        + tuple((node.detail, i) for i, at in enumerate(held) if at == 0)
-        for path, held in form.places.items()
+        + tuple((node.detail, i) for i, at in enumerate(ats) if at == 0)
+        for path, ats in form.places.items()
     }
     shifted = _moved(form, len(node.shape), {a + 1: a for a in range(len(node.shape))})
     return dataclasses.replace(shifted, sliced=sliced)

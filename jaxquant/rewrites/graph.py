@@ -1,4 +1,4 @@
-"""A traced call as one graph of values, control flow inlined: who computes what, who reads it."""
+"""A traced call as one graph of values, with producers and consumers; control flow is inlined."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Node:
 
     Attributes:
       op: name of the primitive; else `leaf`, `input`, `const`, `step` (one step's slice of a
-        scanned value), `carry` (of a loop, as its body sees it) or `result` (the function's own).
+        scanned value), `carry` (of a loop, inside its body) or `result` (of the function).
       parents: the values it is computed from.
       params: parameters of the primitive.
       shape: its shape.
-      detail: key path of a leaf, value of a constant, identity of the loop of a step; else which
-        of the primitive's results it is.
+      detail: key path of a leaf, value of a constant, id of the loop of a step; else the number of
+        the primitive's result.
       consumers: the values computed from it that the function's results need.
     """
 
@@ -39,7 +39,7 @@ class Node:
 
 @dataclasses.dataclass
 class Graph:
-    """All values of a call that its results need, each after its parents but for loops."""
+    """All values that a call's results depend on, in topological order except for loops."""
 
     nodes: list[Node]
 
@@ -84,7 +84,7 @@ class _Builder:
         return self.node("const", [], {}, value, float(np.reshape(value, ())) if known else None)
 
     def walk(self, jaxpr: Any, consts: Sequence[Node], args: Sequence[Node]) -> list[Node]:
-        """The results of a jaxpr on nodes."""
+        """Adds the values of a jaxpr, and returns its results."""
         env: dict[Any, Node] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
 
@@ -111,10 +111,10 @@ class _Builder:
         if name == "while":
             return self.loop(eqn, operands)
         if name == "cond":
-            found = [self.inner(*_compat.opened(branch), operands[1:]) for branch in p["branches"]]
+            outs_of = [self.inner(*_compat.opened(b), operands[1:]) for b in p["branches"]]
             return [
                 self.node(name, [operands[0], *outs], {}, var.aval)
-                for var, *outs in zip(eqn.outvars, *found, strict=True)
+                for var, *outs in zip(eqn.outvars, *outs_of, strict=True)
             ]
         return [self.node(name, operands, p, var.aval, n) for n, var in enumerate(eqn.outvars)]
 
@@ -142,7 +142,7 @@ class _Builder:
         return self.after(eqn, init, state, body.kept, outs, again)
 
     def carries(self, init: list[Node], kept: list[bool]) -> list[Node]:
-        """What a loop's body sees of its carries: those that it never changes are the value."""
+        """A loop's carries inside its body: an unchanged one is the initial value itself."""
         return [x if k else self.node("carry", [x], {}, x) for x, k in zip(init, kept, strict=True)]
 
     def after(
@@ -154,7 +154,7 @@ class _Builder:
         outs: list[Node],
         again: list[Node],
     ) -> list[Node]:
-        """What a loop's carries are after it; each step's results feed the next step."""
+        """A loop's carries after it; each step's results also feed the next step."""
         results = []
         for x, s, k, out in zip(init, state, kept, outs, strict=True):
             if not k:

@@ -1,4 +1,4 @@
-"""Demands through operations that move values: layout, parts, padding, reductions, loops."""
+"""Rules for demands on operations that move values: layout, slices, padding, reductions, loops."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _same(node: Node, d: Demand, ties: Ties) -> list[Option]:
 
 
 def _step(node: Node, d: Demand, ties: Ties) -> list[Option]:
-    """A step of a loop: factors of its own for each of them."""
+    """A step of a loop: each step has separate factors."""
     length = node.parents[0].shape[0]
     size = len(ties.classes) * math.prod(n for _, n in d.loops)
     first = np.arange(length).reshape(-1, *(1,) * d.index.ndim) * size
@@ -62,7 +62,7 @@ def _step(node: Node, d: Demand, ties: Ties) -> list[Option]:
 
 
 def cut(node: Node) -> list[tuple[int, int, int]] | None:
-    """Start, end and stride along each axis, of a node that is a part of its operand."""
+    """Start, end and stride along each axis of a static slice; `None` for other nodes."""
     shape = node.parents[0].shape if node.parents else ()
     if node.op == "slice":
         p = node.params
@@ -71,14 +71,14 @@ def cut(node: Node) -> list[tuple[int, int, int]] | None:
     if node.op == "split":
         axis, sizes = node.params["axis"], node.params["sizes"]
         start = sum(sizes[: node.detail])
-        whole = [(0, n, 1) for n in shape]
-        whole[axis] = (start, start + sizes[node.detail], 1)
-        return whole
+        bounds = [(0, n, 1) for n in shape]
+        bounds[axis] = (start, start + sizes[node.detail], 1)
+        return bounds
     return None
 
 
 def part(index: np.ndarray, bounds: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """What of an operand's index a part of it has."""
+    """The part of an operand's index that a slice of it has."""
     at = (slice(*b) if n > 1 else slice(None) for b, n in zip(bounds, index.shape, strict=True))
     return index[tuple(at)]
 
@@ -96,18 +96,18 @@ def _cut(node: Node, d: Demand, ties: Ties) -> list[Option]:
 def _dynamic_slice(node: Node, d: Demand, ties: Ties) -> list[Option]:
     old = node.parents[0].shape
     if any(m > 1 and n != o for o, n, m in zip(old, node.shape, d.index.shape, strict=True)):
-        raise Refused("it is a part of its channels, chosen at run time")
+        raise Refused("it is a dynamic slice of its channels")
     return [{0: d}]
 
 
 def _concatenate(node: Node, d: Demand, ties: Ties) -> list[Option]:
-    axis, found, start = node.params["dimension"], {}, 0
+    axis, demands, start = node.params["dimension"], {}, 0
     for n, parent in enumerate(node.parents):
-        whole = d.index.shape[axis] == 1
-        at = slice(None) if whole else slice(start, start + parent.shape[axis])
-        found[n] = d.moved(d.index[(slice(None),) * axis + (at,)])
+        constant = d.index.shape[axis] == 1
+        at = slice(None) if constant else slice(start, start + parent.shape[axis])
+        demands[n] = d.moved(d.index[(slice(None),) * axis + (at,)])
         start += parent.shape[axis]
-    return [{n: x for n, x in found.items() if not is_zero(node.parents[n])}]
+    return [{n: x for n, x in demands.items() if not is_zero(node.parents[n])}]
 
 
 def _pad(node: Node, d: Demand, ties: Ties) -> list[Option]:
@@ -150,6 +150,6 @@ _MOVING: dict[primitives.Move, Rule] = {
     "reduce": _reduce,
     "window": _window,
 }
-# by the names of nodes, of which one is no primitive
+# by `Node.op`, of which `step` is not a primitive
 LAYOUT: dict[str, Rule] = {**primitives.by_move(_LAYOUT), "step": _step}
 MOVING: dict[str, Rule] = {**LAYOUT, **primitives.by_move(_MOVING)}

@@ -1,4 +1,4 @@
-"""Reads a BatchNorm off the form of a value, and finds the kernel that feeds it."""
+"""Recognizes a BatchNorm by the form of a value, and finds the kernel that feeds it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxquant.rewrites.graph import Node
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """Which leaf is what in `(base + kernel_bias - mean) rsqrt(var + eps) scale + bias`."""
+    """The role of each leaf in `(base + kernel_bias - mean) rsqrt(var + eps) scale + bias`."""
 
     var: str
     eps: float
@@ -29,7 +29,7 @@ class Roles:
 
 
 def roles_of(factor: Polynomial, shift: Polynomial) -> Roles | None:
-    """Reads a BatchNorm off its two polynomials."""
+    """The roles of the leaves of a BatchNorm; `None` if the polynomials are not those of one."""
     if list(factor.values()) != [1.0]:
         return None
     [a] = factor
@@ -39,7 +39,7 @@ def roles_of(factor: Polynomial, shift: Polynomial) -> Roles | None:
         return None
     rest: dict[str, str | None] = dict.fromkeys(("mean", "bias", "kernel_bias"))
     for monomial, times in shift.items():
-        # either a leaf alone, or one times the factor
+        # a leaf alone, or a leaf times the factor
         for role, sign, by in (("bias", 1.0, ONE), ("mean", -1.0, a), ("kernel_bias", 1.0, a)):
             leaf = _quotient(monomial, by)
             if leaf is not None and times == sign and rest[role] is None:
@@ -56,7 +56,7 @@ def roles_of(factor: Polynomial, shift: Polynomial) -> Roles | None:
 
 
 def _quotient(monomial: Monomial, by: Monomial) -> str | None:
-    """The leaf whose product with `by` is the monomial."""
+    """The leaf whose product with `by` is the monomial, or `None`."""
     inverse = {frozenset((v, -power) for v, power in by): 1.0}
     quotient = product({monomial: 1.0}, inverse)
     [variables] = quotient
@@ -73,9 +73,9 @@ class Kernel:
     Attributes:
       path: its key path.
       shape: its shape.
-      node: the operand, which may be the parameter moved.
-      axes: for each axis of the contraction's result, the kernel's axis that it is.
-      loops: for each loop that slices the kernel, the axis it takes.
+      node: the operand: the parameter, possibly moved.
+      axes: for each axis of the contraction's result, the same axis of the kernel, or `None`.
+      loops: for each loop that slices the kernel, the axis that it slices.
     """
 
     path: str
@@ -86,16 +86,16 @@ class Kernel:
 
 
 def producer_of(base: Node, forms: Mapping[Node, Form]) -> tuple[Kernel | None, str]:
-    """The kernel of the contraction that a base is, or why there is none."""
+    """The kernel of the contraction that computes `base`, or why there is none."""
     if base.op not in ("dot_general", "conv_general_dilated"):
         return None, f"it is fed by `{base.op}`, not by a contraction with a kernel"
-    held = [(at, node) for at, node in enumerate(base.parents[:2]) if forms[node].leaf is not None]
-    if len(held) != 1:
+    leaves = [(n, x) for n, x in enumerate(base.parents[:2]) if forms[x].leaf is not None]
+    if len(leaves) != 1:
         computed = any(forms[node].base is None for node in base.parents[:2])
         if computed:
             return None, "the kernel of the contraction that feeds it is computed"
         return None, "it is fed by a contraction that has no parameter as its kernel"
-    [(at, node)] = held
+    [(at, node)] = leaves
     path = forms[node].leaf
     assert path is not None
     leaf = node
@@ -109,7 +109,7 @@ def producer_of(base: Node, forms: Mapping[Node, Form]) -> tuple[Kernel | None, 
 
 
 def _outputs(contraction: Node, at: int, rank: int) -> list[int | None]:
-    """For each axis of a contraction's result, the axis of operand `at` that it is, if any."""
+    """For each axis of a contraction's result, the axis of operand `at` that it is, or `None`."""
     out: list[int | None] = [None] * len(contraction.shape)
     numbers = contraction.params["dimension_numbers"]
     if contraction.op == "conv_general_dilated":
@@ -128,7 +128,7 @@ def _outputs(contraction: Node, at: int, rank: int) -> list[int | None]:
 def site_of(
     roles: Roles, form: Form, kernel: Kernel, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[BatchNormSite | None, str]:
-    """The site, if every leaf lies along the same axes of the kernel; else why not."""
+    """The site, if all leaves have the same axes of the kernel; else why not."""
     along: dict[str, tuple[int, ...]] = {}
     for path in roles.paths:
         loop_of = {axis: loop for loop, axis in form.sliced.get(path, ())}
@@ -139,8 +139,8 @@ def site_of(
             at: int | None = None
             if axis in loop_of:
                 at = kernel.loops[loop_of[axis]]
-            elif place is not None and (held := form.axes[place]) is not None:
-                at = kernel.axes[held]
+            elif place is not None and (axis_of := form.axes[place]) is not None:
+                at = kernel.axes[axis_of]
             if at is not None and kernel.shape[at] == size:
                 axes.append(at)
             elif size != 1:
@@ -152,7 +152,7 @@ def site_of(
 
 
 def elsewhere(end: Node, base: Node, kernel: Kernel) -> str:
-    """Who else uses what a BatchNorm and its contraction read or compute; empty if nobody."""
+    """Another use of a value that a BatchNorm and its contraction read or compute, or empty."""
     inside: dict[int, Node] = {}
     stack = [end]
     while stack:
@@ -165,11 +165,11 @@ def elsewhere(end: Node, base: Node, kernel: Kernel) -> str:
             if node is end or node.op == "const" or id(reader) in inside:
                 continue
             if node.op == "leaf":
-                what = node.detail
+                name = node.detail
             elif node is base:
-                what = f"the output of {kernel.path}"
+                name = f"the output of {kernel.path}"
             else:
-                what = "a part of it"
-            who = "returned" if reader.op == "result" else f"used by another `{reader.op}`"
-            return f"{what} is also {who}"
+                name = "a part of it"
+            use = "returned" if reader.op == "result" else f"used by another `{reader.op}`"
+            return f"{name} is also {use}"
     return ""

@@ -1,7 +1,7 @@
-"""Where a division of an activation, channel by channel, can go: into what produces it.
+"""Finds the leaves that can absorb a division of an activation by per-channel factors.
 
 `x w = (x / c) (c w)`. A factor that stays on the activation costs a division at every call; moved
-into a norm's scale, or a linear layer that comes before, it costs nothing.
+into a norm's scale or a linear layer before it, it costs nothing.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _MOST_TRIALS = 500  # of ways to choose a factor of each product
 
 
 def absorbers(graph: Graph, paths: Sequence[str]) -> Absorbed | str:
-    """Finds the leaves that can absorb `1 / c` in place of the input of some weights.
+    """Finds the leaves that can absorb the division by `c` of the input of some weights.
 
-    Walks back from the activation that the weights are contracted with, through operations that
-    commute with a positive factor for each channel: layout; sums, whose terms must all absorb it;
-    products, of which one factor must (a norm's scale, `up` in `silu(gate) * up`); `relu` and other
-    functions that are linear on either side of 0; attention and other contractions that keep
-    the channels; down to leaves. Every value on the way must be used for these weights alone,
-    or the function would change; the weights and the leaves likewise. Leaves that a `scan` takes
-    as layers have factors of their own for each layer, if the weights are scanned with them.
+    Walks back from the activation that the weights are contracted with to leaves, through
+    operations that commute with positive per-channel factors: layout; sums (all terms absorb them);
+    products (one factor absorbs them: a norm's scale, `up` in `silu(gate) * up`); `relu` and other
+    functions that are linear on either side of 0; attention and other contractions that keep the
+    channels. Every value on the way must be used for these weights only, or the function would
+    change; so must the weights and the leaves. Leaves that are scanned together with the weights
+    have separate factors for each layer.
 
     Args:
       graph: the traced call, see `jaxquant.rewrites.graph.graph_of`.
       paths: key paths of all weights that share the factors.
 
     Returns:
-      What absorbs them, or in words why nothing can.
+      The leaves that absorb them, or the reason why none can.
 
     >>> import jax.numpy as jnp
     >>> from jaxquant.rewrites.graph import graph_of
@@ -73,11 +73,11 @@ def absorbers(graph: Graph, paths: Sequence[str]) -> Absorbed | str:
 
 
 def _uses(graph: Graph, path: str) -> list[tuple[Node, int]]:
-    """The contractions that a leaf is an operand of, and which."""
-    found = [n for n in graph.nodes if n.op == "leaf" and n.detail == path]
+    """The contractions of a leaf, each with the number of its operand."""
+    stack = [n for n in graph.nodes if n.op == "leaf" and n.detail == path]
     uses: list[tuple[Node, int]] = []
-    while found:
-        node = found.pop()
+    while stack:
+        node = stack.pop()
         for reader in node.consumers:
             if reader.op in ("dot_general", "conv_general_dilated"):
                 sides = [at for at in (0, 1) if reader.parents[at] is node]
@@ -85,7 +85,7 @@ def _uses(graph: Graph, path: str) -> list[tuple[Node, int]]:
                     raise Refused(f"{path} is contracted with itself")
                 uses.append((reader, sides[0]))
             elif reader.op in LAYOUT and reader.parents[0] is node:
-                found.append(reader)
+                stack.append(reader)
             else:
                 raise Refused(f"{path} is {_reads(reader)}")
     if not uses:
@@ -94,7 +94,7 @@ def _uses(graph: Graph, path: str) -> list[tuple[Node, int]]:
 
 
 def _axes(node: Node, side: int) -> list[int]:
-    """The axes of an operand that the channels are: batch axes and contracted ones."""
+    """The channel axes of an operand: batch axes, then contracted axes."""
     numbers = node.params["dimension_numbers"]
     if node.op == "dot_general":
         return [*numbers[1][side], *numbers[0][side]]
@@ -122,16 +122,16 @@ def _demand(node: Node, side: int, sizes: tuple[int, ...], power: int) -> Demand
 
 @dataclasses.dataclass
 class _Walk:
-    """What has been asked so far, and how it is met."""
+    """The demands so far, and how they are met."""
 
     demands: dict[Node, Demand]
-    ways: dict[Node, tuple[int, ...]]  # which operands were asked
+    ways: dict[Node, tuple[int, ...]]  # the operands that have demands
     ties: Ties
     targets: set[tuple[int, int]]  # operands of the contractions with the weights
     trials: list[int]
 
     def copy(self) -> _Walk:
-        """For a trial that may fail."""
+        """A copy for a trial that may fail."""
         self.trials[0] += 1
         if self.trials[0] > _MOST_TRIALS:
             raise Refused("there are too many ways to choose a factor of each product before it")
@@ -140,7 +140,7 @@ class _Walk:
 
 
 def _search(walk: _Walk, asked: Asked) -> _Walk:
-    """Asks until leaves are reached; products are tried factor by factor."""
+    """Passes demands back to leaves; tries the factors of a product one by one."""
     while asked:
         node, new = asked.pop()
         old = walk.demands.get(node)
@@ -176,20 +176,20 @@ def _tried(walk: _Walk, node: Node, ways: list[tuple[Option, Ties]], asked: Aske
 
 
 def _merged(a: Demand, b: Demand, ties: Ties) -> Demand:
-    """Both demands on one value; `a` itself if `b` asks no more."""
+    """Merges two demands on one value; `a` itself if `b` adds nothing."""
     if (a.power, a.loops, a.offset) != (b.power, b.loops, b.offset):
         raise Refused("it comes from a value that would be divided in two ways")
     x, y = np.broadcast_arrays(a.index, b.index)
     both = (x >= 0) & (y >= 0)
     if not ties.same(np.where(both, x, 0), np.where(both, y, 0), a):
-        raise Refused("it comes from a value that meets the weights along other channels, too")
+        raise Refused("it comes from a value that the weights also use along other channels")
     if not ((x < 0) & (y >= 0)).any():
         return a
     return a.moved(np.where(x < 0, y, x))
 
 
 def _harmless(reader: Node, node: Node, walk: _Walk) -> bool:
-    """Whether a reader takes the value divided as well: the weights do, and who asks its sign."""
+    """Whether a reader allows the division: the weights do, and readers of the sign alone."""
     if reader.op in _COMPARISONS:
         return all(p is node or is_zero(p) for p in reader.parents) and node in reader.parents
     places = [at for at, p in enumerate(reader.parents) if p is node]
@@ -197,7 +197,7 @@ def _harmless(reader: Node, node: Node, walk: _Walk) -> bool:
 
 
 def _require_closed(walk: _Walk) -> None:
-    """Every reader of every value must expect it divided exactly so."""
+    """Requires every reader of a value to expect exactly its demand."""
     for node, demand in walk.demands.items():
         for reader in node.consumers:
             if _harmless(reader, node, walk):
@@ -208,13 +208,13 @@ def _require_closed(walk: _Walk) -> None:
 
 
 def _expects(reader: Node, at: int, demand: Demand, walk: _Walk) -> bool:
-    own, bounds = walk.demands.get(reader), cut(reader)
+    reader_demand, bounds = walk.demands.get(reader), cut(reader)
     if bounds is not None:
-        want = np.full(1, UNASKED) if own is None else own.index
+        want = np.full(1, UNASKED) if reader_demand is None else reader_demand.index
         return _equal(want, part(demand.index, bounds), demand, walk.ties)
-    if own is None or at not in walk.ways[reader]:
+    if reader_demand is None or at not in walk.ways[reader]:
         return False
-    ways = options(reader, own, walk.ties)
+    ways = options(reader, reader_demand, walk.ties)
     [asked] = [way[at] for way, _ in ways if tuple(way) == walk.ways[reader]]
     return _equal(asked.index, demand.index, demand, walk.ties)
 
@@ -227,12 +227,12 @@ def _equal(a: np.ndarray, b: np.ndarray, demand: Demand, ties: Ties) -> bool:
 def _named(node: Node, walk: _Walk) -> str:
     if node.op == "leaf":
         return str(node.detail)
-    met = any((id(r), at) in walk.targets for r in node.consumers for at in (0, 1))
-    return "its activation" if met else f"the result of `{node.op}` before it"
+    is_activation = any((id(r), at) in walk.targets for r in node.consumers for at in (0, 1))
+    return "its activation" if is_activation else f"the result of `{node.op}` before it"
 
 
 def _reads(reader: Node) -> str:
-    """What a reader does with a value, in words."""
+    """How a reader uses a value, in words."""
     if reader.op == "result":
         return "a result of the function"
     leaves = []
@@ -255,8 +255,8 @@ def _result(walk: _Walk, paths: Sequence[str]) -> Absorbed:
             continue
         if d.loops != over:
             raise Refused(f"{node.detail} and {paths[0]} are not scanned by the same loops")
-        found = Absorber(node.detail, node.shape, d.index, d.power, d.kind, d.offset)
-        (weights if _is_one_of(node, paths) else producers).append(found)
+        absorber = Absorber(node.detail, node.shape, d.index, d.power, d.kind, d.offset)
+        (weights if _is_one_of(node, paths) else producers).append(absorber)
     if not producers:
         raise Refused("it comes from no parameter")
     classes = walk.ties.classes

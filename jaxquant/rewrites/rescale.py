@@ -1,4 +1,4 @@
-"""`rescale`: factors of input channels go into weights and into what produces their inputs."""
+"""`rescale`: moves factors of input channels into weights and the producers of their inputs."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def rescale(
     *args: Any,
     kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, dict[tuple[str, ...], Absorbed]]:
-    """Multiplies weights by a factor for each input channel, and divides what comes before.
+    """Multiplies weights by a factor for each input channel, and divides their producers.
 
         x W = (x / c) (c W)
 
     with `1 / c` in the leaves that produce `x`: a norm's scale and bias, or a linear layer. The
-    function of the new params is that of the old ones but for rounding.
+    new params give the same results but for rounding.
 
     Args:
       fn: any traceable function whose first argument is a params pytree.
       params: its parameters; not changed.
-      factors: for the key path of a weight, or those of all that one activation feeds, positive
-        factors `[*layers, channels]`, such as a rewrite (`smoothquant`, `awq`) returns.
+      factors: key path of a weight, or of all weights that one activation feeds -> positive
+        factors `[*layers, channels]`, as a rewrite (`smoothquant`, `awq`) returns them.
       *args: the other arguments to trace with, arrays or `jax.ShapeDtypeStruct`s.
       kwargs: keyword arguments of `fn`, likewise.
 
     Returns:
-      The new params; and for each of the factors, under the paths as a tuple, where they went.
+      The new params; and for each entry of `factors`, by its paths as a tuple, where they went.
 
     Raises:
       ValueError: nothing before a weight can absorb its factors, with the reason; a path is no leaf
-        of `params`; factors of another shape.
+        of `params`; factors have a different shape.
 
     >>> import jax.numpy as jnp
     >>> fn = lambda p, x: (x * p["scale"][None]) @ p["w"]
@@ -55,9 +55,9 @@ def rescale(
     flat = jax.tree.leaves_with_path(params, is_leaf=is_qtensor)
     leaves = {path_str(path): leaf for path, leaf in flat}
     graph = graph_of(trace_call(fn, params, args, kwargs))
-    found: dict[tuple[str, ...], Absorbed] = {}
-    for given, c in factors.items():
-        paths = (given,) if isinstance(given, str) else tuple(given)
+    moves: dict[tuple[str, ...], Absorbed] = {}
+    for key, c in factors.items():
+        paths = (key,) if isinstance(key, str) else tuple(key)
         unknown = [path for path in paths if path not in leaves]
         if unknown or not paths:
             raise ValueError(
@@ -70,6 +70,6 @@ def rescale(
             leaves.update(absorb(leaves, absorbed, c))
         except ValueError as error:
             raise ValueError(f"rescale: {paths}: {error}") from error
-        found[paths] = absorbed
+        moves[paths] = absorbed
     new = jax.tree.map_with_path(lambda p, _: leaves[path_str(p)], params, is_leaf=is_qtensor)
-    return new, found
+    return new, moves

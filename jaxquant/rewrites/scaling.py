@@ -1,4 +1,4 @@
-"""Rewrites that move scale between an activation and the weights that it is contracted with.
+"""Common parts of rewrites that move scale between an activation and its weights.
 
 `sum_k x_k w_kn = sum_k (x_k / c_k) (c_k w_kn)`: one factor `c_k > 0` for each input channel, shared
 by all weights that one activation feeds.
@@ -31,7 +31,7 @@ def require_fitting(
     """Checks the arguments of a rewrite.
 
     Raises:
-      ValueError: see `jaxquant.recipe.Rewrite`; values are looked at outside of traces only.
+      ValueError: see `jaxquant.recipe.Rewrite`; values are checked only outside of traces.
     """
     if stats is None:
         raise ValueError(f"{name}: expected statistics of the weights' inputs, got None")
@@ -54,15 +54,15 @@ def require_fitting(
             f"{name}: the output error needs second moments of the inputs; expected statistics "
             "of observers.inputs(), got those of inputs(hessian=False)"
         )
-    known: dict[str, Any] = {"rows": stats.rows, "absmax": stats.absmax, "absmean": stats.absmean}
+    arrays: dict[str, Any] = {"rows": stats.rows, "absmax": stats.absmax, "absmean": stats.absmean}
     if hessian:
-        known["hessian"] = stats.hessian
-    for what, x in known.items():
+        arrays["hessian"] = stats.hessian
+    for field, x in arrays.items():
         if isinstance(x, jax.core.Tracer):
             continue
         if not np.isfinite(np.asarray(x)).all():
-            raise ValueError(f"{name}: the statistics' {what} holds values that are not finite")
-        if what == "rows" and not (np.asarray(x) > 0).any():
+            raise ValueError(f"{name}: the statistics' {field} holds values that are not finite")
+        if field == "rows" and not (np.asarray(x) > 0).any():
             raise ValueError(
                 f"{name}: expected statistics of at least one row with inputs, got none"
             )
@@ -85,8 +85,8 @@ def for_each(fn: Callable[..., Any], trees: Any, lead: tuple[int, ...]) -> Any:
 def around_one(c: Array, live: Array) -> Array:
     """`c` over its geometric mean in the channels `live`, and 1 in all others.
 
-    Only ratios of factors matter. Around 1 they keep weights and inputs in the range of their
-    dtype, and a channel of which nothing is known stays as it is.
+    Only ratios of factors matter. Factors around 1 keep weights and inputs in the range of their
+    dtype, and a channel without statistics is unchanged.
 
     >>> around_one(jnp.array([2.0, 8.0, 5.0]), jnp.array([True, True, False])).tolist()
     [0.5, 2.0, 1.0]
@@ -99,7 +99,7 @@ def around_one(c: Array, live: Array) -> Array:
 def output_error(
     weights: Sequence[Array], specs: Sequence[QSpec], c: Array, hessian: Array
 ) -> Array:
-    """What rounding `c W` to nearest does to the outputs: `sum_i tr(D_i^T H D_i)`.
+    """The output error of rounding `c W` to nearest: `sum_i tr(D_i^T H D_i)`.
 
     `D_i = Q(c W_i) / c - W_i`. With `H = X^T X / n` this is the mean of `|x D_i|^2` over rows,
     summed over weights.

@@ -30,7 +30,7 @@ class SmoothQuant(Called):
     """The rewrite that `smoothquant` makes.
 
     Attributes:
-      alpha: how much of the difficulty moves to the weights; `None` searches.
+      alpha: the migration strength; `None` searches for it.
       online: see `Rewrite`.
     """
 
@@ -94,7 +94,7 @@ def _smooth(
 
 
 def _input_error(weights: Sequence[Array], c: Array, absmax: Array) -> Array:
-    """The same of rounding `x / c` to int8 with one scale: `S^2 / 12 sum |c W|^2`."""
+    """The output error of rounding `x / c` to int8 with one scale: `S^2 / 12 sum |c W|^2`."""
     step = jnp.max(absmax / c) / 127.5
     size = sum((jnp.sum((w * c[:, None]) ** 2) for w in weights), jnp.float32(0.0))
     return step * step / 12.0 * size
@@ -105,19 +105,19 @@ def smoothquant(alpha: float | None = 0.5, online: bool = True) -> SmoothQuant:
 
         c_k = max |x_k|^alpha / max |w_k|^(1 - alpha)
 
-    with both maxima at least 1e-5, that of the weights over all that the activation feeds. Factors
-    are divided by their geometric mean: only their ratios matter. A channel in which no input was
-    seen keeps the factor 1.
+    with both maxima at least 1e-5, and the second one over all weights that the activation feeds.
+    Factors are divided by their geometric mean: only their ratios matter. A channel whose inputs
+    are all 0 keeps the factor 1.
 
     Args:
-      alpha: 0 evens out the weights' rows, 1 the inputs' channels. `None` takes, for each
-        activation, that of 0, 0.05, ..., 1 with the least sum of what rounding the weights and
-        rounding the inputs to int8 with one scale is estimated to do to the outputs.
+      alpha: migration strength: 0 equalizes the weights' rows, 1 the inputs' channels. `None`
+        takes, for each activation, the value of 0, 0.05, ..., 1 with the least output error of
+        rounding the weights plus that (estimated) of rounding the inputs to int8 with one scale.
       online: whether the division stays on the activation where nothing before it (a norm's scale,
-        a linear layer) can absorb it; `False` leaves such weights as they are.
+        a linear layer) can absorb it; `False` leaves these weights unchanged.
 
     Raises:
-      ValueError: `alpha` is not within 0 and 1.
+      ValueError: `alpha` is not in `[0, 1]`.
 
     Source: Xiao et al., "SmoothQuant" (2023), equation 4.
 

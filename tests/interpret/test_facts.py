@@ -157,5 +157,5 @@ def test_float16_does_not_overflow_where_a_scale_is_rounded_up(name: str) -> Non
 
 @pytest.mark.parametrize("params", [{"w": [w]}, {"w": w[:5]}, [w], None], ids=type)
 def test_params_of_another_structure(params) -> None:
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="cannot be traced"):
         jq.ptq(lambda p, x: x @ p["w"], params, jq.w8a8(), x)

@@ -231,5 +231,5 @@ def test_without_a_qtensor_it_says_what_to_do() -> None:
 
 def test_params_of_another_model_are_refused_by_name() -> None:
     qparams, _ = jq.ptq(mlp, {"w": w, "v": v}, jq.w8a8(), x)
-    with pytest.raises(ValueError, match=r"does not fit.*'v'"):
+    with pytest.raises(ValueError, match=r"cannot be traced.*'v'"):
         jq.quantized(mlp)({"w": qparams["w"]}, x)

@@ -54,7 +54,7 @@ REFUSED = {
     "gelu": (jax.nn.gelu, "`"),
     "tanh": (jnp.tanh, "it comes from `tanh`"),
     "softmax": (lambda h: jax.nn.softmax(h), "it comes from|is also used by"),
-    "shifted": (lambda h: h + 1.0, "a constant takes part"),
+    "shifted": (lambda h: h + 1.0, "it is computed with a constant"),
     "square": (jnp.square, "does not commute"),
     "product with itself": (lambda h: h * h, "also used by `mul`"),
     "relu6": (jax.nn.relu6, "constant|clamp|min"),
