@@ -1,4 +1,4 @@
-"""Where k-means begins: centroids for points on a line, by name."""
+"""Initial centroids of one-dimensional k-means, by name."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from jax import Array, lax
 from jaxquant.numerics.cluster import Points
 
 STARTS = ("linear", "quantile", "density", "kmeans++")
-_SPACINGS = 4096  # between how many quantiles density is measured
+_SPACINGS = 4096  # number of intervals between quantiles that density is measured in
 
 
 def begin(name: str, points: Points, levels: int, key: Array | None = None) -> Array:
-    """`levels` ascending centroids to begin with.
+    """`levels` ascending initial centroids.
 
-    `"linear"`: `linspace(min, max)`, as Deep Compression does. `"quantile"`: the middles of equal
-    shares of the weight. `"density"`: the middles of equal shares of `density^(1/3)`, where many
-    levels have their optimum. `"kmeans++"`: points drawn with a probability in proportion to their
-    squared distance from those drawn before; needs a `key`.
+    `"linear"`: `linspace(min, max)`, as in Deep Compression. `"quantile"`: the middles of equal
+    shares of the weight. `"density"`: the middles of equal shares of `density^(1/3)`, the optimum
+    for many levels. `"kmeans++"`: points drawn with a probability proportional to their squared
+    distance from earlier draws; needs a `key`.
 
     Raises:
       ValueError: another name, or `"kmeans++"` without a key.
@@ -43,14 +43,14 @@ def begin(name: str, points: Points, levels: int, key: Array | None = None) -> A
 
 
 def _quantiles(points: Points, shares: Array) -> Array:
-    """The values below which such shares of the weight lie."""
-    wanted = shares * points.weight[-1]
-    at = jnp.searchsorted(points.weight[1:], wanted.astype(jnp.float32))
+    """Weighted quantiles of the points at `shares`."""
+    mass = shares * points.weight[-1]
+    at = jnp.searchsorted(points.weight[1:], mass.astype(jnp.float32))
     return points.place[jnp.minimum(at, points.place.shape[0] - 1)]
 
 
 def _density(points: Points, levels: int) -> Array:
-    """Between neighbouring quantiles, `d` apart, density is `1 / d`, and its share `d^(2/3)`."""
+    """Between quantiles `d` apart, density is `1 / d`, and `density^(1/3)` has mass `d^(2/3)`."""
     count = min(points.place.shape[0], _SPACINGS + 1)
     quantiles = _quantiles(points, jnp.linspace(0.0, 1.0, count)).at[0].set(points.ends[0])
     quantiles = quantiles.at[-1].set(points.ends[1])
