@@ -1,4 +1,4 @@
-"""Lloyd's iteration in one dimension: the values that an array is best rounded to."""
+"""Lloyd's iteration in one dimension: the codebook with the least squared error."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from jaxquant.numerics.starts import begin
 def lloyd(x: Array, levels: int, iterations: int = 300) -> Array:
     """`levels` centroids, ascending, that minimise `sum_i min_k (x_i - c_k)^2` locally.
 
-    Each iteration assigns values to the nearest centroid and moves centroids to the mean of what
-    they were assigned; one without members splits those of the largest error. Sorted once, members
-    are a run of values between two midpoints, found by binary search, and their sum is the
+    Each iteration assigns values to the nearest centroid and moves centroids to the mean of their
+    members; an empty centroid splits the cluster with the largest error. Values are sorted once, so
+    that members are a run between two midpoints, found by binary search, and their sum is the
     difference of two prefix sums.
-    It begins twice and keeps the better end: from `linspace(min, max)`, as Deep Compression does,
-    and from the quantiles of the density to the power of 1/3, where many levels have their optimum.
+    It starts twice and keeps the better result: from `linspace(min, max)`, as in Deep Compression,
+    and from quantiles of the density to the power of 1/3, the optimum for many levels.
 
     Args:
       x: finite values of any shape, at least one.
-      levels: how many centroids.
-      iterations: at most so many; it stops when no centroid moves.
+      levels: number of centroids.
+      iterations: maximum number of iterations; it stops earlier when no centroid moves.
 
     Returns:
       float32 `[levels]`.
@@ -39,7 +39,7 @@ def lloyd(x: Array, levels: int, iterations: int = 300) -> Array:
     """
     x = x.astype(jnp.float32).ravel()
     shift = jnp.mean(x)
-    points = ordered(x - shift)  # short prefix sums lose fewer digits
+    points = ordered(x - shift)  # small prefix sums lose fewer digits
     starts = jnp.stack([begin(name, points, levels) for name in ("linear", "density")])
     ends = jax.vmap(lambda start: settled(points, start, iterations)[0])(starts)
     return ends[jnp.argmin(jax.vmap(lambda end: inertia(points, end))(ends))] + shift
