@@ -76,14 +76,14 @@ def test_patterns(pattern, key, expected):
     [
         (lambda: Rule("**"), r"Rule\('\*\*'\) does nothing"),
         (lambda: Rule("**", encoder=jq.encoders.rtn()), "does nothing"),
-        (lambda: Rule("a", skip=True, weights=jq.int8()), "leaves no place for weights"),
-        (lambda: Rule("a", skip=True, encoder=jq.encoders.rtn()), "leaves no place for"),
+        (lambda: Rule("a", skip=True, weights=jq.int8()), "does not go with weights"),
+        (lambda: Rule("a", skip=True, encoder=jq.encoders.rtn()), "does not go with"),
         (lambda: Rule("a", activations=jq.int8()), "activations without weights"),
         (lambda: Rule("a", weights="int8"), "weights takes a QSpec .* got 'int8'"),
         (lambda: Rule("a", weights=jq.int8), "weights takes a QSpec"),
         (lambda: Rule("a", weights=jq.w8a16()), "weights takes a QSpec .* got <Recipe w8a16"),
         (lambda: Rule("a", weights=jq.int8(), encoder="gptq"), "encoder takes a value"),
-        (lambda: Rule("a/b**", skip=True), "stands for whole levels"),
+        (lambda: Rule("a/b**", skip=True), "matches whole levels"),
         (lambda: Rule("[z-a]", skip=True), "bad character range"),
         (lambda: Rule(3, skip=True), "expected a glob or a compiled regex"),
         (lambda: Rule(re.compile(b"a"), skip=True), "expected a glob or a compiled regex"),
@@ -351,7 +351,7 @@ def test_static_rules_that_cannot_be(given, message):
 @pytest.mark.parametrize("name", ["observer", "requantize"])
 def test_a_rule_that_skips_observes_nothing(name):
     given = {"observer": jq.observers.mse(), "requantize": "float32"}[name]
-    with pytest.raises(ValueError, match=f"skip=True leaves no place for {name}"):
+    with pytest.raises(ValueError, match=f"skip=True does not go with {name}"):
         Rule("a", skip=True, **{name: given})
 
 

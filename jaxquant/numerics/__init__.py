@@ -1,4 +1,4 @@
-"""Numeric formats: their facts, their codes, rounding to them, and packing below a byte."""
+"""Numeric formats: properties, codes, rounding, and packing of sub-byte codes."""
 
 from jaxquant.numerics.bitpattern import decode_bits, encode_bits
 from jaxquant.numerics.codec import decode, encode

@@ -1,8 +1,8 @@
-"""Bit patterns of floating-point formats, read and written from the definition.
+"""Bit patterns of floating-point formats, decoded and encoded by definition.
 
-Everything is integer arithmetic on the bits of float32 or exact multiplication between normal
-numbers. float32's own subnormals, which bfloat16 and float8_e8m0fnu values may be, are never an
-operand of float arithmetic: compiled code flushes those to zero on CPU (and on TPU).
+Only integer arithmetic on float32 bits and exact products of normal numbers are used. float32
+subnormals, which bfloat16 and float8_e8m0fnu values may be, are never an operand of float
+arithmetic: compiled code flushes them to zero on CPU (and on TPU).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxquant.numerics.formats import get
 from jaxquant.numerics.records import Format
 from jaxquant.numerics.rounding import bernoulli, nearest_even, stochastic
 
-# Of float32: all bits but the sign, infinity, the quiet NaN, and the smallest normal value.
+# float32 bits: all but the sign, infinity, the quiet NaN, and the smallest normal value.
 _MAGNITUDE, _INFINITY, _QUIET, _NORMAL = 0x7FFFFFFF, 0x7F800000, 0x7FC00000, 0x00800000
 
 
@@ -33,12 +33,12 @@ class _Fields(NamedTuple):
 
     @property
     def shift(self) -> int:
-        """Mantissa bits that float32 has beyond this format's."""
+        """Number of mantissa bits that float32 has more than this format."""
         return 23 - self.m
 
     @property
     def wide(self) -> bool:
-        """Whether the exponent is float32's own, subnormals included."""
+        """Whether the exponent range is that of float32, subnormals included."""
         return self.bias == 127
 
     @property
@@ -49,20 +49,20 @@ class _Fields(NamedTuple):
 
 
 def decode_bits(patterns: ArrayLike, format: Any) -> Array:
-    """The values that bit patterns stand for.
+    """Decodes bit patterns.
 
     `E != 0: (-1)^s * 2^(E - bias) * (1 + M/2^m)`; `E == 0: (-1)^s * 2^(1 - bias) * M/2^m`; infinity
     and NaN where the format has them. Bits above the format's are ignored.
 
     Args:
-      patterns: unsigned or signed integers of any shape, each holding one code in its low bits.
+      patterns: unsigned or signed integers of any shape, each with one code in its low bits.
       format: a floating-point format, or its name.
 
     Returns:
-      float32 of the same shape, exact (float32 holds every value of every format).
+      float32 of the same shape, exact (float32 represents every value of every format).
 
     Raises:
-      ValueError: for a format that is not floating-point, or patterns that are not integers.
+      ValueError: the format is not floating-point, or patterns are not integers.
 
     Source: IEEE 754-2019 section 3.4; OCP OFP8 1.0; OCP MX 1.0, element and scale data types.
 
@@ -77,11 +77,11 @@ def decode_bits(patterns: ArrayLike, format: Any) -> Array:
     magnitude = code & (2 ** (f.e + f.m) - 1)
     mantissa = magnitude & (2**f.m - 1)
 
-    # Normal: the fields move to float32's places, and the exponent takes float32's bias.
+    # Normal: fields are shifted to their float32 positions, and the bias becomes that of float32.
     bits = (magnitude << f.shift) + ((127 - f.bias) << 23)
     subnormal = magnitude < 2**f.m
     if not f.m:
-        # 2^(E - bias); where that is 2^-127, float32 writes it as a subnormal.
+        # 2^(E - bias), where 2^-127 is a float32 subnormal.
         if f.wide:
             bits = jnp.where(magnitude == 0, np.uint32(_NORMAL >> 1), bits)
     elif f.wide:
@@ -105,10 +105,10 @@ def encode_bits(x: ArrayLike, format: Any, *, key: Array | None = None) -> Array
     """The bit patterns of the nearest values of a format, saturating.
 
     Nearest, ties to the even pattern; without mantissa bits, where no pattern is even, to the
-    larger value (IEEE 754-2019 section 4.3.1). What lies outside `[format.min, format.max]`,
-    infinities included, takes the nearest end. With a `key`, one of the two neighbouring values at
-    random such that the expectation is `x` for every `x` in that range. NaN becomes the format's
-    NaN, or zero where it has none.
+    larger value (IEEE 754-2019 section 4.3.1). Values outside `[format.min, format.max]`, even
+    infinities, are clipped. With a `key`, rounding is stochastic: to one of the two neighbouring
+    values, with expectation `x` for every `x` in that range. NaN becomes the format's NaN, or zero
+    where it has none.
 
     Args:
       x: real numbers of any shape, read as float32.
@@ -116,10 +116,10 @@ def encode_bits(x: ArrayLike, format: Any, *, key: Array | None = None) -> Array
       key: a PRNG key for stochastic rounding.
 
     Returns:
-      Patterns of the same shape: uint8, uint16 or uint32, the narrowest that holds the format.
+      Patterns of the same shape: uint8, uint16 or uint32, the narrowest that fits the format.
 
     Raises:
-      ValueError: for a format that is not floating-point, or complex input.
+      ValueError: the format is not floating-point, or the input is complex.
 
     Source: OCP OFP8 1.0, conversions in saturating mode; OCP MX 1.0, conversion to MX formats.
 
@@ -135,7 +135,7 @@ def encode_bits(x: ArrayLike, format: Any, *, key: Array | None = None) -> Array
     is_nan = magnitude > _INFINITY
     negative = (source >> 31) == 1
 
-    # Clipped as integers, in the order of the magnitudes they write: no flush of subnormals.
+    # Clipped as integers, which order like magnitudes and do not flush subnormals.
     magnitude = jnp.minimum(magnitude, np.float32(f.format.max).view(np.uint32))
     if not f.format.signed:
         magnitude = jnp.where(negative, np.uint32(0), magnitude)
@@ -153,12 +153,12 @@ def encode_bits(x: ArrayLike, format: Any, *, key: Array | None = None) -> Array
 
 
 def _encode_magnitude(bits: Array, f: _Fields, key: Array | None) -> Array:
-    """Rounds the bits of a magnitude; they grow with it, so that a carry enters the exponent."""
-    kept = _round_off(bits, f.shift, key)
-    if f.wide:  # the same exponent: float32's subnormals round as its normals do
-        return kept
-    normal = kept - ((127 - f.bias) << f.m)
-    # In units of the smallest subnormal: exact, and nothing below float32's normals survives.
+    """Rounds the bits of a magnitude; a carry out of the mantissa increments the exponent."""
+    code = _round_off(bits, f.shift, key)
+    if f.wide:  # the same exponent range: float32 subnormals round like normals
+        return code
+    normal = code - ((127 - f.bias) << f.m)
+    # In units of the smallest subnormal: exact, and float32 subnormals become 0.
     value = lax.bitcast_convert_type(bits, jnp.float32)
     units = jnp.minimum(value, 2.0 ** (1 - f.bias)) * 2.0 ** (f.bias - 1 + f.m)
     units = nearest_even(units) if key is None else stochastic(units, key)
@@ -169,14 +169,15 @@ def _encode_magnitude(bits: Array, f: _Fields, key: Array | None) -> Array:
 def _encode_power(bits: Array, f: _Fields, key: Array | None) -> Array:
     """Rounds a magnitude to a power of two, the only values of a format without mantissa."""
     bottom = 127 - f.bias  # float32's exponent field of the smallest value
-    # With one digit there is no even one: IEEE 754 sends ties to the larger magnitude.
+    # Without mantissa bits no code is even: IEEE 754 rounds ties to the larger magnitude.
     half = _NORMAL >> 1
     if not f.wide:
         bits = jnp.maximum(bits, np.uint32(bottom << 23))
     code = (bits + half) >> 23 if key is None else _round_off(bits, 23, key)
     if not f.wide:
         return code - bottom
-    # 2^-127 and 2^-126 are half of and all of float32's subnormal range, which has no leading one.
+    # Float32 subnormals have no leading one; the codes 2^-127 and 2^-126 are the middle and the
+    # upper end of their range.
     if key is None:
         up = bits >= half + half // 2
     else:
@@ -186,7 +187,7 @@ def _encode_power(bits: Array, f: _Fields, key: Array | None) -> Array:
 
 
 def _round_off(bits: Array, shift: int, key: Array | None) -> Array:
-    """Drops the low bits: to nearest, ties to even, or up with the probability they stand for."""
+    """Drops the low bits: to nearest, ties to even, or stochastically if there is a `key`."""
     if key is None:
         odd = (bits >> shift) & 1
         return (bits + ((1 << (shift - 1)) - 1) + odd) >> shift
@@ -203,12 +204,12 @@ def _pattern_dtype(bits: int) -> jnp.dtype:
 
 
 def _fields(format: Any) -> _Fields:
-    found = get(format)
+    fmt = get(format)
     if (
-        not isinstance(found, Format)
-        or found.exponent_bits is None
-        or found.mantissa_bits is None
-        or found.bias is None
+        not isinstance(fmt, Format)
+        or fmt.exponent_bits is None
+        or fmt.mantissa_bits is None
+        or fmt.bias is None
     ):
-        raise ValueError(f"expected a floating-point format, got {found.name!r}")
-    return _Fields(found, found.exponent_bits, found.mantissa_bits, found.bias)
+        raise ValueError(f"expected a floating-point format, got {fmt.name!r}")
+    return _Fields(fmt, fmt.exponent_bits, fmt.mantissa_bits, fmt.bias)

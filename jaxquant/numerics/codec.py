@@ -1,4 +1,4 @@
-"""Real arrays to codes of a format and back, one code per element."""
+"""Encodes real arrays to codes of a format and decodes them, one code per element."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from jaxquant.numerics.rounding import nearest_even, stochastic, to_codebook
 def encode(x: ArrayLike, format: Any, *, key: Array | None = None) -> Array:
     """The codes of the values nearest to `x`.
 
-    `code = round(clip(x, min, max))`: halves go to the even code (of a codebook: to the lower
-    value), and whatever lies outside the finite range, infinities included, takes the nearest end.
-    With a `key` one of the two neighbouring values is taken at random, so that `decode(encode(x))`
-    has expectation `x` inside the range. NaN becomes NaN where the format has one, else the code of
-    zero (of a codebook: of the value nearest to zero).
+    `code = round(clip(x, min, max))`: ties go to the even code (in a codebook to the lower value),
+    and values outside the finite range, infinities included, are clipped. With a `key`, rounding is
+    stochastic, to one of the two neighbouring values, so that `decode(encode(x))` has expectation
+    `x` inside the range. NaN becomes NaN where the format has one, else the code of zero (in a
+    codebook the value nearest to zero).
 
     Args:
       x: real numbers of any shape, read as float32.
@@ -33,7 +33,7 @@ def encode(x: ArrayLike, format: Any, *, key: Array | None = None) -> Array:
       Codes of the same shape, dtype `format.storage`.
 
     Raises:
-      ValueError: for an unknown format, a block format (its scale belongs to a block), complex `x`.
+      ValueError: unknown format, a block format (its values need a block's scale), complex `x`.
 
     >>> encode(jnp.array([0.5, 1.5, -300.0]), "int8").tolist()
     [0, 2, -128]
@@ -57,7 +57,7 @@ def decode(codes: ArrayLike, format: Any, dtype: DTypeLike = jnp.float32) -> Arr
     """The values of unpacked codes, rounded to `dtype`.
 
     Args:
-      codes: what `encode` gives: any shape, dtype `format.storage`.
+      codes: codes as from `encode`: any shape, dtype `format.storage`.
       format: a `Format` or its name.
       dtype: a floating-point dtype for the result.
 
@@ -65,7 +65,7 @@ def decode(codes: ArrayLike, format: Any, dtype: DTypeLike = jnp.float32) -> Arr
       Values of the same shape, exact in float32.
 
     Raises:
-      ValueError: for an unknown or a block format, or codes of another dtype than `format.storage`.
+      ValueError: unknown or block format, or codes with a dtype other than `format.storage`.
 
     >>> decode(encode(jnp.array([0.1, -0.9]), "nf4"), "nf4").tolist()
     [0.07958029955625534, -1.0]
@@ -78,7 +78,7 @@ def decode(codes: ArrayLike, format: Any, dtype: DTypeLike = jnp.float32) -> Arr
         return _lookup(codes, f.codebook, dtype)
     if f.is_float and jnp.issubdtype(codes.dtype, jnp.integer):
         return decode_bits(codes, f).astype(dtype)
-    # XLA's own conversion: compilers look for it when they choose a kernel. It keeps subnormals.
+    # A conversion op, which XLA matches when it chooses a kernel. It keeps subnormals.
     return codes.astype(dtype)
 
 
@@ -86,7 +86,7 @@ def _lookup(codes: Array, values: tuple[float, ...], dtype: DTypeLike) -> Array:
     if len(values) > 16:
         return jnp.take(jnp.asarray(values, dtype), codes, mode="clip")
     # A tree of selects over the code's bits: as fast as a gather on CPU, one fused elementwise
-    # operation elsewhere, and meshes with explicit axes need not be told how it is sharded.
+    # operation elsewhere, and it needs no output sharding on meshes with explicit axes.
     bits = (len(values) - 1).bit_length()
     padded = values + values[-1:] * (2**bits - len(values))
     level = [jnp.asarray(v, dtype) for v in padded]
@@ -97,10 +97,10 @@ def _lookup(codes: Array, values: tuple[float, ...], dtype: DTypeLike) -> Array:
 
 
 def _element(format: Any) -> Format:
-    found = get(format)
-    if isinstance(found, Format):
-        return found
+    fmt = get(format)
+    if isinstance(fmt, Format):
+        return fmt
     raise ValueError(
-        f"{found.name!r} is a block format: its codes are those of {found.element.name!r} "
+        f"{fmt.name!r} is a block format: its codes are those of {fmt.element.name!r} "
         "after division by a scale for each block"
     )

@@ -39,18 +39,17 @@ def dynamic_map(signed: bool) -> tuple[float, ...]:
 def encode_dynamic(x: Array, signed: bool) -> Array:
     """The codes of the values nearest to `x`, exactly.
 
-    Of two values equally near the one of smaller magnitude is taken. What lies beyond the ends
-    takes the nearest end, infinities included; without sign, whatever is negative takes the code of
-    zero. NaN takes the code of one end.
+    Ties go to the smaller magnitude. Values beyond the ends, infinities included, take the nearest
+    end; in the unsigned map, negative values take the code of zero. NaN takes the code of one end.
 
-    Exponent and leading mantissa bits (6 of them, 7 without sign) select one of 1,400 or 2,900
-    cells, none of which holds more than one bound between two values. One lookup gives a cell's
-    lowest code and its bound, so arranged that adding the remaining bits carries into the code
-    where they are beyond the bound.
+    Exponent and leading mantissa bits (6 of them, 7 if unsigned) select one of 1,400 or 2,900
+    cells, each with at most one bound between two values. One lookup gives a cell's lowest code and
+    its bound, encoded so that adding the remaining bits carries into the code where they exceed the
+    bound.
 
     Args:
       x: float32 of any shape.
-      signed: which of the two maps.
+      signed: whether to use the signed map.
 
     Returns:
       uint8 of the same shape.
@@ -62,7 +61,7 @@ def encode_dynamic(x: Array, signed: bool) -> Array:
     bits = lax.bitcast_convert_type(x, jnp.int32)
     magnitude = bits & 0x7FFFFFFF if signed else jnp.maximum(bits, 0)
     cell = jnp.clip((magnitude >> shift) - lowest, 0, len(table) - 1)
-    # a single use of what was looked up: XLA then fuses the lookup with everything around it
+    # the lookup has a single use, so that XLA fuses it with the surrounding operations
     level = (_look_up(table, cell) + (magnitude & ((1 << shift) - 1))) >> shift
     if signed:
         level = jnp.where(bits < 0, jnp.maximum(127 - level, 0), 127 + level)
@@ -80,10 +79,10 @@ def decode_dynamic(codes: Array, signed: bool) -> Array:
 
 @functools.cache
 def _cells(signed: bool) -> tuple[np.ndarray, int, int]:
-    """Table of cells, the number of its first cell, and how many bits a cell leaves out.
+    """Table of cells, the number of its first cell, and the number of bits a cell ignores.
 
     An entry is `code << shift | (2^shift - 1 - bound)`, `bound` the remaining bits of the largest
-    float32 that still belongs to `code`.
+    float32 that `code` encodes.
     """
     values = np.asarray(dynamic_map(signed), np.float64)
     values = values[values >= 0]
@@ -94,20 +93,20 @@ def _cells(signed: bool) -> tuple[np.ndarray, int, int]:
     shift = 17 if signed else 16
     last = int(np.float32(1).view(np.int32)) >> shift
     first = int(bits[0]) >> shift
-    table = [0]  # everything below: zero
+    table = [0]  # for all smaller magnitudes
     for cell in range(first, last):
         inside = bits[bits >> shift == cell]
         assert inside.size <= 1, "a cell holds one bound"
         code = int(np.count_nonzero(bits < (cell << shift)))
         rest = int(inside[0]) & ((1 << shift) - 1) if inside.size else (1 << shift) - 1
         table.append(code << shift | ((1 << shift) - 1 - rest))
-    table.append((len(values) - 1) << shift)  # from 1 on, clipped cells included
+    table.append((len(values) - 1) << shift)  # 1 and above, clipped cells included
     return np.asarray(table, np.int32), first - 1, shift
 
 
 def _look_up(table: np.ndarray, index: Array) -> Array:
     sharding = jax.typeof(index).sharding
     if isinstance(sharding, NamedSharding) and any(s is not None for s in sharding.spec):
-        # under a mesh with explicit axes a lookup must be told where its result lives
+        # under a mesh with explicit axes a gather needs an output sharding
         return jnp.asarray(table).at[index].get(mode="promise_in_bounds", out_sharding=sharding)
     return jnp.asarray(table).at[index].get(mode="promise_in_bounds")

@@ -1,7 +1,7 @@
-"""Elementwise steps that are one operation each of the lowered program.
+"""Elementwise functions that lower to one operation each.
 
-`jnp.where`, `jnp.clip` and `jnp.round` are jitted functions: each use is traced as a call, and each
-shape is one function more in the program. What a model does at every contraction uses these.
+`jnp.where`, `jnp.clip` and `jnp.round` are jitted: each use is traced as a call, and each shape
+adds a function to the lowered module. Code that runs at every contraction uses these instead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from jax import Array, lax
 
 
 def select(where: Array, x: Array | float, y: Array | float) -> Array:
-    """`x` where `where` holds, else `y`; arrays have one shape and dtype, a number takes them.
+    """`x` where `where` is true, else `y`; arrays have equal shape and dtype, numbers take both.
 
     >>> import jax.numpy as jnp
     >>> select(jnp.array([True, False]), 0.0, jnp.array([1.0, 2.0])).tolist()
@@ -44,7 +44,7 @@ def is_nan(x: Array) -> Array:
 
 
 def number(value: float, x: Array) -> np.ndarray:
-    """A number in the dtype of `x`: `lax` promotes nothing, and a float is float64 where it may be.
+    """A number in the dtype of `x`: `lax` does not promote, and a float is float64 under x64.
 
     >>> import jax.numpy as jnp
     >>> number(0.5, jnp.ones(2, jnp.bfloat16)).dtype.name

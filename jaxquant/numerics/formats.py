@@ -1,4 +1,4 @@
-"""Every numeric format: one table, and the functions that make a format from its few free facts."""
+"""The table of all numeric formats, and functions that make a format from its parameters."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def minifloat(
     has_nan: bool = False,
     storage: str | None = None,
 ) -> Format:
-    """Derives every fact of a floating-point format from its fields.
+    """Derives every property of a floating-point format from its fields.
 
-    The largest finite magnitude is the largest bit pattern that no infinity or NaN takes;
+    The largest finite magnitude is the largest bit pattern that is not infinity or NaN;
     `epsilon = 2^-m`, smallest normal `2^(1 - bias)`, smallest subnormal `2^(1 - bias - m)`. Without
     mantissa bits the smallest value is `2^-bias`, a normal one. `bias` defaults to `2^(e-1) - 1`,
     `storage` to uint8 bit patterns.
 
     Raises `ValueError` for infinities without NaN, for a format without mantissa bits that has a
-    sign or infinities, and for one beyond float32, which must hold every value (its subnormals only
-    where the bias is float32's own).
+    sign or infinities, and for one with values that float32 cannot represent (as normal numbers,
+    unless the bias is that of float32).
 
     Source: IEEE 754-2019 section 3.3; OCP OFP8 1.0; OCP MX 1.0, element and scale data types.
 
@@ -44,9 +44,9 @@ def minifloat(
     """
     bias = 2 ** (exponent_bits - 1) - 1 if bias is None else bias
     bits = int(signed) + exponent_bits + mantissa_bits
-    # Subnormals are those of float32 itself, or normal in float32: the codec takes no others.
-    held = bias == 127 or bias + mantissa_bits <= 127
-    if not (2 <= exponent_bits <= 8 and 0 <= mantissa_bits <= 23 and held):
+    # The codec handles only subnormals that are float32's own, or normal numbers in float32.
+    fits = bias == 127 or bias + mantissa_bits <= 127
+    if not (2 <= exponent_bits <= 8 and 0 <= mantissa_bits <= 23 and fits):
         raise ValueError(f"{name!r}: expected exponent, mantissa and bias within float32's")
     if has_inf and not has_nan:
         raise ValueError(f"{name!r}: a format with infinities has NaN too")
@@ -58,11 +58,11 @@ def minifloat(
     all_ones = 2 ** (exponent_bits + mantissa_bits) - 1
     if has_inf:  # the topmost exponent is reserved
         largest = ((2**exponent_bits - 1) << mantissa_bits) - 1
-    else:  # only the pattern of ones is, if any
+    else:  # at most the pattern of all ones is reserved, for NaN
         largest = all_ones - int(has_nan)
     field, fraction = largest >> mantissa_bits, largest & (2**mantissa_bits - 1)
     if field - bias > 127:
-        raise ValueError(f"{name!r}: expected a largest value that float32 holds")
+        raise ValueError(f"{name!r}: expected a largest value within float32's range")
     maximum = math.ldexp(2**mantissa_bits + fraction, field - bias - mantissa_bits)
     subnormal = math.ldexp(1.0, 1 - bias - mantissa_bits) if mantissa_bits else None
     normal = math.ldexp(1.0, (1 if mantissa_bits else 0) - bias)
@@ -85,30 +85,30 @@ def minifloat(
 
 
 def codebook_format(values: Iterable[float], name: str = "codebook") -> Format:
-    """A format whose codes index the given values, rounded to float32.
+    """A format whose codes are indices into `values`, rounded to float32.
 
-    `values` is any iterable of 2 to 256 finite numbers in ascending order, repeats allowed; all
-    else raises `ValueError`. The code is the index, `ceil(log2(n))` bits wide.
+    `values` is any iterable of 2 to 256 finite numbers in ascending order, repeats allowed;
+    anything else raises `ValueError`. The code is the index, `ceil(log2(n))` bits wide.
 
     >>> codebook_format([-1, 0, 1], name="ternary").bits
     2
     """
     try:
-        given = np.asarray(list(values), dtype=np.float64)
+        array = np.asarray(list(values), dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name!r}: codebook values must be numbers, got {values!r}") from error
-    if given.ndim != 1 or not 2 <= given.size <= 256:
-        raise ValueError(f"{name!r}: a codebook takes 2 to 256 values, got shape {given.shape}")
-    if not np.all(np.abs(given) <= np.finfo(np.float32).max):  # False for NaN too
+    if array.ndim != 1 or not 2 <= array.size <= 256:
+        raise ValueError(f"{name!r}: a codebook takes 2 to 256 values, got shape {array.shape}")
+    if not np.all(np.abs(array) <= np.finfo(np.float32).max):  # False for NaN too
         raise ValueError(
-            f"{name!r}: codebook values must be finite in float32, got {given.tolist()}"
+            f"{name!r}: codebook values must be finite in float32, got {array.tolist()}"
         )
-    if np.any(np.diff(given) < 0):
-        raise ValueError(f"{name!r}: codebook values must ascend, got {given.tolist()}")
-    codebook = tuple(given.astype(np.float32).tolist())
+    if np.any(np.diff(array) < 0):
+        raise ValueError(f"{name!r}: codebook values must ascend, got {array.tolist()}")
+    codebook = tuple(array.astype(np.float32).tolist())
     return Format(
         name=name,
-        bits=max(1, (given.size - 1).bit_length()),
+        bits=max(1, (array.size - 1).bit_length()),
         signed=codebook[0] < 0,
         exponent_bits=None,
         mantissa_bits=None,
@@ -165,8 +165,8 @@ _NF4 = (
     1.0,
 )
 
-# Sign, two bits of exponent and one of mantissa, over the largest: bitsandbytes' FP4, which is not
-# OCP's E2M1. Zero is there twice, as +0 and -0 are: what is above 0 by itself takes the upper one.
+# bitsandbytes' FP4, divided by its largest value: sign, two exponent bits and one mantissa bit, but
+# not OCP's E2M1. Zero occurs twice, as +0 and -0; values above 0 round to the upper one.
 _FP4 = tuple(sign * v / 12 for sign in (-1, 1) for v in (12, 8, 6, 4, 3, 2, 0.0625, 0)[::-sign])
 
 
@@ -206,11 +206,11 @@ FORMATS: Mapping[str, Format | BlockFormat] = _table()
 ALIASES: Mapping[str, str] = MappingProxyType(
     {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 )
-"""Short names that `get` takes too, read-only."""
+"""Short names that `get` accepts too, read-only."""
 
 
 def get(format: Any) -> Format | BlockFormat:
-    """The format of a name, a short alias or a dtype; a format is returned as it is.
+    """The format of a name, a short alias or a dtype; a format is returned unchanged.
 
     Raises `ValueError` for anything else, with the known names and the nearest of them.
 
@@ -230,9 +230,9 @@ def get(format: Any) -> Format | BlockFormat:
         except TypeError:
             name = format
     if isinstance(name, str):
-        found = FORMATS.get(ALIASES.get(name, name))
-        if found is not None:
-            return found
+        fmt = FORMATS.get(ALIASES.get(name, name))
+        if fmt is not None:
+            return fmt
     known = [*FORMATS, *ALIASES]
     near = difflib.get_close_matches(str(name).lower(), known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."

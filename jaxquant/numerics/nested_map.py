@@ -1,4 +1,4 @@
-"""The signed 8-bit map that scales are quantized with, as bitsandbytes looks codes up in it."""
+"""The signed 8-bit map for quantized scales, encoded as bitsandbytes does."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _STEPS = 65535
 
 @functools.cache
 def nested_map() -> tuple[float, ...]:
-    """The 256 values, ascending: `dynamic_map(True)`, rounded as bitsandbytes rounds them.
+    """The 256 values, ascending: `dynamic_map(True)`, rounded as in bitsandbytes.
 
-    Centres of `n = 2^i` equal parts of `[0.1, 1]`, times `10^(i - 6)`, every step in float32: up to
-    an ulp beside the nearest float32 in 72 of the values.
+    Centres of `n = 2^i` equal parts of `[0.1, 1]`, times `10^(i - 6)`, every step in float32: 72 of
+    the values are up to an ulp off the nearest float32.
 
     Source: bitsandbytes 0.50, `create_dynamic_map`.
 
@@ -29,7 +29,7 @@ def nested_map() -> tuple[float, ...]:
     for i in range(_DECADES):
         n = 2**i
         step, k = np.float64((one - tenth) / np.float32(n)), np.arange(n + 1)
-        # from the nearer end, rounded once
+        # offset from the nearer end, rounded once
         ends = np.where(k < (n + 1) // 2, tenth + step * k, one - step * (n - k)).astype(np.float32)
         centre = (ends[:-1] + ends[1:]) / np.float32(2)
         part = (np.float32(10.0 ** (i - 6)) * centre).tolist()
@@ -39,7 +39,7 @@ def nested_map() -> tuple[float, ...]:
 
 @functools.cache
 def _bounds() -> np.ndarray:
-    """For each code but the first, the least of 65,536 even steps over `[-1, 1]` that it takes."""
+    """For each code but the first, its lowest index in 65,536 uniform steps over `[-1, 1]`."""
     table = np.asarray(nested_map(), np.float32)
     middle = np.float32(0.5) * (table[:-1] + table[1:])
     steps = (-1.0 + 2.0 * np.arange(_STEPS + 1) / _STEPS).astype(np.float32)
@@ -49,9 +49,9 @@ def _bounds() -> np.ndarray:
 def encode_nested(x: Array) -> Array:
     """Codes of float32 values in `[-1, 1]`.
 
-    A value takes the code that is nearest to the nearest of 65,536 even steps over `[-1, 1]`, which
-    is not always the nearest code: bitsandbytes' CPU build looks codes up in a table of these
-    steps. NaN takes code 0.
+    A value is rounded to the nearest of 65,536 uniform steps over `[-1, 1]`, and that to the
+    nearest code, which is not always nearest to the value: bitsandbytes' CPU build looks codes up
+    in a table of these steps. NaN takes code 0.
 
     >>> encode_nested(jnp.array([-1.0, 0.5, 1.0])).tolist()
     [0, 219, 255]

@@ -1,11 +1,11 @@
-"""Codes of 1 to 7 bits as a stream of bytes along the last axis, laid out for vector units.
+"""Codes of 1 to 7 bits as a stream of bytes along the last axis, in a layout for vector units.
 
-The axis is padded with zeros to a multiple of 8 and cut in tiles of `tile_size` codes; a tile of t
-codes takes `t * bits / 8` consecutive bytes, so a sharded axis splits at tiles. In a tile the bits
-of a code lie in planes, the high bits in the widest one: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2 and
-7 = 4 + 2 + 1. A plane of w bits is `t * w / 8` bytes, and its byte j holds the codes
-`j, j + t*w/8, j + 2*t*w/8, ...`, the first one lowest. Unpacking is then shifts, masks and one
-concatenation, never an interleave of neighbours, which vector units are slow at.
+The axis is padded with zeros to a multiple of 8 and split into tiles of `tile_size` codes; a tile
+of t codes takes `t * bits / 8` consecutive bytes, so a sharded axis splits at tiles. Within a tile
+the bits of a code are split over planes, the high bits in the widest: 3 = 2 + 1, 5 = 4 + 1,
+6 = 4 + 2 and 7 = 4 + 2 + 1. A plane of w bits is `t * w / 8` bytes, and its byte j contains the
+codes `j, j + t*w/8, j + 2*t*w/8, ...`, the first in the lowest bits. Unpacking then takes shifts,
+masks and one concatenation, but no interleave of neighbours, which is slow on vector units.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def padded_size(size: int) -> int:
 
 
 def tile_size(size: int) -> int:
-    """Codes of one tile: the largest of 64, 32, 16 and 8 that needs no padding beyond 8's.
+    """Codes per tile: the largest of 64, 32, 16 and 8 that divides `padded_size(size)`.
 
     >>> [tile_size(n) for n in (1, 16, 90, 100, 384)]
     [8, 16, 32, 8, 64]
@@ -37,7 +37,7 @@ def tile_size(size: int) -> int:
 
 
 def packed_bytes(size: int, bits: int) -> int:
-    """Bytes that an axis of `size` codes of `bits` bits takes; `ValueError` unless 1 <= bits <= 7.
+    """Bytes for an axis of `size` codes of `bits` bits; `ValueError` unless 1 <= bits <= 7.
 
     >>> packed_bytes(128, 4), packed_bytes(9, 3)
     (64, 6)
@@ -47,9 +47,9 @@ def packed_bytes(size: int, bits: int) -> int:
 
 
 def pack(codes: ArrayLike, bits: int, *, axis: int = -1) -> Array:
-    """Packs the low bits of integer codes along an axis, of `n` codes in `packed_bytes(n, bits)`.
+    """Packs the low bits of integer codes along an axis, `n` codes into `packed_bytes(n, bits)`.
 
-    Signed codes keep their two's complement bits. The layout is described at the top of this file.
+    Signed codes keep their two's complement bits. The module docstring describes the layout.
     Raises `ValueError` for bits outside 1 to 7, codes that are not integers, or a scalar.
 
     >>> pack(jnp.arange(8, dtype=jnp.uint8), 4).tolist()
@@ -81,10 +81,10 @@ def pack(codes: ArrayLike, bits: int, *, axis: int = -1) -> Array:
 
 
 def unpack(packed: ArrayLike, bits: int, size: int, signed: bool) -> Array:
-    """Undoes `pack`: uint8 `[..., packed_bytes(size, bits)]` to codes `[..., size]`.
+    """Inverse of `pack`: uint8 `[..., packed_bytes(size, bits)]` to codes `[..., size]`.
 
-    Codes come as int8, sign-extended, if `signed`, else as uint8. Raises `ValueError` for bits
-    outside 1 to 7, or bytes whose dtype or last axis is not what `pack` gives for `size`.
+    Codes are int8, sign-extended, if `signed`, else uint8. Raises `ValueError` for bits outside 1
+    to 7, or bytes whose dtype or last axis differs from that of `pack` for `size` codes.
 
     >>> unpack(pack(jnp.array([-4, 3, 0]), 3), 3, 3, signed=True).tolist()
     [-4, 3, 0]
@@ -100,8 +100,8 @@ def unpack(packed: ArrayLike, bits: int, size: int, signed: bool) -> Array:
     tile, padded = tile_size(size), padded_size(size)
     tiles = packed.reshape(*lead, padded // tile, tile * bits // 8)
     planes = _planes(bits)
-    # The tile falls into runs of codes that are consecutive bytes, equally shifted, in every plane.
-    # One concatenation of finished runs is up to 4 times faster on CPU than one for each plane.
+    # A tile consists of runs of codes whose bits are consecutive bytes, with one shift, in every
+    # plane. One concatenation of unpacked runs is up to 4 times faster on CPU than one per plane.
     run = tile * planes[-1][0] // 8
     runs = []
     for first in range(0, tile, run):
@@ -114,7 +114,7 @@ def unpack(packed: ArrayLike, bits: int, size: int, signed: bool) -> Array:
             codes = part if codes is None else codes | part
             plane += length
         assert codes is not None
-        # The sign bit goes to the top of the byte, and an arithmetic shift brings it back.
+        # Shifted left until the sign bit is on top, then arithmetically back, which extends it.
         runs.append((codes << (8 - bits)).astype(jnp.int8) >> (8 - bits) if signed else codes)
     return jnp.concatenate(runs, axis=-1).reshape(*lead, padded)[..., :size]
 

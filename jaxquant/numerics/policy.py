@@ -1,4 +1,4 @@
-"""Which dtype to compute in where a platform lacks the one that was asked for."""
+"""Replacement dtypes for computation on platforms that lack the requested one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-# bfloat16 takes float16's place because it has float32's exponent: nothing that was finite in
-# float16 overflows, and its subnormals become normal.
+# bfloat16 replaces float16 because it has float32's exponent: no finite float16 value overflows,
+# and subnormals become normal.
 _INSTEAD: Mapping[tuple[str, str], tuple[str, str]] = MappingProxyType(
     {
         ("tpu", "float16"): (
@@ -24,9 +24,9 @@ _INSTEAD: Mapping[tuple[str, str], tuple[str, str]] = MappingProxyType(
 def compute_dtype(dtype: DTypeLike, platform: str) -> tuple[np.dtype, str | None]:
     """The dtype that contractions of `dtype` are computed in on `platform`, and why if it differs.
 
-    `platform` is a name as `jax.export` and `lax.platform_dependent` use it (`cpu`, `cuda`, `rocm`,
-    `tpu`). Returns `(dtype, None)` where the platform computes in `dtype` itself, else
-    `(replacement, reason)`, for a report to say. Any dtype and platform is taken.
+    `platform` is a name as in `jax.export` and `lax.platform_dependent` (`cpu`, `cuda`, `rocm`,
+    `tpu`). Returns `(dtype, None)` where the platform computes in `dtype`, else
+    `(replacement, reason)`, the reason for a report. Accepts any dtype and platform.
 
     Source: Google Cloud, "The bfloat16 numerical format" (TPU documentation).
 
@@ -36,8 +36,8 @@ def compute_dtype(dtype: DTypeLike, platform: str) -> tuple[np.dtype, str | None
     >>> compute_dtype("float16", "cuda")
     (dtype('float16'), None)
     """
-    wanted = jnp.dtype(dtype)
-    instead = _INSTEAD.get((platform, wanted.name))
-    if instead is None:
-        return wanted, None
-    return jnp.dtype(instead[0]), instead[1]
+    requested = jnp.dtype(dtype)
+    replacement = _INSTEAD.get((platform, requested.name))
+    if replacement is None:
+        return requested, None
+    return jnp.dtype(replacement[0]), replacement[1]

@@ -1,4 +1,4 @@
-"""The records of numeric formats: facts are data, code branches on fields and never on a name."""
+"""Dataclasses of numeric formats; code branches on their fields, never on a name."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write one real number in a few bits.
+    """An encoding of one real number in a few bits.
 
     A floating-point code with sign `s`, exponent field `E` and mantissa field `M` of `m`
-    bits stands for::
+    bits has the value::
 
         E != 0 (normal):     (-1)^s * 2^(E - bias)     * (1 + M / 2^m)
         E == 0 (subnormal):  (-1)^s * 2^(1 - bias) * M / 2^m
@@ -25,10 +25,10 @@ class Format:
       bits: width of one code.
       signed: whether negative values exist.
       exponent_bits, mantissa_bits, bias: fields of a floating-point format, else `None`.
-      has_inf: the topmost exponent is kept for infinities and NaNs, as in IEEE 754.
+      has_inf: the topmost exponent is reserved for infinities and NaNs, as in IEEE 754.
       has_nan: NaN exists; without infinities it is the one magnitude whose bits are all ones.
       min, max: lowest and largest finite value.
-      smallest_normal, smallest_subnormal, epsilon: positive; `None` where there is no such thing.
+      smallest_normal, smallest_subnormal, epsilon: positive; `None` where the format has none.
       storage: dtype name of an array of unpacked codes: an integer, a floating-point dtype of 8
         bits or more, or `uint8` for the bit patterns of narrower floats and for codebook indices.
       codebook: the values, ascending, exactly representable in float32; `None` otherwise.
@@ -92,7 +92,7 @@ class Format:
 
     @property
     def packed(self) -> bool:
-        """Whether codes are narrower than a byte, so that memory holds them as a bit stream."""
+        """Whether codes are narrower than a byte, and so stored as a bit stream."""
         return self.bits < 8
 
     @property
@@ -114,9 +114,9 @@ class Format:
             return (-math.inf, -math.inf)
         return (math.log10(self.smallest_positive), math.log10(self.max))
 
-    def _integer(self, wanted: str) -> Format:
+    def _integer(self, field: str) -> Format:
         if not self.is_integer:
-            raise ValueError(f"{wanted} is a fact of integer formats; {self.name!r} is not one")
+            raise ValueError(f"only integer formats have {field}; {self.name!r} is not one")
         return self
 
 

@@ -1,4 +1,4 @@
-"""Rounding of real arrays: to the nearest integer, at random without bias, to a codebook."""
+"""Rounding of real arrays: to the nearest integer, stochastically, or to a codebook."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-# Up to this many values, comparing with every bound beats a binary search: no gather, one fused
-# pass in vector registers. Measured on CPU: 5 times faster at 16 values, 80 times slower at 256.
+# Up to this many values, comparing with every bound is faster than a binary search: no gather, one
+# fused vectorised pass. Measured on CPU: 5 times faster at 16 values, 80 times slower at 256.
 _COMPARE_ALL = 16
 
 
 def nearest_even(x: ArrayLike) -> Array:
-    """Rounds to the nearest integer, halves to the even one.
+    """Rounds to the nearest integer, ties to even.
 
-    Any shape; the dtype of `x` is kept. NaN and infinities stay.
+    Any shape; keeps the dtype of `x`, NaN and infinities.
 
     Source: IEEE 754-2019 section 4.3.1, roundTiesToEven.
 
@@ -31,20 +31,20 @@ def nearest_even(x: ArrayLike) -> Array:
 
 
 def bernoulli(probability: Array, key: Array) -> Array:
-    """True with the given probability, compared as integers.
+    """True with probability `probability`, compared as integers.
 
-    `P(True) = floor(p * 2^32) / 2^32` for `p` in `[0, 1)`. Bits belong to places in the logical
-    shape, so one key gives one outcome: jitted or not, however `probability` is sharded.
+    `P(True) = floor(p * 2^32) / 2^32` for `p` in `[0, 1)`. Bits depend on positions in the logical
+    shape, so one key gives one result, jitted or not, for any sharding of `probability`.
     """
     threshold = (probability.astype(jnp.float32) * 2.0**32).astype(jnp.uint32)
     return random_words(key, probability.shape) < threshold
 
 
 def random_words(key: Array, shape: tuple[int, ...]) -> Array:
-    """32 random bits for each place of a shape: `mix(mix(i c + k_0) + k_1)`, `i` the flat index.
+    """32 random bits for each element of a shape: `mix(mix(i c + k_0) + k_1)`, `i` the flat index.
 
-    `mix` is an integer hash without bias between its bits. `jax.random.bits` is built for more than
-    rounding asks for, and is drawn by a loop for each site, which takes long to compile.
+    `mix` is an integer hash without bias between its bits. `jax.random.bits` is stronger than
+    rounding needs, and lowers to a loop for each site, which takes long to compile.
 
     Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011); the constants are
     those of `lowbias32`, Wellons, "Prospecting for Hash Functions" (2018).
@@ -59,7 +59,7 @@ def random_words(key: Array, shape: tuple[int, ...]) -> Array:
         stride *= shape[axis]
     words = index * jnp.uint32(0x9E3779B1)
     for n in range(seeds.shape[-1]):
-        words = _mixed(words + (seeds[n] + jnp.uint32(0x6A09E667)))  # zero is mixed to zero
+        words = _mixed(words + (seeds[n] + jnp.uint32(0x6A09E667)))  # `mix` maps 0 to 0
     return words
 
 
@@ -74,8 +74,8 @@ def stochastic(x: ArrayLike, key: Array) -> Array:
 
     `E[stochastic(x)] = x`: up with probability `x - floor(x)`, to a resolution of `2^-32`.
 
-    Any shape; computed in float32, the dtype of `x` is kept. NaN and infinities stay. One key gives
-    one result, however it is compiled or sharded.
+    Any shape; computed in float32; keeps the dtype of `x`, NaN and infinities. One key gives one
+    result, for any compilation or sharding.
 
     Source: Gupta et al., "Deep Learning with Limited Numerical Precision" (2015), section 3.
 
@@ -85,7 +85,7 @@ def stochastic(x: ArrayLike, key: Array) -> Array:
     """
     x = jnp.asarray(x)
     real = x.astype(jnp.float32)
-    # Magnitudes: `a - floor(a)` is exact for them, while `x - floor(x)` is 1.0 for a tiny x < 0.
+    # Magnitudes, where `a - floor(a)` is exact; for a tiny x < 0 `x - floor(x)` is 1.0.
     magnitude = jnp.abs(real)
     down = jnp.floor(magnitude)
     fraction = magnitude - down
@@ -96,11 +96,11 @@ def stochastic(x: ArrayLike, key: Array) -> Array:
 def to_codebook(
     x: ArrayLike, values: ArrayLike | Sequence[float], key: Array | None = None
 ) -> Array:
-    """The index of the codebook value that each element is rounded to.
+    """Rounds each element to a codebook value and returns its index.
 
-    Nearest value, a tie going to the lower one: `i = #{j : (v_j + v_{j+1}) / 2 < x}`. With a `key`,
-    the upper of the two neighbours with probability `(x - v_i) / (v_{i+1} - v_i)`, which leaves no
-    bias inside the range. Outside the range: the nearest end. NaN counts as zero.
+    Nearest value, ties to the lower: `i = #{j : (v_j + v_{j+1}) / 2 < x}`. With a `key`, the upper
+    of the two neighbours with probability `(x - v_i) / (v_{i+1} - v_i)`, unbiased inside the range.
+    Outside the range: the nearest end. NaN counts as zero.
 
     `x`: any shape, computed in float32. `values`: `[n]`, ascending, may be traced; batches of
     codebooks go through `jax.vmap`. Returns int32 indices of the shape of `x`. Raises `ValueError`
@@ -130,11 +130,11 @@ def to_codebook(
 def _count_below(bounds: Array, x: Array, *, or_equal: bool) -> Array:
     """How many of the ascending `bounds` are below (or equal to) each element of `x`."""
     if bounds.shape[0] < _COMPARE_ALL:
-        # one by one: a sum over an axis of them is not vectorised, and takes 5 times as long
-        found = jnp.zeros(x.shape, jnp.int32)
+        # unrolled: a sum over an axis of bounds is not vectorised, and takes 5 times as long
+        count = jnp.zeros(x.shape, jnp.int32)
         for n in range(bounds.shape[0]):
-            found += bounds[n] <= x if or_equal else bounds[n] < x
-        return found
+            count += bounds[n] <= x if or_equal else bounds[n] < x
+        return count
     # The binary search orders -0.0 before 0.0.
     bounds, x = jnp.where(bounds == 0, 0.0, bounds), jnp.where(x == 0, 0.0, x)
     side = "right" if or_equal else "left"

@@ -1,4 +1,4 @@
-"""The table of every numeric format, to print and to look up in."""
+"""The table of all numeric formats, as a mapping that prints itself."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _BLOCK_COLUMNS = ("name", "block", "element", "scale", "global scale", "bits per
 class FormatTable(Mapping[str, Format | BlockFormat]):
     """A read-only mapping of names to formats that prints itself as a table.
 
-    Looking up takes what `get` takes and raises what it raises, so an unknown name is a
-    `ValueError` that lists the known ones; `in` and iteration see the full names.
+    Indexing works as `get`, so that an unknown name raises a `ValueError` that lists the known
+    ones; `in` and iteration use full names only.
 
     >>> formats["int8"].max
     127.0
@@ -60,7 +60,7 @@ class FormatTable(Mapping[str, Format | BlockFormat]):
         """The formats as aligned plain text, block formats in a second part.
 
         The decimal range is that of `Format.decimal_range`: powers of ten from the smallest
-        positive to the largest value. A dash stands for a fact that a format does not have.
+        positive to the largest value. A dash marks a property that a format does not have.
 
         >>> formats.table().splitlines()[0].split()[:4]
         ['name', 'bits', 'sign', 'exponent']
@@ -73,7 +73,7 @@ class FormatTable(Mapping[str, Format | BlockFormat]):
         return "\n\n".join(parts)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Every fact of every format as plain data that `json` takes, keyed by name.
+        """Every property of every format as JSON-serialisable values, keyed by name.
 
         >>> formats.to_dict()["mxfp4"]["element"], formats.to_dict()["uint4"]["max"]
         ('float4_e2m1fn', 15.0)
@@ -145,7 +145,7 @@ def _number(value: float | None) -> str:
 
 
 def _aligned(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Names flush left, the rest flush right, a rule under the header."""
+    """Left-aligned names, other columns right-aligned, a rule under the header."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     lines = [columns, tuple("-" * width for width in widths), *rows]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""Optimizers whose state is held in 8 bits, as optax transformations."""
+"""Optimizers with 8-bit state, as optax transformations."""
 
 from jaxquant.optim.blocks import Blocks, is_blocks
 from jaxquant.optim.optimizers import adam8bit, adamw8bit, lion8bit, momentum8bit

@@ -1,4 +1,4 @@
-"""An array of optimizer state in 8 bits: codes in the array's own shape, a scale for each block."""
+"""An array of optimizer state in 8 bits: codes in the array's shape, and a scale for each block."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)
 class Blocks:
     """`r = scale * map[code]`, one scale for each tile of neighbouring values.
 
-    Codes keep the shape of the array, so that whatever places, slices or stacks the parameter does
-    the same to them.
+    Codes keep the shape of the array, so that they can be sharded, sliced or stacked like the
+    parameter.
 
     Attributes:
       codes: uint8 of the array's shape.
-      scale: float32, the largest magnitude of each tile; as many axes as `codes`, each as long as
-        there are tiles along it.
-      signed: which dynamic map.
-      tile: sizes of a tile along the trailing axes; a last tile that is not full is cut.
-      dtype: name of the dtype the inner transformation keeps.
+      scale: float32, the largest magnitude of each tile, of the rank of `codes`; the size of an
+        axis is the number of tiles along it.
+      signed: whether codes are of the signed dynamic map.
+      tile: sizes of a tile along each axis; the last tile of an axis may be smaller.
+      dtype: name of the dtype the inner transformation uses.
     """
 
     codes: Array
@@ -47,7 +47,7 @@ class Blocks:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array this stands for."""
+        """Shape of the decoded array."""
         return tuple(self.codes.shape)
 
     @property
@@ -57,7 +57,7 @@ class Blocks:
 
     def __repr__(self) -> str:
         kind = "signed" if self.signed else "unsigned"
-        if not hasattr(self.codes, "shape"):  # tree functions put anything in the place of arrays
+        if not hasattr(self.codes, "shape"):  # tree functions replace arrays by any object
             return f"Blocks({self.codes!r}, {self.scale!r}, {kind})"
         return f"Blocks({kind} 8-bit{list(self.shape)}, tile={list(self.tile)})"
 
@@ -83,7 +83,7 @@ def tile_of(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
 
 
 def zero_blocks(like: Any, signed: bool, block_size: int) -> Blocks:
-    """The codes of zeros, placed as `like` is."""
+    """The blocks of zeros, with the shape and sharding of `like`."""
     tile = tile_of(like.shape, block_size)
     zero = dynamic_map(signed).index(0.0)
     codes = jnp.full_like(like, zero, dtype=jnp.uint8)
@@ -92,14 +92,14 @@ def zero_blocks(like: Any, signed: bool, block_size: int) -> Blocks:
 
 
 def encode(x: Array, old: Blocks) -> Blocks:
-    """Encodes `x` as `old` is held, in float32: `scale = max |x|`, `code = nearest(x / scale)`.
+    """Encodes `x` with the map and tiles of `old`: `scale = max |x|`, `code = nearest(x / scale)`.
 
-    A value without sign that is not zero never becomes zero: a second moment of zero below a first
-    moment that is not would make Adam's step explode. The scale is finite where all values are.
+    In the unsigned map, a positive value never becomes zero: with a second moment of zero and a
+    first moment that is not, Adam's step would explode. The scale is finite if all values are.
     """
     x = x.astype(jnp.float32)
     scale = magnitudes(x, old.tile)
-    # below the smallest normal there is no reciprocal to multiply with
+    # the reciprocal of a subnormal scale may overflow
     inverse = jnp.where(scale < _TINY, 0.0, 1.0 / jnp.maximum(scale, _TINY))
     codes = encode_dynamic(x * _spread(inverse, old.tile, x), old.signed)
     if not old.signed:
@@ -121,9 +121,8 @@ def decode(q: Blocks) -> Array:
 def magnitudes(x: Array, tile: tuple[int, ...]) -> Array:
     """The largest magnitude in each tile.
 
-    Magnitudes are compared as integers, and 16 neighbours side by side: a floating-point maximum
-    has to care for NaN, which keeps XLA from vectorising it (12 times slower on a CPU). NaN is
-    larger than everything.
+    Magnitudes are compared as integers, in vectors of 16: a floating-point maximum must handle NaN,
+    which keeps XLA from vectorising it (12 times slower on a CPU). NaN compares as the largest.
     """
     bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
     counts = _counts(x.shape, tile)
@@ -140,7 +139,7 @@ def magnitudes(x: Array, tile: tuple[int, ...]) -> Array:
 
 
 def _spread(s: Array, tile: tuple[int, ...], like: Array) -> Array:
-    """Repeats each scale over its tile, to the shape and place of `like`."""
+    """Repeats each scale over its tile, to the shape of `like`."""
     for axis, (size, length) in enumerate(zip(tile, like.shape, strict=True)):
         if size > 1:
             s = _repeat(s, size, axis, length)
@@ -151,8 +150,8 @@ def _repeat(s: Array, size: int, axis: int, length: int) -> Array:
     spec = _placed(s) or (None,) * s.ndim
     wide = (*s.shape[: axis + 1], size, *s.shape[axis + 1 :])
     dims = tuple(d for d in range(len(wide)) if d != axis + 1)
-    kept = P(*spec[: axis + 1], None, *spec[axis + 1 :]) if any(spec) else None
-    s = lax.broadcast_in_dim(s, wide, dims, out_sharding=kept)
+    sharding = P(*spec[: axis + 1], None, *spec[axis + 1 :]) if any(spec) else None
+    s = lax.broadcast_in_dim(s, wide, dims, out_sharding=sharding)
     flat = (*wide[:axis], wide[axis] * size, *wide[axis + 2 :])
     s = lax.reshape(s, flat, out_sharding=P(*spec) if any(spec) else None)
     return lax.slice_in_dim(s, 0, length, axis=axis) if flat[axis] != length else s
@@ -163,7 +162,7 @@ def _counts(shape: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _reshape(x: Array, pairs: list[tuple[int, int]]) -> Array:
-    """`[n0 t0, n1 t1, ...] -> [n0, t0, n1, t1, ...]`, told where to live under explicit meshes."""
+    """`[n0 t0, n1 t1, ...] -> [n0, t0, n1, t1, ...]`, with output sharding for explicit meshes."""
     shape = tuple(size for pair in pairs for size in pair)
     spec = _placed(x)
     if spec is None:
@@ -173,7 +172,7 @@ def _reshape(x: Array, pairs: list[tuple[int, int]]) -> Array:
         s if s is None or n % _shards(mesh, s) == 0 else None
         for (n, _), s in zip(pairs, spec, strict=True)
     )
-    if fits != spec:  # a shard would hold part of a tile
+    if fits != spec:  # shards would split a tile
         x = jax.sharding.reshard(x, NamedSharding(mesh, P(*fits)))
     return lax.reshape(x, shape, out_sharding=P(*(s for name in fits for s in (name, None))))
 

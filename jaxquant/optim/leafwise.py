@@ -1,4 +1,4 @@
-"""Optimizer state seen leaf by leaf, and whether a transformation may be run so."""
+"""Optimizer state split by leaf, and a check that a transformation may run leaf by leaf."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jaxquant.optim.blocks import is_blocks
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A state taken apart: subtrees that look like the params, and everything else.
+    """A state split into subtrees with the structure of the params, and other leaves.
 
     Attributes:
-      entries: in order, the leaves of a subtree that has the structure and shapes of the params,
-        as a list, or any other leaf as it is.
-      paths: where each entry lies in the state.
-      outer: the structure that the entries are leaves of.
+      entries: in order, the list of leaves of each subtree that has the structure and shapes of the
+        params, and each other leaf.
+      paths: path of each entry in the state.
+      outer: pytree structure whose leaves are the entries.
       inner: structure of the params.
     """
 
@@ -30,24 +30,24 @@ class Parts:
     inner: Any
 
     def groups(self, held: Callable[[Any], bool]) -> list[list[int]]:
-        """Numbers of leaves to update together: all that hold nothing, then each other alone."""
+        """Indices of leaves to update together: all with no entry `held`, then each other leaf."""
         lists = [e for e in self.entries if isinstance(e, list)]
         large = [k for k in range(self.inner.num_leaves) if any(held(e[k]) for e in lists)]
         small = [k for k in range(self.inner.num_leaves) if k not in large]
         return ([small] if small else []) + [[k] for k in large]
 
     def of(self, group: list[int]) -> list[Any]:
-        """The entries of a group: of a transformation whose params are the list of these leaves."""
+        """State entries of a transformation whose params are the list of this group's leaves."""
         return [[e[k] for k in group] if isinstance(e, list) else e for e in self.entries]
 
     def joined(self, groups: list[list[int]], entries: Sequence[list[Any]]) -> Any:
-        """The whole state from the entries of all groups; what belongs to no leaf, from one."""
-        whole = list(entries[0])
+        """The state from the entries of all groups; entries of no leaf come from the first."""
+        state = list(entries[0])
         for position, e in enumerate(self.entries):
             if isinstance(e, list):
                 leaves = in_order(groups, [one[position] for one in entries])
-                whole[position] = self.inner.unflatten(leaves)
-        return self.outer.unflatten(whole)
+                state[position] = self.inner.unflatten(leaves)
+        return self.outer.unflatten(state)
 
 
 def in_order(groups: list[list[int]], values: Sequence[Sequence[Any]]) -> list[Any]:
@@ -56,26 +56,26 @@ def in_order(groups: list[list[int]], values: Sequence[Sequence[Any]]) -> list[A
     >>> in_order([[0, 2], [1]], ["ac", "b"])
     ['a', 'b', 'c']
     """
-    found = {
+    by_leaf = {
         leaf: value
-        for group, own in zip(groups, values, strict=True)
-        for leaf, value in zip(group, own, strict=True)
+        for group, of_group in zip(groups, values, strict=True)
+        for leaf, value in zip(group, of_group, strict=True)
     }
-    return [found[leaf] for leaf in sorted(found)]
+    return [by_leaf[leaf] for leaf in sorted(by_leaf)]
 
 
 def take_apart(state: Any, params: Any) -> Parts:
-    """Finds the subtrees of `state` that have the structure and the shapes of `params`."""
+    """Splits a state at the subtrees that have the structure and shapes of `params`."""
     leaves: list[Any]
     inner: Any
     leaves, inner = jax.tree.flatten(params)
     shapes = [_shape(leaf) for leaf in leaves]
 
     def like_params(x: Any) -> bool:
-        found: list[Any]
+        parts: list[Any]
         structure: Any
-        found, structure = jax.tree.flatten(x, is_leaf=is_blocks)
-        return bool(shapes) and structure == inner and [_shape(leaf) for leaf in found] == shapes
+        parts, structure = jax.tree.flatten(x, is_leaf=is_blocks)
+        return bool(shapes) and structure == inner and [_shape(leaf) for leaf in parts] == shapes
 
     flat, outer = jax.tree.flatten_with_path(
         state, is_leaf=lambda x: is_blocks(x) or like_params(x)
@@ -90,10 +90,10 @@ def _shape(x: Any) -> tuple[int, ...] | None:
 
 
 def agree(whole: Callable[..., Any], by_leaf: Callable[..., Any], *args: Any) -> bool:
-    """Whether two functions compute the same from the same arguments, operation by operation.
+    """Whether two functions apply the same operations to the same arguments.
 
-    Both are traced, and each result is written as an expression of the arguments; equal
-    expressions have equal values. Says no where that cannot be seen, never a wrong yes.
+    Both are traced, and their results compared as expressions of the arguments; equal expressions
+    have equal values. May be `False` for equal functions, but never `True` for different ones.
     `args` may be `jax.ShapeDtypeStruct`s.
 
     >>> import jax.numpy as jnp
@@ -106,7 +106,7 @@ def agree(whole: Callable[..., Any], by_leaf: Callable[..., Any], *args: Any) ->
     try:
         traced = [jax.make_jaxpr(f, return_shape=True)(*args) for f in (whole, by_leaf)]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        # a mask or a label for each leaf, say: the transformation does not take some leaves alone
+        # e.g. a mask or a label for each leaf: the transformation rejects a part of the tree
         return False
     (one, out), (other, other_out) = traced
     structure: Any = jax.tree.structure(out)

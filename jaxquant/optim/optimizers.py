@@ -1,4 +1,4 @@
-"""Adam, AdamW, Lion and momentum as optax has them, with state in 8 bits."""
+"""Adam, AdamW, Lion and momentum of optax, with 8-bit state."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def adam8bit(
     block_size: int = 256,
     min_size: int = 4096,
 ) -> optax.GradientTransformationExtraArgs:
-    """`optax.adam` with both moments in 8 bits: the first signed, the second not.
+    """`optax.adam` with both moments in 8 bits: the first signed, the second unsigned.
 
     `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`, and the step
     `-lr m' / (sqrt(v' + eps_root) + eps)` with `m' = m / (1 - b1^t)` and `v' = v / (1 - b2^t)`,
-    taken before `m` and `v` are encoded. Arguments are those of `optax.adam`; `block_size` and
-    `min_size` those of `StateSpec`, and `static_args` of `optax.inject_hyperparams`. `mu_dtype`
-    concerns what stays float.
+    computed before `m` and `v` are encoded. Arguments as for `optax.adam`; `block_size` and
+    `min_size` as for `StateSpec`, and `static_args` for `optax.inject_hyperparams`. `mu_dtype`
+    applies to arrays that stay float.
 
     Source: Kingma and Ba, "Adam" (2015); Dettmers et al., "8-bit Optimizers via Block-wise
     Quantization" (2021).
@@ -66,8 +66,8 @@ def adamw8bit(
 ) -> optax.GradientTransformationExtraArgs:
     """`optax.adamw` with both moments in 8 bits; see `adam8bit`.
 
-    `w = w - lr (step + weight_decay w)`, the decay only where `mask` is true. It is no part of the
-    gradient: a leaf whose gradient is not finite still decays.
+    `w = w - lr (step + weight_decay w)`, the decay only where `mask` is true. The decay does not
+    depend on the gradient: a leaf whose gradient is not finite still decays.
 
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019).
     """

@@ -1,4 +1,4 @@
-"""`quantize_state`: any optax transformation, its state held in 8 bits."""
+"""`quantize_state`: any optax transformation with 8-bit state."""
 
 from __future__ import annotations
 
@@ -32,40 +32,40 @@ def quantize_state(
     *,
     leafwise: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The same transformation, with large arrays of its state held as blocks of 8-bit codes.
+    """Wraps a transformation so that large arrays of its state are blocks of 8-bit codes.
 
-    Each update decodes the state to float32, updates, and encodes it: what is stored is
-    `nearest(x / s)` with `s = max |x|` over a block. The state has the structure of `inner`'s own
-    (`ScaleByAdamState(count, mu, nu)`, say), with `Blocks` in the place of arrays of `min_size`
-    elements or more.
+    Each update decodes the state to float32, updates it, and encodes it as `nearest(x / s)` with
+    `s = max |x|` over a block. The state has the structure of `inner`'s (such as
+    `ScaleByAdamState(count, mu, nu)`), with `Blocks` instead of arrays of `min_size` elements or
+    more.
 
-    Transformations that treat each leaf by itself (moments of gradients; most of optax) are run
-    leaf by leaf: at no time is more than one large leaf's state in float. Leaves with only smaller
+    Transformations that treat leaves independently (moments of gradients; most of optax) run leaf
+    by leaf: at most one large leaf's state is in float at any time. Leaves with only smaller
     arrays are updated by one call of `inner`, bit for bit as if the tree had no others.
-    Transformations that mix leaves (a clip by the global norm, one step size for all), or tell them
-    apart (a mask in `inner`), see whole trees, so that all of the state may be in float at once.
-    Masks and clips therefore belong outside:
+    Transformations that combine leaves (clipping by global norm, one step size for all), or
+    distinguish them (a mask in `inner`), see the full tree, so that all of the state may be in
+    float at once. Put masks and clipping outside:
     `optax.chain(optax.clip_by_global_norm(1.0), quantize_state(optax.scale_by_adam()))`.
 
-    Where NaN or infinities in a gradient, or its square beyond float32, would make the new state of
-    a leaf not finite, that leaf gets an update of zero and keeps its state, while counters go on;
-    where `inner` sees whole trees, one such leaf makes all updates zero and keeps all of the state.
-    To skip and to count whole steps, wrap in `optax.apply_if_finite`.
+    Where NaN or infinities in a gradient, or overflow of its square, would make the new state of a
+    leaf non-finite, that leaf gets a zero update and keeps its state, while counters advance; where
+    `inner` sees the full tree, one such leaf makes all updates zero and keeps all of the state.
+    To skip and count such steps, wrap in `optax.apply_if_finite`.
 
-    `nnx.Optimizer` takes such a state apart at its second update: hold the optimizer's state beside
+    `nnx.Optimizer` breaks up such a state at its second update: keep the optimizer state outside
     the model, and update with `nnx.state(model, nnx.Param)`.
 
     Args:
       inner: any optax transformation.
-      spec: block size, smallest size and which fields have no sign; `None` is `StateSpec()`.
-      leafwise: whether `inner` treats every leaf alike and by itself. `None` finds out, by tracing
-        it on the whole tree and on single leaves.
+      spec: block size, minimum size and unsigned fields; `None` is `StateSpec()`.
+      leafwise: whether `inner` treats all leaves equally and independently. `None` checks this by
+        tracing it on the full tree and on single leaves.
 
     Returns:
-      A transformation; its `init` raises `ValueError` for params that hold a `QTensor`.
+      A transformation; its `init` raises `ValueError` for params that contain a `QTensor`.
 
     Raises:
-      ValueError: `inner` is no transformation or `spec` no `StateSpec`.
+      ValueError: `inner` is not a transformation or `spec` not a `StateSpec`.
 
     Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2021).
 
@@ -98,18 +98,18 @@ def quantize_state(
         parts = take_apart(state, updates)
         groups = parts.groups(is_blocks)
         if groups and not any(map(is_blocks, parts.entries)):
-            given = (updates, state, params)
+            args = (updates, state, params)
             by_leaf = leafwise
             if by_leaf is None:
-                floats = jax.tree.map(_stand_in, given, is_leaf=is_blocks)
+                floats = jax.tree.map(_stand_in, args, is_leaf=is_blocks)
                 by_leaf = agree(run, functools.partial(_update_each, _plain, run, groups), *floats)
             if by_leaf:
-                return _update_each(update_group, run, groups, *given)
-        made, new = run(updates, decoded(state), params)
+                return _update_each(update_group, run, groups, *args)
+        steps, new = run(updates, decoded(state), params)
         new = encoded(new, state)
         ok = all_finite(updates) & usable(new)
-        made = jax.tree.map(lambda u, g: jnp.where(ok, u, 0).astype(g.dtype), made, updates)
-        return made, kept_unless(ok, new, state)
+        steps = jax.tree.map(lambda u, g: jnp.where(ok, u, 0).astype(g.dtype), steps, updates)
+        return steps, kept_unless(ok, new, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -117,15 +117,15 @@ def quantize_state(
 def _init_each(
     init: Any, parts: Parts, groups: list[list[int]], params: Any, hold: Any = lambda path, x: x
 ) -> Any:
-    """The state made group by group, large arrays held before the next one is made."""
+    """Initial state, one group at a time: large arrays are encoded before the next group's."""
     leaves = jax.tree.leaves(params)
     entries = []
     for group in groups:
-        made = parts.outer.flatten_up_to(init([leaves[k] for k in group]))
+        state = parts.outer.flatten_up_to(init([leaves[k] for k in group]))
         entries.append(
             [
                 [hold(path, x) for x in e] if isinstance(e, list) else hold(path, e)
-                for path, e in zip(parts.paths, made, strict=True)
+                for path, e in zip(parts.paths, state, strict=True)
             ]
         )
     return parts.joined(groups, entries)
@@ -139,28 +139,28 @@ def _update_each(
     state: Any,
     params: Any,
 ) -> Any:
-    """Updates and state of a transformation run on every group of leaves by itself."""
+    """Updates and state of a transformation run on each group of leaves separately."""
     parts = take_apart(state, updates)
     structure: Any
     gradients, structure = jax.tree.flatten(updates)
     weights = None if params is None else structure.flatten_up_to(params)
-    made: list[Any] = []
+    steps: list[Any] = []
     new: list[Any] = []
     for group in groups:
         g, p = (None if x is None else [x[k] for k in group] for x in (gradients, weights))
-        given = (g, parts.of(group), p)
+        args = (g, parts.of(group), p)
         if new and any(isinstance(x, jax.core.Tracer) for x in gradients):
-            given = after(new, given)
-        u, entries = one(run, parts.outer, *given)
-        made.append(u)
+            args = after(new, args)
+        u, entries = one(run, parts.outer, *args)
+        steps.append(u)
         new.append(entries)
-    return structure.unflatten(in_order(groups, made)), parts.joined(groups, new)
+    return structure.unflatten(in_order(groups, steps)), parts.joined(groups, new)
 
 
 def _plain(run: Update, structure: Any, g: Any, entries: list[Any], p: Any) -> Any:
-    """`update_group` without 8 bits."""
-    u, made = run(g, structure.unflatten(entries), p)
-    return u, structure.flatten_up_to(made)
+    """`update_group` for state in float."""
+    u, state = run(g, structure.unflatten(entries), p)
+    return u, structure.flatten_up_to(state)
 
 
 def _hold(spec: StateSpec, path: tuple[Any, ...], x: Any) -> Any:
@@ -184,5 +184,5 @@ def _refuse_qtensors(tree: Any) -> None:
         if is_qtensor(leaf):
             raise ValueError(
                 f"{named(path)} is a QTensor, which no optimizer can train: split the params by "
-                "`trainable, quantized = jaxquant.partition(params)` and train the first"
+                "`trainable, quantized = jaxquant.partition(params)` and train `trainable`"
             )

@@ -1,4 +1,4 @@
-"""What of an optimizer's state is held in 8 bits, and how."""
+"""`StateSpec`: which arrays of optimizer state are stored in 8 bits, and how."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# The fields of optax's states that are sums or averages of squares, and cannot be negative.
+# Fields of optax states that are sums or averages of squares, and so never negative.
 _SQUARES = ("nu", "nu_max", "sum_of_squares", "e_g", "e_x")
 
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """Blocks of dynamic 8-bit codes for large float arrays; everything else is kept as it is.
+    """Blocks of dynamic 8-bit codes for large float arrays; other leaves are unchanged.
 
     Attributes:
-      block_size: about how many neighbouring values share a scale.
+      block_size: approximate number of neighbouring values that share a scale.
       min_size: arrays of fewer elements stay float.
-      unsigned: names of state fields that are never negative, held in the map without sign, which
-        is twice as fine. All others are held with sign.
+      unsigned: names of state fields that are never negative, stored in the unsigned map, which is
+        twice as fine. All others use the signed map.
 
     Raises:
       ValueError: a size that is not a positive integer.
 
     Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2021), section 2.
-    Blocks of 256 where the paper takes 2048: finer, for 1.5% of the bytes saved.
+    Blocks of 256 instead of the paper's 2048 are finer, and cost 1.5% of the bytes saved.
 
     >>> StateSpec(block_size=128).min_size
     4096
@@ -43,7 +43,7 @@ class StateSpec:
                 raise ValueError(f"{name}: expected a positive integer, got {size!r}")
 
     def takes(self, leaf: Any) -> bool:
-        """Whether an array is held in 8 bits."""
+        """Whether a leaf is stored in 8 bits."""
         return (
             hasattr(leaf, "dtype")
             and jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -51,7 +51,7 @@ class StateSpec:
         )
 
     def signed(self, path: tuple[Any, ...]) -> bool:
-        """Whether what lies at this path of the state may be negative."""
+        """Whether the array at this path of the state may be negative."""
         names = {getattr(key, "name", getattr(key, "key", None)) for key in path}
         return not names & set(self.unsigned)
 

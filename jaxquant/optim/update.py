@@ -1,4 +1,4 @@
-"""The update of some leaves: decoded, updated in float32, encoded; kept where that fails."""
+"""The update of a group of leaves: decoded, updated in float32, encoded if finite."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def decoded(tree: Any) -> Any:
 
 
 def encoded(tree: Any, old: Any) -> Any:
-    """The tree with values held as `old` holds them.
+    """The tree with values encoded as in `old`.
 
-    All values are made before any is encoded: they are read twice, for scales and for codes, and
-    XLA would otherwise make them anew for each.
+    A barrier computes all values before any is encoded: scales and codes both use them, and XLA
+    would otherwise compute them twice.
     """
     if holds_blocks(old):
         tree = lax.optimization_barrier(tree)
@@ -35,9 +35,9 @@ def encoded(tree: Any, old: Any) -> Any:
 
 
 def after(done: list[Any], given: Any) -> Any:
-    """What is `given` to update the next leaves, not to be read before the last `done` is made.
+    """`given`, the arguments of the next update, made to depend on the last entry of `done`.
 
-    XLA, left to itself, begins with all leaves at once, and all of their state is in float.
+    Otherwise XLA starts with all leaves at once, and all of their state is in float.
     """
     given, done[-1] = lax.optimization_barrier((given, done[-1]))
     blocks = [q for q in jax.tree.leaves(done[-1], is_leaf=is_blocks) if is_blocks(q)]
@@ -47,7 +47,7 @@ def after(done: list[Any], given: Any) -> Any:
 
 
 def _waiting(given: Any, blocks: list[Blocks]) -> Any:
-    """Lets codes wait for a number that XLA does not know to be 0: JAX 0.10 drops barriers."""
+    """Adds to codes a zero computed from `blocks`, as a dependency: JAX 0.10 drops barriers."""
     first = sum(q.codes[(0,) * q.codes.ndim].astype(jnp.int32) for q in blocks)
     zero = (jnp.int32(first) >> 24).astype(jnp.uint8)
     return jax.tree.map(
@@ -58,12 +58,12 @@ def _waiting(given: Any, blocks: list[Blocks]) -> Any:
 
 
 def _explicit(q: Blocks) -> bool:
-    """Whether the codes say which mesh axes they lie along."""
+    """Whether the codes are sharded over explicit mesh axes."""
     return any(name is not None for name in jax.typeof(q.codes).sharding.spec)
 
 
 def holds_blocks(tree: Any) -> bool:
-    """Whether any of the tree is held in 8 bits."""
+    """Whether any leaf of the tree is a `Blocks`."""
     return any(map(is_blocks, jax.tree.leaves(tree, is_leaf=is_blocks)))
 
 
@@ -73,7 +73,7 @@ def kept_unless(ok: Array, new: Any, old: Any) -> Any:
 
 
 def usable(state: Any) -> Array:
-    """Whether all scales of blocks are finite: they are where all values are."""
+    """Whether all scales of blocks are finite, as they are if all values are."""
     blocks = [q for q in jax.tree.leaves(state, is_leaf=is_blocks) if is_blocks(q)]
     return _all(jnp.isfinite(q.scale).all() for q in blocks)
 
@@ -87,27 +87,27 @@ def all_finite(tree: Any) -> Array:
 def update_group(
     update: Update, structure: Any, g: list[Any], entries: list[Any], p: list[Any] | None
 ) -> tuple[list[Any], list[Any]]:
-    """The updates of some leaves, and the new entries of their state.
+    """The updates of a group of leaves, and the new entries of their state.
 
-    Arrays held in 8 bits are decoded to float32 before and encoded after; the gradient is read as
-    float32 then. Where the new state of a leaf is not finite (for leaves held in float: the
-    gradient), the update is zero and what belongs to the leaf stays as it was.
+    Arrays in 8 bits are decoded to float32 before and encoded after, and gradients are then cast to
+    float32. Where the new state of a leaf is not finite (for leaves in float: the gradient), its
+    update is zero and its state unchanged.
 
     Args:
-      update: of the inner transformation.
-      structure: of the state; its leaves are `entries`.
+      update: the update function of the inner transformation.
+      structure: pytree structure of the state, whose leaves are `entries`.
       g: gradients.
-      entries: of the state (see `Parts`): a list has what belongs to each leaf.
+      entries: entries of the state (see `Parts`); a list has one item for each leaf.
       p: parameters or `None`.
     """
-    held = holds_blocks(entries)
-    given = [x.astype(jnp.float32) for x in g] if held else g
-    u, made = update(given, structure.unflatten(decoded(entries)), p)
-    new = encoded(structure.flatten_up_to(made), entries)
+    quantized = holds_blocks(entries)
+    gradients = [x.astype(jnp.float32) for x in g] if quantized else g
+    u, state = update(gradients, structure.unflatten(decoded(entries)), p)
+    new = encoded(structure.flatten_up_to(state), entries)
     for k, (x, old_x) in enumerate(zip(u, g, strict=True)):
-        own = [e[k] for e in new if isinstance(e, list)]
-        ok = usable(own) if holds_blocks(own) else all_finite(old_x)
-        u[k] = jnp.where(ok, x, jnp.zeros_like(x)).astype(old_x.dtype if held else x.dtype)
+        of_leaf = [e[k] for e in new if isinstance(e, list)]
+        ok = usable(of_leaf) if holds_blocks(of_leaf) else all_finite(old_x)
+        u[k] = jnp.where(ok, x, jnp.zeros_like(x)).astype(old_x.dtype if quantized else x.dtype)
         for e, old in zip(new, entries, strict=True):
             if isinstance(e, list):
                 e[k] = kept_unless(ok, e[k], old[k])

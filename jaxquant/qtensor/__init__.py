@@ -1,4 +1,4 @@
-"""The quantized array, a pytree of codes and scales, and `QSpec`: how an array becomes one."""
+"""The quantized array, a pytree of codes and scales, and `QSpec`: how an array is quantized."""
 
 from jaxquant.qtensor import export as _export  # noqa: F401 - registers QTensor with jax.export
 from jaxquant.qtensor.calibration import Calibration, Folded, QuantParams, along

@@ -1,4 +1,4 @@
-"""What calibration fixed beforehand of the contractions that a parameter takes part in."""
+"""Static calibration data for the contractions that use a parameter."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from jaxquant.qtensor.qspec import QSpec
 )
 @dataclasses.dataclass(frozen=True)
 class QuantParams:
-    """The values `S (q - Z)` that an activation can take.
+    """Static scale and zero point of an activation: `r = S (q - Z)`.
 
     Attributes:
       scale: float32 `[*batch]`.
       zero_point: int32 like `scale`, in units of int8 codes; `None` where it is 0.
-      spec: what it was made for; `None` where that does not matter.
-      source: key of the site or the parameter whose activation it was calibrated for.
+      spec: the `QSpec` it was calibrated for; `None` fits any.
+      source: key of the site or the parameter whose activation was calibrated.
     """
 
     scale: Array
@@ -35,11 +35,11 @@ class QuantParams:
     source: str = ""
 
     def same(self, other: QuantParams) -> bool:
-        """Whether both were calibrated as one grid, so that codes on one are codes on the other."""
+        """Whether both have the same source and spec, so that codes of one are valid for both."""
         return self.source != "" and (self.source, self.spec) == (other.source, other.spec)
 
     def suits(self, spec: QSpec) -> bool:
-        """Whether codes of `spec` may lie on it."""
+        """Whether codes of `spec` can use this scale and zero point."""
         own = self.spec or spec
         return (own.format, own.symmetric, own.range) == (spec.format, spec.symmetric, spec.range)
 
@@ -51,14 +51,14 @@ class QuantParams:
 )
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """What follows a contraction, folded into integers.
+    """Operations after a contraction, folded into integer arithmetic.
 
     Attributes:
       bias: int32 `[*batch, *kept]`, added to the sums: zero points and bias.
       multiplier: `[*batch, *kept]` from sums to the output's codes: float32, or int32 with `shift`.
-      shift: int32 like `multiplier`, bits to the right; `None` beside a float32 multiplier.
-      chain: what was folded, as primitives in order; a function that does anything else with the
-        sums is computed without.
+      shift: int32 like `multiplier`, a right shift in bits; `None` for a float32 multiplier.
+      chain: the folded primitives, in order; not used where a function applies other primitives to
+        the sums.
     """
 
     bias: Array
@@ -74,22 +74,22 @@ class Folded:
 )
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What calibration fixed for a `QTensor`; every array carries the tensor's batch axes.
+    """Calibration data of a `QTensor`; every array has the tensor's batch axes.
 
     Attributes:
-      input: grid of the other operand of contractions.
-      output: grid that integer results are requantized to; `None` where they become float.
-      offset: int32 `[*batch, *kept]`, `-Z_x sum_k (q_w - Z_w)` for each index that contractions
-        keep; `None` where `Z_x` is 0.
-      folded: what follows the contraction, as integers.
-      attention: grids of both operands for sites without a parameter, by their key. Any tensor
-        whose batch axes are the loops around a site may carry its grids.
-      divisor: float32 `[*batch, *channels]`, what the other operand is divided by, channel by
-        channel, before it meets the codes: these stand for the weight times it. `None` is 1.
-      axis: the core axes (negative) that `divisor` runs along, in its own order.
-      outliers: int32 `[*batch, capacity]`, columns of the other operand that stay in float, counted
-        along the core axes `over` as one; -1 for none. `None` looks for them.
-      over: the core axes (negative) that `outliers` count along, in order.
+      input: scale and zero point of the other operand of contractions.
+      output: those that integer results are requantized to; `None` where results become float.
+      offset: int32 `[*batch, *kept]`, `-Z_x sum_k (q_w - Z_w)` for each index of the axes that are
+        not contracted; `None` where `Z_x` is 0.
+      folded: the operations after the contraction, as integers.
+      attention: scales and zero points of both operands of sites without a parameter, by site key.
+        Any tensor whose batch axes are the loops around a site may carry them.
+      divisor: float32 `[*batch, *channels]`, divides the other operand by channel before the
+        contraction; the codes encode the weight times it. `None` is 1.
+      axis: the core axes (negative) of `divisor`, in order.
+      outliers: int32 `[*batch, capacity]`, indices of the other operand's columns that stay in
+        float, along the flattened core axes `over`; -1 pads. `None` finds them at run time.
+      over: the core axes (negative) that `outliers` indexes, flattened in order.
     """
 
     input: QuantParams | None = None
@@ -103,13 +103,13 @@ class Calibration:
     over: tuple[int, ...] = ()
 
     def moved(self, batch: Callable[[Array], Array] = lambda a: a) -> Calibration:
-        """What is left when the values have moved to other places; `batch` acts on batch axes."""
-        kept = Calibration(input=self.input, output=self.output, attention=self.attention)
-        return jax.tree.map(batch, kept)
+        """The data still valid after the core axes changed; `batch` acts on batch axes."""
+        rest = Calibration(input=self.input, output=self.output, attention=self.attention)
+        return jax.tree.map(batch, rest)
 
 
 def along(divisor: Array, axes: tuple[int, ...], ndim: int) -> Array:
-    """`[*batch, *channels]` laid out for an array of rank `ndim`, its channels at `axes` (< 0).
+    """`[*batch, *channels]` broadcastable to an array of rank `ndim` with channels at `axes` (< 0).
 
     >>> along(jnp.ones((2, 3)), (-2,), 4).shape, along(jnp.ones((2, 3)), (-1, -3), 4).shape
     ((2, 1, 3, 1), (1, 3, 1, 2))

@@ -1,4 +1,4 @@
-"""The arrays of a `QTensor` from a float array, unchecked: laid out, on scales found or given."""
+"""Encodes float arrays into `QTensor`s without checks, with computed or given scales."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def encode_stacked(
     storage_last_axes: tuple[int, ...] = (),
     batch_axes: int = 0,
 ) -> QTensor:
-    """`quantize` without its checks, compiled as it is: for arrays that may be non-finite."""
+    """`quantize` without its checks, jitted: for arrays that may be non-finite."""
     if not batch_axes:
         return _encode(w, key, spec, storage_last_axes)
     rows = w.reshape(-1, *w.shape[batch_axes:])
@@ -56,16 +56,19 @@ def _encode(
 def _encoded(
     how: Laid, x: Array, key: Array | None, amax: Array | None = None
 ) -> tuple[QTensor, Array]:
-    """The QTensor of a laid out array, and its codes as that lies; `amax` as for `scales_over`."""
+    """The QTensor of `x` as `Laid.lay` returns it, and its codes in the layout of `x`.
+
+    `amax` as for `scales_over`.
+    """
     spec = how.blank.spec
-    made = scales_over(x, how.inner, spec, amax)
-    # found once: made anew for each use, a scale may be rounded in two ways
-    scale, zero, global_scale = made if amax is None else lax.optimization_barrier(made)
-    q, own = _filled(how, x, scale, zero, global_scale, key, held=amax is not None)
+    scales = scales_over(x, how.inner, spec, amax)
+    # computed once: XLA may round a scale differently in each fusion that recomputes it
+    scale, zero, global_scale = scales if amax is None else lax.optimization_barrier(scales)
+    q, codes = _filled(how, x, scale, zero, global_scale, key, reused=amax is not None)
     if spec.format.is_codebook and not spec.double and spec.scale_dtype == "float32":
-        # of a codebook, blocks of zeros have scale 0, as bitsandbytes stores them
+        # codebook blocks of zeros have scale 0, as in bitsandbytes
         q = dataclasses.replace(q, scale=jnp.where(how.empty(x), 0.0, q.scale))
-    return q, own
+    return q, codes
 
 
 def encode_measured(
@@ -78,9 +81,9 @@ def encode_measured(
 ) -> tuple[QTensor, Array, Array]:
     """`encode_stacked`, with the sums of squared errors and values: `sum (w - r)^2`, `sum w^2`.
 
-    Both sums are in units of the square of a power of two next to the largest magnitude, so that
-    neither overflows; only their quotient means anything. Where `w` is not finite, all scales of
-    its core array are NaN, and so are both sums.
+    Both sums are in units of the square of the largest magnitude rounded down to a power of two,
+    so that neither overflows; only their quotient is meaningful. Where `w` is not finite, all
+    scales of its core array are NaN, and so are both sums.
 
     >>> q, error, signal = encode_measured(
     ...     jnp.array([4.0, 2.0, 0.0]), QSpec("int2", PerChannel(()), range="qmax")
@@ -91,7 +94,7 @@ def encode_measured(
     q, error, signal = _measured_arrays(w, key, spec, storage_last_axes, batch_axes)
     how = laid(storage_layout(w.shape[batch_axes:], spec, storage_last_axes, w.dtype.name))
     if how.moved:
-        # by a program of its own: beside other uses of the codes a CPU takes four times as long
+        # jitted separately: fused with other uses of the codes it takes four times as long on a CPU
         order = (*range(batch_axes), *(batch_axes + a for a in how.order))
         q = dataclasses.replace(q, codes=_transposed(q.codes, order))
     return q, error, signal
@@ -104,7 +107,7 @@ _transposed = jax.jit(jnp.transpose, static_argnums=1)
 def _measured_arrays(
     w: Array, key: Array | None, spec: QSpec, storage_last_axes: tuple[int, ...], batch_axes: int
 ) -> tuple[QTensor, Array, Array]:
-    """`encode_measured`, but for the order of the codes' axes, which is that of `w`."""
+    """`encode_measured` with the axes of the codes in the order of `w`."""
     if not batch_axes:
         return _measured(w, key, spec, storage_last_axes)[:3]
     rows = w.reshape(-1, *w.shape[batch_axes:])
@@ -120,31 +123,31 @@ def _measured_arrays(
 def _measured(
     w: Array, key: Array | None, spec: QSpec, storage_last_axes: tuple[int, ...]
 ) -> tuple[QTensor, Array, Array, Array]:
-    """A QTensor, the sums, and their unit; every pass over the array is one that is needed.
+    """A QTensor, the sums, and their unit's inverse, in as few passes over the array as possible.
 
-    A maximum that sees NaN takes twice as long on a CPU; here the sums see it.
+    NaN is detected in the sums: a maximum that propagates NaN takes twice as long on a CPU.
     """
     how = laid(storage_layout(w.shape, spec, storage_last_axes, w.dtype.name))
     x = how.lay(w)
-    # axes of one, on which nothing can be vectorised, are taken off
+    # axes of size 1 prevent vectorisation
     ones = tuple(a for a, n in enumerate(x.shape) if n == 1)
     inner = tuple(a - sum(o < a for o in ones) for a in how.inner if a not in ones)
     bare = jnp.squeeze(x, ones)
     amax = jnp.max(jnp.abs(bare), axis=inner, keepdims=True, initial=0.0)
     amax = jnp.expand_dims(amax, ones)
-    q, own = _encoded(how, x, key, amax)
+    q, codes = _encoded(how, x, key, amax)
     shrink = _inverse_power(jnp.max(amax, initial=0.0))
-    own, scale = (jnp.squeeze(a, ones) for a in (own, how.meet(storage_scale(q))))
-    values = decode(own, spec.format, jnp.float32)
+    codes, scale = (jnp.squeeze(a, ones) for a in (codes, how.meet(storage_scale(q))))
+    values = decode(codes, spec.format, jnp.float32)
     if q.zero_point is not None:
         values = values - jnp.squeeze(how.meet(q.zero_point.astype(jnp.float32)), ones)
-    # vectors, one for each place that needs it: XLA makes a whole array of a scalar, or of what is
-    # needed twice, that a sum over another array meets
+    # one vector for each use: XLA materializes a full array of a scalar, or of a vector with two
+    # uses, that is combined with an array in a sum
     vector = jnp.broadcast_to(shrink, (1,) * (bare.ndim - 1) + bare.shape[-1:])
     first, second, third = lax.optimization_barrier((vector,) * 3)
-    # by a power of two last, or a fused multiply-add would find an error where there is none
+    # the power of two is multiplied last, or a fused multiply-add reports an error where none is
     error = bare * first - (values * scale) * second
-    if how.own.padded != how.own.storage:  # what pads is no value, and need not come back as 0
+    if how.own.padded != how.own.storage:  # padding does not count, and may not decode to 0
         stored = tuple(slice(n) for n in how.own.storage)
         error = unblocked(how.own, jnp.expand_dims(error, ones))[stored]
     signal = jnp.sum(jnp.square(bare * third))
@@ -156,10 +159,10 @@ def _measured(
 
 
 def _inverse_power(peak: Array) -> Array:
-    """`2^-floor(log2(peak))`, made of bits: what is multiplied by it is as exact as before.
+    """`2^-floor(log2(peak))`, from the exponent bits: a product with it is exact.
 
-    So a codebook value that came back unchanged counts as no error, which it would not with an
-    `exp2` that is off by an ulp.
+    With an `exp2` that is off by an ulp, a codebook value that is restored exactly would count as
+    an error.
     """
     exponent = lax.bitcast_convert_type(peak, jnp.int32) >> 23
     return lax.bitcast_convert_type(jnp.clip(254 - exponent, 1, 253) << 23, jnp.float32)
@@ -177,8 +180,8 @@ def encode_given(
     """Codes of an array on given scales: `q = clip(round(w / S) + Z)`.
 
     Args:
-      w: float array `[*core]`, of any values.
-      scale: `[*groups]`, in the spec's dtype for scales, none of them zero or subnormal.
+      w: float array `[*core]`, which may be non-finite.
+      scale: `[*groups]`, in the spec's `scale_dtype`, none of them zero or subnormal.
       zero_point: `[*groups]` float32, integral; `None` for a symmetric spec.
       global_scale: `[]` float32; `None` where the spec has none.
       spec: format and granularity, axes named.
@@ -197,7 +200,7 @@ def encode_given(
 
 
 def encode_products(w: Array, spec: QSpec, *, storage_last_axes: tuple[int, ...] = ()) -> QTensor:
-    """Codes by products, `q = round(w (qmax / max |w|))`: symmetric integers, `range="qmax"`.
+    """Codes by multiplication, `q = round(w (qmax / max |w|))`: symmetric integers, `range="qmax"`.
 
     >>> q = encode_products(jnp.array([-1.0, 127.0]), QSpec("int8", PerChannel(()), range="qmax"))
     >>> q.codes.tolist(), q.scale.tolist()
@@ -207,7 +210,7 @@ def encode_products(w: Array, spec: QSpec, *, storage_last_axes: tuple[int, ...]
     x = how.lay(w)
     scale, _, _ = scales_over(x, how.inner, spec)
     amax = jnp.max(jnp.abs(x), axis=how.inner, keepdims=True, initial=0.0)
-    # below this `qmax / amax` overflows, and the scale is subnormal or nearly so
+    # for a smaller `amax`, `qmax / amax` overflows and the scale is subnormal or nearly so
     some = amax > spec.format.qmax * float(jnp.finfo(jnp.float32).tiny)
     x = jnp.where(some, x * (spec.format.qmax / jnp.where(some, amax, 1.0)), x / scale)
     q, _ = _filled(how, x, jnp.ones_like(scale), None, None, None)
@@ -217,7 +220,7 @@ def encode_products(w: Array, spec: QSpec, *, storage_last_axes: tuple[int, ...]
 def storage_layout(
     shape: tuple[int, ...], spec: QSpec, storage_last_axes: tuple[int, ...], dtype: str
 ) -> QTensor:
-    """How an array of `shape` is stored: a `QTensor` without batch axes that holds no arrays.
+    """How an array of `shape` is stored: a `QTensor` without batch axes whose leaves are `None`.
 
     >>> storage_layout((6, 3), QSpec("int8", PerGroup(4, axis=0)), (), "float32").groups
     (3, 2)
@@ -245,37 +248,37 @@ def _filled(
     zero: Array | None,
     global_scale: Array | None,
     key: Array | None,
-    held: bool = False,
+    reused: bool = False,
 ) -> tuple[QTensor, Array]:
-    """The QTensor of laid out `x`, and its codes as `x` lies; `scale` and `zero` broadcast.
+    """The QTensor of `x`, and its codes in the layout of `x`; `scale` and `zero` broadcast to `x`.
 
-    With `held`, both are there to be used: neither what packs nor what sums encodes once more. The
-    codes that are to be stored then stay in the order of `x`.
+    With `reused`, the caller uses the codes too, and a barrier keeps XLA from encoding again for
+    each use. The stored codes then keep the axis order of `x`.
     """
     blank, fmt = how.blank, how.blank.spec.format
     effective = scale.astype(jnp.float32)
     if global_scale is not None:
         effective = effective * global_scale
-    own = scaled_codes(x, effective, zero, fmt, key=key, divide=how.cut_short())
-    own = lax.optimization_barrier(own) if held else own
+    codes = scaled_codes(x, effective, zero, fmt, key=key, divide=how.cut_short())
+    codes = lax.optimization_barrier(codes) if reused else codes
     scale, nested = how.groups(scale), None
     if blank.spec.double:
-        # scales of what is zero say nothing, and would be seen in the mean
+        # scales of blocks of zeros are arbitrary, and would shift the mean
         scale, nested = nest(jnp.where(how.empty(x), 0.0, scale))
     zero_dtype = blank.spec.zero_dtype or fmt.storage
     q = dataclasses.replace(
         blank,
-        codes=how.packed(own) if held else how.codes(own),
+        codes=how.packed(codes) if reused else how.codes(codes),
         scale=scale,
         zero_point=None if zero is None else how.groups(zero).astype(zero_dtype),
         global_scale=global_scale,
         nested=nested,
     )
-    return q, own
+    return q, codes
 
 
 def _negative_axes(spec: QSpec, ndim: int) -> QSpec:
-    """The spec with axes counted from the end, as static data of a `QTensor` must be."""
+    """The spec with negative axes, which the static data of a `QTensor` need."""
 
     def neg(axes: int | Sequence[int] | None) -> tuple[int, ...]:
         axes = (axes,) if isinstance(axes, int) else tuple(axes or ())

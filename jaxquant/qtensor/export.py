@@ -1,4 +1,4 @@
-"""How `jax.export` writes the structure of a `QTensor` into its artifacts, and reads it."""
+"""Serialization of the `QTensor` pytree structure in `jax.export` artifacts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from jaxquant.qtensor.outliers import Outliers
 from jaxquant.qtensor.qspec import QSpec
 from jaxquant.qtensor.tensor import ContractionConfig, QTensor
 
-# `jax.export` keeps the structure of arguments in the artifact. Static data are written as JSON:
-# reading an artifact must run no code, as unpickling would.
+# Artifacts contain the pytree structure of arguments. Static data are written as JSON: reading an
+# artifact must run no code, as unpickling would.
 _STATIC = {
     c.__name__: c
     for c in (Format, PerTensor, PerChannel, PerGroup, PerBlock, QSpec, ContractionConfig, Outliers)
@@ -26,7 +26,7 @@ _STATIC = {
 
 
 def static_to_json(x: Any) -> Any:
-    """Static data of a `QTensor` as JSON has them."""
+    """Static data of a `QTensor` as JSON values."""
     if isinstance(x, tuple):
         return [static_to_json(item) for item in x]
     if isinstance(x, re.Pattern):

@@ -1,4 +1,4 @@
-"""`Gradients`: how what comes back to a contraction is quantized."""
+"""`Gradients`: how the backward pass of a contraction quantizes gradients."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from jaxquant.qtensor.qspec import QSpec
 
 @dataclasses.dataclass(frozen=True)
 class Gradients:
-    """How the gradient of a contraction's result is quantized before it is contracted in turn.
+    """How the gradient of a contraction's result is quantized for the backward contractions.
 
     For `y = x w` and `g = dL/dy`: `dx = Q_i(g) w'^T`, `dw = x'^T Q_w(g)`, with `x'` and `w'` the
-    quantized operands of the forward pass. Scales that `x'` or `w'` have along a contracted axis go
-    to `g` before it is quantized, one scale for each index that is kept.
+    quantized operands of the forward pass. Scales of `x'` or `w'` along a contracted axis multiply
+    `g` before it is quantized, with one scale for each index of the other axes.
 
     Attributes:
-      input: spec of `g` where it gives the gradient of the input; `None` contracts in float.
-      weight: spec of `g` where it gives the gradient of the weight; `None` contracts in float.
-      stochastic: round `g` to one of the two neighbours at random, so that gradients stay unbiased.
-        Integers then take `range="qmax"`: by the other rules an extreme may lie beyond all codes.
+      input: spec of `g` for the gradient of the input; `None` contracts in float.
+      weight: spec of `g` for the gradient of the weight; `None` contracts in float.
+      stochastic: round `g` stochastically, so that gradients stay unbiased. Integers then take
+        `range="qmax"`: by the other rules an extreme may be out of range of the codes.
 
     Raises:
-      ValueError: neither, or a spec of another granularity than `PerTensor()` or `PerChannel()`, or
-        of another format than integers or 8-bit floats.
+      ValueError: neither spec, a granularity other than `PerTensor()` or `PerChannel()`, or a
+        format other than signed integers or 8-bit floats.
 
     Source: stochastic rounding of gradients alone, Gupta et al., "Deep Learning with Limited
     Numerical Precision" (2015); scales for each contraction, AQT (2022).
@@ -58,5 +58,5 @@ class Gradients:
             if spec.granularity not in (PerTensor(), PerChannel()):
                 raise ValueError(
                     f"Gradients: {name}: expected PerTensor() or PerChannel() (a scale for each "
-                    f"index that is kept), got {spec.granularity!r}"
+                    f"index that is not contracted), got {spec.granularity!r}"
                 )

@@ -22,11 +22,11 @@ class PerTensor:
 
 @dataclasses.dataclass(frozen=True)
 class PerChannel:
-    """One scale for each index of `axes`, shared over all others.
+    """One scale for each index of `axes`, shared over all other axes.
 
-    `axes=None` means the axes that the contraction keeps: output channels of a weight, rows
-    (tokens) of an activation. With a `size`, one for each run of so many consecutive indices of the
-    last of `axes`; a last run that is not full is padded.
+    `axes=None` means the axes that are not contracted: output channels of a weight, rows (tokens)
+    of an activation. `size` consecutive indices of the last of `axes` share one scale; a last run
+    that is not full is padded.
 
     Raises:
       ValueError: `size` is not a positive integer.
@@ -102,9 +102,9 @@ Granularity = PerTensor | PerChannel | PerGroup | PerBlock
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A granularity made concrete for one shape.
+    """A granularity resolved for one shape.
 
-    `axes[s]` are the array's axes (negative) that storage axis `s` holds, flattened in order;
+    `axes[s]` are the array's axes (negative) flattened in order into storage axis `s`;
     `blocks[s]` is how many consecutive indices of it share one scale.
     """
 
@@ -113,7 +113,7 @@ class Blocks:
 
 
 def at(granularity: Granularity, contracted: tuple[int, ...], ndim: int) -> Granularity:
-    """The granularity with the axes filled in that were left to a contraction over `contracted`.
+    """The granularity with open axes filled in for a contraction over `contracted`.
 
     >>> at(PerChannel(), (0,), 2)
     PerChannel(axes=(-1,))
@@ -167,23 +167,23 @@ def resolve(
 def _checked(
     granularity: Granularity, axes: int | tuple[int, ...] | None, ndim: int
 ) -> tuple[int, ...]:
-    """The axes counted from the end.
+    """The axes as negative numbers.
 
     Raises:
-      ValueError: none, out of range, or named twice.
+      ValueError: no axes, or one out of range or named twice.
     """
     if axes is None:
         raise ValueError(
-            f"{granularity!r}: the axis is not given and no contraction says it; name the axis, "
+            f"{granularity!r}: no axis is named and no contraction implies one; name the axis, "
             "as in PerGroup(128, axis=0) or PerChannel(axes=-1)"
         )
-    given = (axes,) if isinstance(axes, int) else tuple(axes)
-    for a in given:
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    for a in axes:
         if not -ndim <= a < ndim:
             raise ValueError(
                 f"{granularity!r}: axis {a} is out of range for an array of rank {ndim}"
             )
-    negative = tuple(a % ndim - ndim for a in given)
+    negative = tuple(a % ndim - ndim for a in axes)
     if len(set(negative)) != len(negative):
-        raise ValueError(f"{granularity!r}: an axis is named twice in {given}")
+        raise ValueError(f"{granularity!r}: an axis is named twice in {axes}")
     return negative

@@ -1,4 +1,4 @@
-"""How an array lies while it is encoded: in its own order, so that only codes are transposed."""
+"""The layout an array is encoded in: axes in array order, so that only codes are transposed."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from jaxquant.qtensor.tensor import QTensor
 
 
 class Laid(NamedTuple):
-    """Where the axes of an array are while its values become codes.
+    """The order and blocks of an array's axes while it is encoded.
 
-    XLA's loops over a float array that is transposed and split in blocks take many times as long
-    on a CPU as over the array as it lies (2048 x 2048, JAX 0.12: scales along columns 2.6 ms and
-    24 ms), so it is encoded as it lies, and what is transposed is bytes.
+    On a CPU, XLA's loops over a float array that is transposed and split into blocks take many
+    times as long as in array order (2048 x 2048, JAX 0.12, scales along columns: 24 ms against
+    2.6 ms), so values are encoded in array order and only the codes are transposed.
 
     Attributes:
       blank: how the codes are stored, without arrays.
-      own: the same with storage axes in the array's own order.
-      order: where each storage axis lies among those of `own`.
-      whole: whether scales belong to whole axes, so that none is split in groups.
+      own: the same with storage axes in array order.
+      order: for each storage axis, its position in `own`.
+      whole: whether no axis is split into groups: each has one scale or a scale for every index.
     """
 
     blank: QTensor
@@ -36,55 +36,55 @@ class Laid(NamedTuple):
 
     @property
     def moved(self) -> bool:
-        """Whether codes are transposed to be stored."""
+        """Whether storing transposes the codes."""
         return self.order != tuple(range(len(self.order)))
 
     @property
     def inner(self) -> tuple[int, ...]:
-        """The axes of a laid out array that scales are shared over."""
+        """The axes of `lay`'s result that scales are shared over."""
         if not self.whole:
             return tuple(range(1, 2 * len(self.own.axes), 2))
         sizes = zip(self.own.groups, self.own.storage, strict=True)
         return tuple(a for a, (g, n) in enumerate(sizes) if g < n)
 
     def lay(self, w: Array) -> Array:
-        """`[*core]` in float32, so that a scale is shared over the axes `inner`."""
+        """`[*core]` in float32, split so that each scale is shared over the axes `inner`."""
         x = to_storage(self.own, w.astype(jnp.float32))
         return x if self.whole else blocked(self.own, x)
 
     def meet(self, s: Array) -> Array:
-        """`[*groups]` as stored, laid out to broadcast with the array."""
+        """`[*groups]` in storage order, reshaped to broadcast with `lay`'s result."""
         s = jnp.transpose(s, [self.order.index(a) for a in range(s.ndim)]) if self.moved else s
         return s if self.whole else spread(self.own, s)
 
     def groups(self, s: Array) -> Array:
-        """Inverse of `meet`: what there is one of for each group, `[*groups]` as stored."""
+        """Inverse of `meet`: one value for each group, `[*groups]` in storage order."""
         s = s.reshape(self.own.groups)
         return jnp.transpose(s, self.order) if self.moved else s
 
     def codes(self, codes: Array) -> Array:
-        """Codes as they are stored: packed where the format is, and transposed."""
+        """Codes as stored: packed where the format is, and transposed."""
         codes = self.packed(codes)
         return jnp.transpose(codes, self.order) if self.moved else codes
 
     def packed(self, codes: Array) -> Array:
-        """Codes as they are stored, but for the order of the axes."""
+        """Codes as stored, except that the axes are in array order."""
         codes = codes if self.whole else unblocked(self.own, codes)
         fmt = self.blank.spec.format
         if not self.moved:
             return pack(codes, fmt.bits) if fmt.packed else codes
         if fmt.packed:
-            # packed first, as neighbours along another axis are next to each other in registers;
-            # behind barriers, or one loop would do all of it, transposed
+            # packed before the transpose, where rows that share bytes are read as vectors;
+            # barriers keep XLA from fusing all of it into one transposed loop
             codes = pack(lax.optimization_barrier(codes), fmt.bits, axis=self.order[-1])
         return lax.optimization_barrier(codes)
 
     def empty(self, x: Array) -> Array:
-        """Which groups of a laid out array are zero throughout: `[*groups]` as stored."""
+        """Which groups of `lay`'s result are all zero: `[*groups]` in storage order."""
         return self.groups(jnp.max(jnp.abs(x), axis=self.inner, keepdims=True, initial=0.0) == 0)
 
     def cut_short(self) -> Array | None:
-        """Which groups are padded, as `meet` lays them out; `None` where none is."""
+        """Which groups are padded, in the shape of `meet`'s result; `None` where none is."""
         own = self.own
         if own.padded == own.storage:
             return None
@@ -98,13 +98,13 @@ class Laid(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _own(axes: tuple[tuple[int, ...], ...]) -> tuple[int, ...] | None:
-    """Storage axes in the order of the array's, if each is a run of neighbours; or `None`."""
+    """Storage axes in array order; `None` unless each merges only adjacent array axes."""
     runs = all(b == a + 1 for merged in axes for a, b in itertools.pairwise(merged))
     return tuple(sorted(range(len(axes)), key=lambda s: axes[s])) if runs else None
 
 
 def laid(blank: QTensor) -> Laid:
-    """How arrays that are stored as `blank` are laid out to be encoded.
+    """The layout in which arrays stored as `blank` are encoded.
 
     >>> from jaxquant.qtensor.encode import storage_layout
     >>> from jaxquant.qtensor import PerGroup, QSpec
@@ -112,15 +112,15 @@ def laid(blank: QTensor) -> Laid:
     >>> how.order, how.lay(jnp.ones((6, 3))).shape
     ((1, 0), (3, 2, 3, 1))
     """
-    found = _own(blank.axes)
-    if found is None:
-        found = tuple(range(len(blank.axes)))
+    order = _own(blank.axes)
+    if order is None:
+        order = tuple(range(len(blank.axes)))
     own = dataclasses.replace(
         blank,
-        axes=tuple(blank.axes[s] for s in found),
-        blocks=tuple(blank.blocks[s] for s in found),
+        axes=tuple(blank.axes[s] for s in order),
+        blocks=tuple(blank.blocks[s] for s in order),
     )
     whole = all(
         g in (1, n) and n == p for g, n, p in zip(own.groups, own.storage, own.padded, strict=True)
     )
-    return Laid(blank, own, tuple(found.index(s) for s in range(len(found))), whole)
+    return Laid(blank, own, tuple(order.index(s) for s in range(len(order))), whole)

@@ -25,10 +25,10 @@ BLOCK = 256
 )
 @dataclasses.dataclass(frozen=True)
 class Nested:
-    """What the codes of scales stand for: `S = offset + scale[block] map[code]`.
+    """Scale and offset of quantized scales: `S = offset + scale[block] map[code]`.
 
     Attributes:
-      scale: float32 `[*batch, ceil(groups / 256)]`, for each run of 256 scales of a core array,
+      scale: float32 `[*batch, ceil(groups / 256)]`, one for each run of 256 scales of a core array,
         flattened in storage order.
       offset: float32 `[*batch]`, the mean of the scales.
     """
@@ -38,13 +38,13 @@ class Nested:
 
 
 def nest(scale: Array, offset: Array | None = None) -> tuple[Array, Nested]:
-    """Scales of one core array as 8-bit codes: their mean subtracted, in blocks of 256.
+    """Quantizes the scales of one core array to 8 bits, less their mean, in blocks of 256.
 
     `code = nearest(map, (S - offset) / max_block |S - offset|)` with the signed dynamic map.
 
     Args:
       scale: float32 `[*groups]`.
-      offset: `[]` what to subtract; `None` takes the mean.
+      offset: `[]`, subtracted from the scales; `None` takes their mean.
 
     Returns:
       `(codes, nested)`, codes uint8 `[*groups]`.
@@ -61,7 +61,7 @@ def nest(scale: Array, offset: Array | None = None) -> tuple[Array, Nested]:
         offset = _sum(flat) / max(count, 1)
     blocks = -(-count // BLOCK)
     rest = jnp.pad(flat - offset, (0, blocks * BLOCK - count)).reshape(blocks, BLOCK)
-    # scales of what is not finite are not: the maximum must see them
+    # scales of non-finite values are non-finite: the maximum must propagate them
     amax = jnp.max(jnp.where(jnp.isnan(rest), jnp.inf, jnp.abs(rest)), axis=1, initial=0.0)
     amax = jnp.where(jnp.isfinite(amax), amax, jnp.nan)
     some = amax[:, None] != 0
@@ -71,7 +71,7 @@ def nest(scale: Array, offset: Array | None = None) -> tuple[Array, Nested]:
 
 
 def _sum(x: Array) -> Array:
-    """The sum of float32 values, within an ulp: what each addition loses is carried along."""
+    """The sum of float32 values, within an ulp: compensated by the error of each addition."""
 
     def add(a: Any, b: Any) -> Any:
         total = a[0] + b[0]
@@ -85,7 +85,7 @@ def _sum(x: Array) -> Array:
 
 
 def unnested(codes: Array, nested: Nested) -> Array:
-    """The scales that codes stand for, float32 `[*batch, *groups]`.
+    """Decodes quantized scales, float32 `[*batch, *groups]`.
 
     >>> unnested(*nest(jnp.array([1.0, 2.0, 3.0]))).round(1).tolist()
     [1.0, 2.0, 3.0]
@@ -99,9 +99,9 @@ def unnested(codes: Array, nested: Nested) -> Array:
 
 
 def read_back(scale: Array, empty: Array) -> tuple[Array, Array]:
-    """Scales as they go to `nest`, 0 where a block is empty, and as they come back from it.
+    """Scales as input for `nest`, 0 where a block is empty, and as decoded from its codes.
 
-    Scales of blocks of zeros say nothing, and would be seen in the mean; they stay as they are.
+    Scales of blocks of zeros are arbitrary, and would shift the mean; they come back unchanged.
 
     Args:
       scale: float32 `[*groups]`.
@@ -117,9 +117,9 @@ def read_back(scale: Array, empty: Array) -> tuple[Array, Array]:
 
 
 def with_plain_scales(q: QTensor) -> QTensor:
-    """`q` with scales in float32, if they are quantized; the values it stands for are the same.
+    """`q` with scales in float32, if they are quantized; it dequantizes to the same values.
 
-    What moves values, and so scales, to other places starts with this.
+    Needed before values, and with them scales, change position.
 
     >>> import jax, jaxquant as jq
     >>> w = jax.random.normal(jax.random.key(0), (256, 8))

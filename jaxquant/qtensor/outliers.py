@@ -8,18 +8,18 @@ import numbers
 
 @dataclasses.dataclass(frozen=True)
 class Outliers:
-    """Which columns of an activation a contraction on integers keeps in float.
+    """Which columns of an activation an integer contraction keeps in float.
 
     Columns of `x` `[rows, K]` with any `|x| >= threshold` go through a float product with the
-    dequantized rows of the weight, and the rest through integers, with scales that the outliers
-    do not widen. There is place for `capacity` columns: where more are outliers, those of the
-    largest magnitudes are kept in float, and the others are quantized with their rows.
+    dequantized rows of the weight, and the others through integers, with scales that the outliers
+    do not enlarge. At most `capacity` columns stay in float: of more outliers, those with the
+    largest magnitudes; the others are quantized with their rows.
 
     Attributes:
-      threshold: the magnitude from which a value is an outlier.
-      capacity: how many columns at most, an integer, or a fraction of all as a float.
-      calibrated: the columns are those of the largest magnitudes in calibration samples, and are
-        not looked for at run time.
+      threshold: the smallest magnitude of an outlier.
+      capacity: the maximum number of columns, an integer, or a fraction of all as a float.
+      calibrated: take the columns with the largest magnitudes in calibration samples, instead of
+        finding them at run time.
 
     Raises:
       ValueError: a threshold or a capacity that is not positive, or a fraction above 1.
@@ -40,13 +40,13 @@ class Outliers:
         real = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
         if not real or not self.threshold > 0:
             raise ValueError(f"Outliers: threshold: expected above 0, got {self.threshold!r}")
-        given = self.capacity
-        if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
-            raise ValueError(f"Outliers: capacity: expected above 0, got {given!r}")
-        if isinstance(given, float) and given > 1:
-            raise ValueError(f"Outliers: capacity: expected a fraction up to 1, got {given!r}")
+        most = self.capacity
+        if isinstance(most, bool) or not isinstance(most, (int, float)) or not most > 0:
+            raise ValueError(f"Outliers: capacity: expected above 0, got {most!r}")
+        if isinstance(most, float) and most > 1:
+            raise ValueError(f"Outliers: capacity: expected a fraction up to 1, got {most!r}")
 
     def columns(self, size: int) -> int:
-        """For how many of `size` columns there is place."""
+        """The capacity in columns, for `size` columns in all."""
         most = -(-size * self.capacity // 1) if isinstance(self.capacity, float) else self.capacity
         return min(int(most), size)

@@ -29,10 +29,10 @@ class QSpec:
     Linear formats follow `r = S (q - Z)`. With `symmetric=True`, `Z = 0` and the scale comes from
     the largest magnitude `amax` by the `range` rule:
 
-    - `"half"`: `S = amax / (qmax + 1/2)`; the negative extreme rounds out to `qmin`.
-    - `"qmax"`: `S = amax / qmax`; data that uses the whole integer range comes back exactly.
+    - `"half"`: `S = amax / (qmax + 1/2)`; the negative extreme rounds to `qmin`.
+    - `"qmax"`: `S = amax / qmax`; integer data that uses the full range is restored exactly.
     - `"signed"`: `S = -extreme / |qmin|`, `extreme` the signed value of largest magnitude, which
-      so falls on `qmin` exactly (the rule of GGUF's Q4_0).
+      maps exactly to `qmin` (the rule of GGUF's Q4_0).
 
     With `symmetric=False`, `S = (max - min) / (2^b - 1)` over a range that contains 0, and `Z` is
     an integer of the format. Float formats and codebooks use `S = amax / max`; a block format
@@ -43,15 +43,15 @@ class QSpec:
       granularity: which values share a scale.
       symmetric: whether the zero point is 0.
       range: the rule above; integers only.
-      scale_dtype: dtype name the scales are stored in.
-      global_scale: whether scales are themselves relative to one float32 scale per array.
-      double: whether scales are themselves quantized, to 8 bits in blocks of 256 (see `nest`).
+      scale_dtype: name of the dtype scales are stored in.
+      global_scale: whether scales are relative to one float32 scale per array.
+      double: whether scales are quantized too, to 8 bits in blocks of 256 (see `nest`).
       zero_dtype: dtype name of zero points that need not be integers, as HQQ finds them; `None`
         keeps them integers of the format.
 
     Raises:
       ValueError: unknown format, range or dtype; an asymmetric float or codebook format; `double`
-        beside a global scale or other scales than float32; `zero_dtype` without a zero point.
+        with a global scale or scales that are not float32; `zero_dtype` without a zero point.
 
     >>> QSpec("int4", granularity=PerGroup(128, axis=0)).format.name
     'int4'
@@ -81,8 +81,8 @@ class QSpec:
     ) -> None:
         if isinstance(format, (list, tuple)) or hasattr(format, "__array__"):
             raise ValueError(
-                f"format: expected a name or a Format, got a {type(format).__name__}; values of a "
-                "codebook become a format by jq.numerics.codebook_format(values, name='mine')"
+                f"format: expected a name or a Format, got a {type(format).__name__}; to make a "
+                "format of codebook values use jq.numerics.codebook_format(values, name='mine')"
             )
         fmt = get(format)
         if isinstance(fmt, BlockFormat):
@@ -129,17 +129,17 @@ class QSpec:
 
     @property
     def name(self) -> str:
-        """The name of the format: of a block format where this is one as it is defined.
+        """Name of the format, or of the block format whose definition this spec matches.
 
         >>> QSpec("mxfp4").name, QSpec("float4_e2m1fn").name
         ('mxfp4', 'float4_e2m1fn')
         """
-        own = self.format, self.scale_dtype, self.global_scale
+        parts = self.format, self.scale_dtype, self.global_scale
         for name, block in FORMATS.items():
             if not isinstance(block, BlockFormat):
                 continue
             size = isinstance(self.granularity, PerGroup) and self.granularity.size == block.block
-            if size and own == (block.element, block.scale.name, block.global_scale):
+            if size and parts == (block.element, block.scale.name, block.global_scale):
                 return name
         return self.format.name
 
@@ -153,9 +153,9 @@ class QSpec:
         return f"QSpec({', '.join(notes)})"
 
     def at(self, contracted: tuple[int, ...], ndim: int) -> QSpec:
-        """Fills the axes that were left to the contraction.
+        """The spec with open axes filled in for a contraction.
 
-        `contracted` are the axes of the array (of rank `ndim`) that are summed over.
+        `contracted` are the contracting dimensions of the array, of rank `ndim`.
 
         >>> QSpec("int4", PerGroup(64)).at((0,), 2).granularity
         PerGroup(size=64, axis=(-2,))
@@ -166,8 +166,8 @@ class QSpec:
     def resolve(self, shape: tuple[int, ...], storage_last_axes: tuple[int, ...] = ()) -> Blocks:
         """The storage axes and block sizes for an array of `shape`.
 
-        Grouped axes, and those in `storage_last_axes`, are stored last, so that what is contracted
-        is contiguous and sub-byte codes pack along it.
+        Grouped axes and `storage_last_axes` are stored last, so that contracted axes are contiguous
+        and sub-byte codes are packed along them.
 
         Raises:
           ValueError: an axis out of range or named twice, or axes left open.

@@ -35,17 +35,17 @@ def quantize(
 ) -> QTensor:
     """Quantizes an array by `spec`.
 
-    `q = clip(round(w / S) + Z)` for integers; the nearest value of the format for the others.
+    `q = clip(round(w / S) + Z)` for integers; the nearest value of the format otherwise.
 
     Args:
       w: float array `[*batch, *core]`.
-      spec: format, granularity and range rule; axes must be named in it (see `QSpec.at`).
+      spec: format, granularity and range rule, with named axes (see `QSpec.at`).
       key: PRNG key for stochastic rounding, unbiased between the two neighbours; `None` rounds
         to nearest, ties to even.
-      storage_last_axes: axes to store last, contiguous: those that will be contracted. Values
-        are the same.
-      batch_axes: how many leading axes are batch axes, encoded one by one; axes in `spec` and
-        `storage_last_axes` then count within the rest.
+      storage_last_axes: axes to store last, contiguous: those that will be contracted. The order
+        does not change values.
+      batch_axes: number of leading batch axes, encoded one by one; axes in `spec` and
+        `storage_last_axes` then number the other axes.
 
     Raises:
       ValueError: `w` is not a float array, holds non-finite values, or lacks an axis of `spec`.
@@ -59,7 +59,7 @@ def quantize(
     True
     """
     w = check_quantizable(w, spec, storage_last_axes, batch_axes)
-    finite = _all_finite(w)  # traced where `w` is, or where a trace is under way
+    finite = _all_finite(w)  # a tracer if `w` is one or inside a trace
     if not isinstance(finite, jax.core.Tracer) and not bool(finite):
         raise ValueError(f"quantize: non-finite values in {w.dtype.name}{list(w.shape)}")
     return encode_stacked(
@@ -70,7 +70,7 @@ def quantize(
 def check_quantizable(
     w: Array, spec: QSpec, storage_last_axes: tuple[int, ...] = (), batch_axes: int = 0
 ) -> Array:
-    """The array that `quantize` would encode, unless shapes or types forbid it.
+    """`w` as an array that `quantize` can encode, its values unchecked.
 
     Raises:
       ValueError: `w` is not a float array, or lacks an axis of `spec`.
@@ -92,14 +92,14 @@ def check_quantizable(
 
 @jax.jit
 def _all_finite(w: Array) -> Array:
-    # zeros, and NaN of what is not finite: summed in a quarter of the time that `isfinite` takes
+    # the products are 0, or NaN for non-finite values: four times as fast as `isfinite`
     return jnp.sum(w * jnp.zeros((), w.dtype)) == 0
 
 
 def dequantize(q: QTensor, dtype: Any = None) -> Array:
-    """The float array that `q` stands for: `S (q - Z)` or `S codebook[q]`.
+    """The float array that `q` encodes: `S (q - Z)` or `S codebook[q]`.
 
-    Computed in float32 and cast to `dtype`, by default the dtype `q` was made from; float16
+    Computed in float32 and cast to `dtype`, by default that of the quantized array; float16
     saturates at its largest finite value instead of overflowing.
 
     >>> import jax.numpy as jnp, jaxquant as jq
@@ -111,17 +111,17 @@ def dequantize(q: QTensor, dtype: Any = None) -> Array:
     """
     dtype = jnp.dtype(q.dtype if dtype is None else dtype)
     if isinstance(q, FakeQuantTensor) and q.values is not None:
-        return q.values.astype(dtype)  # equal, and gradients pass
-    held = q.calibration  # only a divisor matters: layers that compute alike share one program
-    if held is not None:
-        kept = Calibration(divisor=held.divisor, axis=held.axis)
-        held = None if held.divisor is None else kept
+        return q.values.astype(dtype)  # the same values, and gradients pass
+    calibration = q.calibration
+    if calibration is not None:  # without the rest, layers with equal specs share one compilation
+        divisor = Calibration(divisor=calibration.divisor, axis=calibration.axis)
+        calibration = None if calibration.divisor is None else divisor
     return _dequantized(
-        dataclasses.replace(q, contraction=ContractionConfig(), calibration=held), dtype
+        dataclasses.replace(q, contraction=ContractionConfig(), calibration=calibration), dtype
     )
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)  # one program where it is called alone
+@functools.partial(jax.jit, static_argnums=1, inline=True)  # compiled as one where called eagerly
 def _dequantized(q: QTensor, dtype: Any) -> Array:
     scaled = lax.mul(blocked(q, storage_values(q)), spread(q, storage_scale(q)))
     values = from_storage(q, unblocked(q, scaled))

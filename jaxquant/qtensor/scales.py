@@ -1,4 +1,4 @@
-"""From the range of values to scales, zero points and codes."""
+"""Scales and zero points from the range of values, and codes from both."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def scaled_codes(
 ) -> Array:
     """Codes of `x / scale + zero`, rounded and clipped to the format.
 
-    Codebooks multiply by the reciprocal, except where `divide` says so, as bitsandbytes does.
+    For codebooks, `x` is multiplied by the reciprocal, except where `divide`, as in bitsandbytes.
     """
     if fmt.is_codebook:
         v = over(x, scale)
         if divide is not None:
-            # by a broadcast array XLA divides as by a number: it multiplies by the reciprocal
+            # without a barrier, XLA turns a division by a broadcast into a product
             each = lax.optimization_barrier(jnp.broadcast_to(scale, x.shape))
             v = jnp.where(divide, x / each, v)
     else:
         v = lax.div(x, scale)
     if fmt.is_integer:
-        # amax / (amax / (qmax + 1/2)) may fall one ulp short of the tie that rounds out to qmin
+        # amax / (amax / (qmax + 1/2)) may be one ulp short of the tie that rounds to qmin
         v = select(lax.lt(v, number(-fmt.qmax, v)), lax.mul(v, number(1 + 2**-21, v)), v)
         if zero is not None:
             v = lax.add(v, zero)
@@ -40,12 +40,12 @@ def scaled_codes(
 
 
 def over(x: Array, scale: Array) -> Array:
-    """`x (1 / scale)` in float32, whatever the magnitude of either.
+    """`x (1 / scale)` in float32, for any magnitudes of both.
 
     >>> over(jnp.float32(-3e38), jnp.float32(3e38)).tolist()
     -1.0
     """
-    # the reciprocal of what is larger would be subnormal, and XLA takes such numbers for 0
+    # the reciprocal of a very large scale is subnormal, which XLA flushes to 0
     unit = jnp.where(jnp.abs(scale) > 2.0**64, 2.0**-64, 1.0)
     return (x * unit) * (1.0 / (scale * unit))
 
@@ -53,12 +53,12 @@ def over(x: Array, scale: Array) -> Array:
 def scales_over(
     x: Array, inner: tuple[int, ...], spec: QSpec, amax: Array | None = None
 ) -> tuple[Array, Array | None, Array | None]:
-    """Scale, zero point and global scale of float32 `x`, shared over the axes `inner` (kept).
+    """Scale, zero point and global scale of float32 `x`, shared over the axes `inner` (kept as 1).
 
-    The scale of values that are not all finite is NaN, so that what is made with it is; unless
-    the largest magnitudes `amax` are given, which then decide.
+    The scale of values that are not all finite is NaN, so that they dequantize to NaN; the largest
+    magnitudes `amax` decide that where they are passed.
     """
-    # one reduction where one is enough: activations are quantized at every call
+    # symmetric specs need only one reduction: activations are quantized at every call
     if amax is None:
         amax = largest_magnitude(x, inner)
     if spec.symmetric and spec.range != "signed":
@@ -71,7 +71,7 @@ def scales_over(
 
 
 def magnitude(x: Array) -> Array:
-    """`|x|`, and infinity for NaN: on a CPU XLA's maximum over many values loses NaN.
+    """`|x|`, and infinity for NaN, which XLA's maximum over many values loses on a CPU.
 
     >>> magnitude(jnp.array([-2.0, jnp.nan])).tolist()
     [2.0, inf]
@@ -80,7 +80,7 @@ def magnitude(x: Array) -> Array:
 
 
 def largest_magnitude(x: Array, inner: tuple[int, ...]) -> Array:
-    """`max |x|` over the axes `inner` (kept): 0 of nothing, infinite where something is not finite.
+    """`max |x|` over the axes `inner` (kept as 1): 0 if empty, infinite for non-finite values.
 
     >>> largest_magnitude(jnp.array([[-2.0, 1.0], [jnp.nan, 1.0]]), (-1,)).tolist()
     [[2.0], [inf]]
@@ -95,14 +95,14 @@ def scales_of_range(
 ) -> tuple[Array, Array | None, Array | None]:
     """Scale, zero point and global scale for values in `[low, high]`, `low <= 0 <= high`.
 
-    `amax` is the largest magnitude, `max(-low, high)`. The zero point is integral, of dtype
-    float32; the global scale, if the spec has one, belongs to the whole of `amax`.
+    `amax` is the largest magnitude, `max(-low, high)`. The zero point is float32, integral without
+    `zero_dtype`; the global scale, if the spec has one, is shared by all of `amax`.
     """
     fmt = spec.format
     if not spec.symmetric:
         steps = fmt.qmax - fmt.qmin
-        # halves first: max - min may overflow where each alone does not, and halves are exact, so
-        # that it makes no difference whether a compiler fuses a product with the difference
+        # halved first, since max - min may overflow; halving is exact, so that fusing the products
+        # and the difference does not change the result
         scale = store_scale((0.5 * high - 0.5 * low) / (0.5 * steps), spec, signed=False)
         zero = -low / scale.astype(jnp.float32)
         if spec.zero_dtype is None:
@@ -131,12 +131,12 @@ def _tiny(dtype: str) -> float:
 
 
 def store_scale(scale: Array, spec: QSpec, signed: bool = True) -> Array:
-    """Casts scales to their stored dtype, such that none is zero, subnormal or infinite.
+    """Casts scales to their stored dtype so that none is zero, subnormal or infinite.
 
-    `signed=False` says that none is negative, which is not looked at then.
+    `signed=False` assumes that none is negative.
 
-    A zero range gives scale 1, a subnormal one the smallest normal. Power-of-two scales are
-    rounded up, so that no value of a block is cut off: `2^ceil(log2(amax / max))`. OCP
+    Scale 0 becomes 1, and a subnormal scale the smallest normal number. Power-of-two scales are
+    rounded up, so that no value of a block is clipped: `2^ceil(log2(amax / max))`. OCP
     Microscaling Formats v1.0, section 6.3, rounds down and clips instead, which on normal data
     costs 0.2 dB (mxfp4) to 1.2 dB (mxfp8). Rounding up follows Mishra et al., "Recipes for
     Pre-training LLMs with MXFP8" (2025).
@@ -150,10 +150,10 @@ def store_scale(scale: Array, spec: QSpec, signed: bool = True) -> Array:
     # the largest |q - Z| times S must stay finite, after S is rounded to its dtype
     low, high = spec.format.min, spec.format.max
     largest = max(abs(low), high) if spec.symmetric else high - low
-    held = float(jnp.finfo(jnp.float32).max) * (1 - 2 * float(info.eps))
-    top = min(float(info.max), held / max(largest, 1.0))
-    kept = clamp(float(info.tiny), lax.abs(scale) if signed else scale, top)
+    limit = float(jnp.finfo(jnp.float32).max) * (1 - 2 * float(info.eps))
+    top = min(float(info.max), limit / max(largest, 1.0))
+    stored = clamp(float(info.tiny), lax.abs(scale) if signed else scale, top)
     if signed:
-        kept = select(scale < 0, -kept, kept)
-    kept = select(lax.eq(scale, number(0, scale)), 1.0, kept)
-    return lax.convert_element_type(kept, spec.scale_dtype)
+        stored = select(scale < 0, -stored, stored)
+    stored = select(lax.eq(scale, number(0, scale)), 1.0, stored)
+    return lax.convert_element_type(stored, spec.scale_dtype)

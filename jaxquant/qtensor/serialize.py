@@ -15,10 +15,10 @@ from jaxquant.qtensor.tensor import QTensor
 
 
 def serialize(q: QTensor) -> tuple[str, dict[str, np.ndarray]]:
-    """What `deserialize` makes the same QTensor of, bit for bit.
+    """JSON and arrays that `deserialize` restores the same QTensor from, bit for bit.
 
     Returns:
-      JSON, and arrays by name: raw bytes as uint8, whatever the dtype.
+      JSON, and arrays by name: raw bytes as uint8, for any dtype.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> text, arrays = serialize(jq.quantize(jnp.eye(2), jq.QSpec("int8", jq.PerTensor())))
@@ -44,11 +44,11 @@ def serialize(q: QTensor) -> tuple[str, dict[str, np.ndarray]]:
 
 
 def deserialize(text: str, arrays: Mapping[str, np.ndarray]) -> QTensor:
-    """The QTensor that `serialize` was given."""
+    """The QTensor that was passed to `serialize`."""
 
-    def made(x: Any) -> Any:
+    def restore(x: Any) -> Any:
         if "node" in x:
-            return NODES[x["node"]](**{name: made(field) for name, field in x["fields"].items()})
+            return NODES[x["node"]](**{name: restore(field) for name, field in x["fields"].items()})
         if "array" in x:
             dtype = jnp.dtype(x["dtype"])
             return jnp.asarray(
@@ -56,5 +56,5 @@ def deserialize(text: str, arrays: Mapping[str, np.ndarray]) -> QTensor:
             )
         return static_from_json(x["static"])
 
-    q: QTensor = made(json.loads(text))
+    q: QTensor = restore(json.loads(text))
     return q

@@ -1,4 +1,4 @@
-"""Between an array in its own order and the order, blocks and bytes it is stored in."""
+"""Conversion between the axis order of an array and its storage order, blocks and bytes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jaxquant.numerics import decode, unpack
 from jaxquant.qtensor.nested import unnested
 from jaxquant.qtensor.tensor import QTensor
 
-# Up to so many values a tree of selects over the bits of a code is as fast as a gather on a CPU,
-# and elsewhere one elementwise operation that meshes with explicit axes need not be told of.
+# Codebooks up to this size are decoded by a tree of selects over the bits of a code: as fast as a
+# gather on a CPU, and elementwise, which needs no output sharding on meshes with explicit axes.
 _SELECT = 16
 
 
 def to_storage(q: QTensor, w: Array) -> Array:
-    """Lays a core array out as `q` stores it: axes permuted, merged, padded with zeros."""
+    """A core array in the storage order of `q`: axes permuted, merged, padded with zeros."""
     order = [a % w.ndim for merged in q.axes for a in merged]
     w = jnp.transpose(w, order) if order != list(range(w.ndim)) else w
     w = w.reshape(q.storage)
@@ -47,9 +47,9 @@ def blocked(q: QTensor, x: Array) -> Array:
     fits = [
         g == 1 or g % _shards(mesh, s) == 0 for g, s in zip(q.groups, placed[lead:], strict=True)
     ]
-    if not all(fits):  # a shard would hold part of a group: nothing says where that should live
-        kept = (s if ok else None for s, ok in zip(placed[lead:], fits, strict=True))
-        placed = (*placed[:lead], *kept)
+    if not all(fits):  # shards would split a group, which no sharding of the result can express
+        shards = (s if ok else None for s, ok in zip(placed[lead:], fits, strict=True))
+        placed = (*placed[:lead], *shards)
         x = jax.sharding.reshard(x, NamedSharding(mesh, P(*placed)))
     halves = (
         (s, None) if g > 1 else (None, s) for g, s in zip(q.groups, placed[lead:], strict=True)
@@ -74,13 +74,13 @@ def unblocked(q: QTensor, x: Array) -> Array:
 
 
 def _placed(x: Array) -> tuple[Any, ...] | None:
-    """The sharding of each axis under an explicit mesh, where a reshape must be told its own."""
+    """The sharding of each axis under an explicit mesh, where reshapes need an `out_sharding`."""
     spec = jax.typeof(x).sharding.spec
     return None if all(s is None for s in spec) else (*spec, *(None,) * (x.ndim - len(spec)))
 
 
 def spread(q: QTensor, s: Array) -> Array:
-    """`[*batch, g0, g1, ...] -> [*batch, g0, 1, g1, 1, ...]`, to meet `blocked` codes."""
+    """`[*batch, g0, g1, ...] -> [*batch, g0, 1, g1, 1, ...]`, to broadcast with `blocked` codes."""
     lead = s.shape[: s.ndim - len(q.axes)]
     return s.reshape(*lead, *(n for g in q.groups for n in (g, 1)))
 
@@ -117,7 +117,7 @@ def storage_values(q: QTensor) -> Array:
 
 
 def looked_up(q: QTensor, codes: Array, table: Array) -> Array:
-    """The values `[*batch, *padded storage]` that `codes` have in a learned codebook.
+    """The values `[*batch, *padded storage]` of `codes` in a learned codebook.
 
     Args:
       q: how codes are stored.
@@ -132,12 +132,12 @@ def looked_up(q: QTensor, codes: Array, table: Array) -> Array:
             number = jnp.arange(math.prod(q.groups), dtype=jnp.int32).reshape(q.groups)
             index = index + levels * spread(q, number)
         flat = table.reshape(*q.batch, -1)
-        found = jnp.take_along_axis(flat, index.reshape(*q.batch, -1), axis=-1, mode="clip")
-        return found.reshape(codes.shape)
+        entries = jnp.take_along_axis(flat, index.reshape(*q.batch, -1), axis=-1, mode="clip")
+        return entries.reshape(codes.shape)
 
     def entry(i: int) -> Array:
-        own = table[..., min(i, levels - 1)]
-        return spread(q, own) if grouped else own.reshape(*q.batch, *(1,) * len(q.axes))
+        level = table[..., min(i, levels - 1)]
+        return spread(q, level) if grouped else level.reshape(*q.batch, *(1,) * len(q.axes))
 
     values = [entry(i) for i in range(1 << (levels - 1).bit_length())]
     bit = 1

@@ -22,12 +22,12 @@ from jaxquant.qtensor.qspec import QSpec
 
 @dataclasses.dataclass(frozen=True)
 class ContractionConfig:
-    """How contractions use a quantized parameter: what the recipe said of the other operand.
+    """How contractions use a quantized parameter: what the recipe sets for the other operand.
 
     Attributes:
       activations: spec that the other operand is quantized to at run time; `None` keeps it float.
-      attention: for the recipe's rules that set `attention` or `skip`, in order, the pattern and
-        the spec (`None` to skip), so that contractions without a parameter find theirs.
+      attention: pattern and spec (`None` to skip) of each recipe rule that sets `attention` or
+        `skip`, in order, so that contractions without a parameter find theirs.
       requantize: how integer results become the next layer's input, see `Rule`; `None` makes them
         float.
       outliers: which columns of the other operand stay in float; `None` quantizes all.
@@ -49,28 +49,28 @@ class QTensor:
     """An array stored as codes and scales: `r = S (q - Z)`, or `r = S codebook[q]`.
 
     A pytree: its arrays are leaves and everything else is static, describing the trailing *core*
-    axes only, by negative index. Any number of leading batch axes may stand before them, and
-    every leaf carries all of those, so that `jax.tree.map(lambda a: a[0], q)` is the first layer
-    of a stacked tensor and `scan`, `vmap`, sharding and checkpoints need to know nothing of it.
+    axes only, by negative index. Any number of leading batch axes may precede them, and every leaf
+    has all of these, so that `jax.tree.map(lambda a: a[0], q)` is the first layer of a stacked
+    tensor and `scan`, `vmap`, sharding and checkpoints work without special cases.
     The constructor does not validate, since tree operations pass placeholders; see `validate`.
 
     Attributes:
       codes: `[*batch, *storage]`; sub-byte formats are packed along the last axis as uint8.
       scale: `[*batch, *groups]`, one per block of `blocks[s]` indices of each storage axis `s`;
-        uint8 codes where `nested` says what they stand for (`storage_scale` decodes).
+        uint8 codes if scales are quantized, see `nested` (`storage_scale` decodes).
       zero_point: `[*batch, *groups]`, in the codes' integer dtype or the spec's `zero_dtype`;
         `None` where `Z = 0`.
-      codebook: float32 `[*batch, levels]` of a learned codebook, or `[*batch, *groups, levels]` of
-        one for each group; `None` where the format holds it.
+      codebook: float32 `[*batch, levels]`, a learned codebook, or `[*batch, *groups, levels]`, one
+        for each group; `None` where the format has a fixed one, or none.
       global_scale: `[*batch]` float32, multiplies `scale`; `None` where there is none.
       spec: the `QSpec` it was encoded with.
-      core: sizes of the core axes in the array's own order.
+      core: sizes of the core axes in array order.
       axes: for each storage axis, the core axes (negative) flattened into it.
       blocks: for each storage axis, how many indices share one scale.
       dtype: name of the dtype that `dequantize` returns.
-      contraction: what contractions do with the other operand.
-      calibration: what calibration fixed of them; `None` where activations are dynamic.
-      nested: what quantized scales stand for; `None` where scales are floats.
+      contraction: how contractions treat the other operand.
+      calibration: their static calibration; `None` where activations are quantized dynamically.
+      nested: scales and offset of quantized scales; `None` where scales are floats.
     """
 
     codes: Array
@@ -89,17 +89,17 @@ class QTensor:
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """Sizes of the leading axes that the static data do not describe."""
+        """Sizes of the leading batch axes."""
         return tuple(self.codes.shape[: len(self.codes.shape) - len(self.axes)])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array this stands for."""
+        """Shape of the dequantized array."""
         return self.batch + self.core
 
     @property
     def ndim(self) -> int:
-        """Rank of the array this stands for."""
+        """Rank of the dequantized array."""
         return len(self.codes.shape) - len(self.axes) + len(self.core)
 
     @property
@@ -109,12 +109,12 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored: codes, scales, zero points, codebooks and what calibration fixed."""
+        """Bytes stored: codes, scales, zero points, codebooks and calibration."""
         return sum(a.size * jnp.dtype(a.dtype).itemsize for a in jax.tree.leaves(self))
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits over values, scales included."""
+        """Stored bits per value, scales included."""
         return 8.0 * self.nbytes / self.size if self.size else 0.0
 
     @property
@@ -140,15 +140,15 @@ class QTensor:
         return len(self.codebook.shape) == len(self.codes.shape) + 1
 
     def __repr__(self) -> str:
-        # tree functions put anything in the place of arrays, and print what they get
+        # tree functions replace arrays by any object, and print the result
         def show(x: Any) -> str:
             if not (hasattr(x, "shape") and hasattr(x, "dtype")):
                 return repr(x)
             return f"{jnp.dtype(x.dtype).name}{list(x.shape)}"
 
-        whole = list(self.shape) if hasattr(self.codes, "shape") else f"[..., {list(self.core)}]"
+        shape = list(self.shape) if hasattr(self.codes, "shape") else f"[..., {list(self.core)}]"
         return (
-            f"QTensor({self.spec.format.name}{whole} for {self.dtype}, "
+            f"QTensor({self.spec.format.name}{shape} for {self.dtype}, "
             f"codes={show(self.codes)}, scale={show(self.scale)})"
         )
 
@@ -156,7 +156,7 @@ class QTensor:
         """Returns itself if arrays and static data agree.
 
         Raises:
-          ValueError: what was expected and what came.
+          ValueError: a shape or dtype differs from the expected one, or `nested` from the spec.
         """
         fmt, batch = self.spec.format, self.batch
         last = self.padded[-1:] if self.axes else ()
@@ -198,5 +198,5 @@ def is_qtensor(x: Any) -> TypeGuard[QTensor]:
 
 
 def with_contraction(q: QTensor, config: ContractionConfig) -> QTensor:
-    """`q` with other instructions for the contractions that meet it."""
+    """`q` with another contraction config."""
     return dataclasses.replace(q, contraction=config)

@@ -1,4 +1,4 @@
-"""A `QTensor` that is made anew from a float array at every step of training."""
+"""A `QTensor` that each training step makes again from a float array."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from jaxquant.qtensor.tensor import DATA, META, QTensor
 )
 @dataclasses.dataclass(frozen=True)
 class FakeQuantTensor(QTensor):
-    """Codes to compute with, and beside them the float array that gradients go to.
+    """Codes for the forward pass, and the float array that receives gradients.
 
-    All codes and scales are constants to `jax.grad`. `values` is what they stand for, made from a
-    trained array by a function that passes gradients on (see `jaxquant.ste`).
+    All codes and scales are constants to `jax.grad`. `values` is the dequantized array, computed
+    from a trained array by a function that passes gradients on (see `jaxquant.ste`).
 
     Attributes:
       values: `dequantize` of this, of the array's own shape and dtype.
-      learned: what is learned of the other operand's quantization, float32 `[*batch]` each.
-      estimator: how gradients pass the rounding of the other operand, a value of `jaxquant.ste`.
+      learned: learned quantization parameters of the other operand, float32 `[*batch]` each.
+      estimator: gradient estimator for the rounding of the other operand, from `jaxquant.ste`.
       gradients: how gradients are quantized, a `Gradients`; `None` leaves them in float.
     """
 
@@ -42,9 +42,9 @@ class FakeQuantTensor(QTensor):
         return QTensor(**{f.name: getattr(self, f.name) for f in dataclasses.fields(QTensor)})
 
     def over(self, q: QTensor, values: Array) -> FakeQuantTensor:
-        """This with other codes and values: those of the array after it was moved."""
-        own = {f.name: getattr(q, f.name) for f in dataclasses.fields(QTensor)}
-        return dataclasses.replace(self, **own, values=values)
+        """This with the codes and values of a rearranged array."""
+        fields = {f.name: getattr(q, f.name) for f in dataclasses.fields(QTensor)}
+        return dataclasses.replace(self, **fields, values=values)
 
 
 def is_fake_quant(x: Any) -> TypeGuard[FakeQuantTensor]:

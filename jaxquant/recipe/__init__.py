@@ -1,4 +1,4 @@
-"""Recipes: rules on key paths that say what is quantized and how."""
+"""Recipes: rules over key paths that define what is quantized and how."""
 
 from jaxquant.recipe.patterns import pattern_matches
 from jaxquant.recipe.presets import (

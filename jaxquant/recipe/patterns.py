@@ -1,4 +1,4 @@
-"""Patterns over key paths: globs that know levels, and regular expressions."""
+"""Patterns over key paths: globs with `**` for levels, and regular expressions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _REPEAT = re.compile(r"#\d+$")
 def pattern_matches(pattern: str | re.Pattern[str], key: str) -> bool:
     """Whether a key path matches a pattern.
 
-    Globs: `**` is any number of levels, none included; `*` any characters of one level, `?` one
-    character, `[ab]` or `[!ab]` one of a set. Compiled regular expressions must match the whole
-    key, as globs do. A leading `params/` may be there or not, in the pattern as in the key. The
-    `#k` that marks a repeated site is not looked at unless the pattern has a `#`.
+    Globs: `**` is zero or more levels; `*` any characters of one level, `?` one character, `[ab]`
+    or `[!ab]` one of a set. Compiled regular expressions must match the whole key, as globs do.
+    A leading `params/` is optional in both pattern and key. The `#k` that marks a repeated site is
+    ignored unless the pattern has a `#`.
 
     >>> pattern_matches("**/mlp/*", "params/encoder/layer_3/mlp/kernel")
     True
@@ -45,7 +45,7 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
     >>> bool(compile_glob("a/**/b").fullmatch("a/b"))
     True
     """
-    regex, open_level = "", False  # open_level: a separator is due before the next level
+    regex, open_level = "", False  # open_level: the next level needs a separator
     levels = pattern.split("/")
     levels = [p for i, p in enumerate(levels) if p != "**" or levels[i - 1 : i] != ["**"]]
     for i, level in enumerate(levels):
@@ -59,7 +59,7 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
         else:
             if "**" in level:
                 raise ValueError(
-                    f"pattern {pattern!r}: `**` stands for whole levels, as in 'a/**/b'"
+                    f"pattern {pattern!r}: `**` matches whole levels only, as in 'a/**/b'"
                 )
             regex += ("/" if open_level else "") + _level(level)
             open_level = True

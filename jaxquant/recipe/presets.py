@@ -1,8 +1,7 @@
-"""Recipes for the usual schemes, named by the bits of weights (w) and activations (a).
+"""Recipes for common schemes, named by the bits of weights (w) and activations (a).
 
-Each is one rule for every parameter that takes part in a contraction or a lookup. In the schemes
-of 4 bits a table that rows are looked up in is kept at 8: it costs no multiplication, and is read
-row by row.
+Each is one rule for every parameter that a contraction or a lookup uses. In 4-bit schemes, lookup
+tables (embeddings) stay at 8 bits: they cost no multiplication, and are read row by row.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from jaxquant.recipe.specs import fp8, int4, int8
 
 
 def w8a8(*, attention: bool = True) -> Recipe:
-    """Weights int8 per channel, activations int8 per row, contractions on integers.
+    """Weights int8 per channel, activations int8 per row, integer contractions.
 
     Args:
       attention: quantize attention scores and attention times values to int8 as well.
@@ -38,26 +37,26 @@ def w8a8_static(
     symmetric: bool = False,
     attention: bool = False,
 ) -> Recipe:
-    """As `w8a8`, activations on grids that calibration fixes beforehand.
+    """As `w8a8`, with static activation scales and zero points from calibration.
 
     Args:
-      observer: finds the ranges, by default `jaxquant.observers.mse()`, per channel `absmax`.
-      per_channel: one scale for each feature of an activation, which moves into the weights;
-        zero points are 0 then. It suits models with outlier features, and dense layers only.
+      observer: finds the ranges; by default `jaxquant.observers.mse()`, per channel `absmax`.
+      per_channel: one scale for each feature of an activation, folded into the weights, with zero
+        points 0. For models with outlier features; dense layers only.
       symmetric: whether zero points are 0, which costs a bit where values are never negative.
-      attention: quantize attention scores and values too, on grids of their own.
+      attention: quantize attention scores and values too, with their own scales.
 
     >>> import jaxquant as jq
     >>> jq.w8a8_static().rules[0].activations
     QSpec(int8, PerTensor(), symmetric=False)
     """
     rule = _static(None if per_channel else observer, symmetric)
-    grid = rule.activations
+    per_tensor = rule.activations
     if per_channel:
-        seen = absmax(axis=-1) if observer is None else observer
+        observer = absmax(axis=-1) if observer is None else observer
         spec = int8(granularity=PerChannel(-1))
-        rule = dataclasses.replace(rule, activations=spec, observer=seen)
-    both = [Rule("**", attention=grid, observer=mse())] if attention else []
+        rule = dataclasses.replace(rule, activations=spec, observer=observer)
+    both = [Rule("**", attention=per_tensor, observer=mse())] if attention else []
     return Recipe([rule, *both], "w8a8_static")
 
 
@@ -67,7 +66,7 @@ def w8a8_integer(
     requantize: Requantize = "float32",
     symmetric: bool = False,
 ) -> Recipe:
-    """As `w8a8_static`, results kept as integers from one layer to the next where they can be.
+    """As `w8a8_static`, with integer results between layers where possible.
 
     Args:
       observer: finds the ranges, by default `jaxquant.observers.mse()`.
@@ -91,7 +90,7 @@ def _static(observer: Observer | None, symmetric: bool) -> Rule:
 
 
 def w8a16() -> Recipe:
-    """Weights int8 per channel, activations as they are.
+    """Weights int8 per channel, activations in float.
 
     >>> import jaxquant as jq
     >>> jq.w8a16().rules[0].activations is None
@@ -101,7 +100,7 @@ def w8a16() -> Recipe:
 
 
 def w4a16(group: int = 128) -> Recipe:
-    """Weights int4 in groups along the contracted axes, tables int8, activations as they are.
+    """Weights int4 in groups along the contracted axes, tables int8, activations in float.
 
     >>> import jaxquant as jq
     >>> jq.w4a16(group=64).rules[0].weights
@@ -134,12 +133,12 @@ def w4a8(group: int = 128, *, attention: bool = False) -> Recipe:
 def llm_int8(
     threshold: float = 6.0, capacity: int | float = 64, *, calibrated: bool = False
 ) -> Recipe:
-    """Weights int8 per channel, activations int8 per row but for outlier columns, kept in float.
+    """Weights int8 per channel, activations int8 per row except outlier columns, kept in float.
 
     Args:
-      threshold: the magnitude from which a value is an outlier.
-      capacity: how many columns at most, see `Outliers`.
-      calibrated: fix the columns beforehand, from calibration samples.
+      threshold: the smallest magnitude of an outlier.
+      capacity: the maximum number of columns, see `Outliers`.
+      calibrated: take the columns from calibration samples instead of at run time.
 
     Source: Dettmers et al., "LLM.int8()" (2022).
 
@@ -147,9 +146,9 @@ def llm_int8(
     >>> jq.llm_int8(capacity=32).rules[0].outliers
     Outliers(threshold=6.0, capacity=32, calibrated=False)
     """
-    found, spec = Outliers(threshold, capacity, calibrated), int8(range="qmax")
-    encoder = vectorwise(found)
-    rule = Rule("**", weights=spec, activations=spec, encoder=encoder, outliers=found)
+    outliers, spec = Outliers(threshold, capacity, calibrated), int8(range="qmax")
+    encoder = vectorwise(outliers)
+    rule = Rule("**", weights=spec, activations=spec, encoder=encoder, outliers=outliers)
     return Recipe([rule], "llm_int8")
 
 
@@ -164,12 +163,12 @@ def w8a8_fp8() -> Recipe:
 
 
 def int8_training(gradients: Gradients | None = None, *, attention: bool = False) -> Recipe:
-    """As `w8a8`, for training with `fake_quantized`: all three contractions of a layer on int8.
+    """As `w8a8`, for training with `fake_quantized`: all three contractions of a layer in int8.
 
     Args:
-      gradients: how gradients are quantized, by default int8 rounded at random for both. On
-        integers where weights are integers per channel or per tensor; groups, codebooks and
-        convolutions take rounded gradients in float.
+      gradients: how gradients are quantized, by default int8 with stochastic rounding for both.
+        Backward contractions use integers where weights are integers per channel or per tensor;
+        groups, codebooks and convolutions take dequantized gradients in float.
       attention: quantize attention scores and attention times values to int8 as well; their
         gradients are float.
 

@@ -1,4 +1,4 @@
-"""Recipes: rules in order, and what a caller may mean by one."""
+"""Recipes, ordered lists of rules, and `as_recipe`, which accepts other forms of one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from jaxquant.recipe.specs import int8
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Rules in order; the first that matches a key path decides.
+    """Rules in order; the first that matches a key path applies.
 
     Attributes:
-      rules: the rules, given as any iterable; or one spec, for all weights. Below 8 bits, tables
-        that rows are looked up in are kept at int8 then.
+      rules: the rules, from any iterable; or one spec for all weights, where lookup tables stay
+        int8 if the spec has fewer than 8 bits.
       name: shown in reports.
-      added: how many rules were put in front of those that the name is of.
+      added: number of rules prepended to those that the name refers to.
 
     >>> import jaxquant as jq
     >>> recipe = jq.Recipe([jq.Rule("**/head/*", skip=True), jq.Rule("**", weights=jq.int8())])
@@ -54,7 +54,7 @@ class Recipe:
 
     @property
     def title(self) -> str:
-        """The name, and how many rules were added; empty without a name."""
+        """The name and the number of added rules; empty without a name."""
         more = f" + {_plural(self.added)}" if self.added else ""
         return self.name + more if self.name else ""
 
@@ -63,7 +63,7 @@ class Recipe:
         return next((rule for rule in self.rules if rule.matches(key)), None)
 
     def prepend(self, *rules: Rule) -> Recipe:
-        """This recipe with rules put in front, which so win over its own.
+        """This recipe with rules prepended, which take precedence.
 
         >>> import jaxquant as jq
         >>> jq.w8a8().prepend(jq.Rule("**/head/*", skip=True))
@@ -72,9 +72,9 @@ class Recipe:
         return Recipe(rules + self.rules, self.name, self.added + len(rules))
 
     def skip(self, *patterns: Pattern) -> Recipe:
-        """This recipe with all that matches one of the patterns left in float.
+        """This recipe with every key path that matches one of the patterns left in float.
 
-        A bare name stands for levels of that name and what lies below: `lm_head` for
+        A bare name matches levels of that name and everything below: `lm_head` means
         `**/lm_head/**`.
 
         >>> import jaxquant as jq
@@ -85,40 +85,40 @@ class Recipe:
         return self.prepend(*(Rule(_anywhere(pattern), skip=True) for pattern in patterns))
 
     def override(self, pattern: Pattern, **changes: Any) -> Recipe:
-        """This recipe with a rule in front for `pattern`: its last for weights, but for `changes`.
+        """This recipe with a first rule for `pattern`: its last rule for weights with `changes`.
 
         Args:
-          pattern: what the rule is for; bare names as for `skip`.
+          pattern: pattern of the new rule; bare names as for `skip`.
           **changes: fields of `Rule`, such as `weights=` or `encoder=`.
 
         Raises:
-          ValueError: no rule of the recipe sets weights; what `Rule` refuses.
+          ValueError: no rule of the recipe sets weights, or `Rule` raises.
 
         >>> import jaxquant as jq
         >>> rule = jq.w4a8().override("**/down/*", weights=jq.int8()).match("block/down/kernel")
         >>> rule.weights.name, rule.activations.name
         ('int8', 'int8')
         """
-        own = [rule for rule in self.rules if rule.weights is not None]
-        if not own:
+        bases = [rule for rule in self.rules if rule.weights is not None]
+        if not bases:
             raise ValueError(
                 f"override: no rule of {self!r} sets weights; use prepend(jq.Rule(...))"
             )
         changes = {"pattern": _anywhere(pattern), **changes}
-        return self.prepend(dataclasses.replace(own[-1], **changes))
+        return self.prepend(dataclasses.replace(bases[-1], **changes))
 
     def using(self, encoder: Encoder | None = None, rewrite: Rewrite | None = None) -> Recipe:
         """This recipe with an encoder, or a rewrite, in all rules that quantize weights.
 
-        Those that have one of their own are changed, too; `None` changes nothing.
+        It replaces any encoder or rewrite a rule has; `None` changes nothing.
 
         >>> import jaxquant as jq
         >>> recipe = jq.w4a16(group=64).using(jq.gptq(), jq.awq())
         >>> recipe.name, recipe.rules[0].encoder
         ('w4a16, awq, gptq', gptq())
         """
-        given = {"encoder": encoder, "rewrite": rewrite}
-        new: Any = {name: value for name, value in given.items() if value is not None}
+        fields = {"encoder": encoder, "rewrite": rewrite}
+        new: Any = {name: value for name, value in fields.items() if value is not None}
         rules = [
             rule if rule.weights is None else dataclasses.replace(rule, **new) for rule in self
         ]
@@ -128,9 +128,10 @@ class Recipe:
 
     @property
     def attention(self) -> tuple[tuple[Pattern, QSpec | None], ...]:
-        """The part of the recipe that applies to contractions without a parameter, in order.
+        """Pattern and spec of the rules for contractions without a parameter, in order.
 
-        Rules with `attention=`, and rules with `skip=True` as `None`; see `attention_spec`.
+        Those with `attention=`, and those with `skip=True`, whose spec is `None`; see
+        `attention_spec`.
         """
         return tuple(
             (rule.pattern, rule.attention)
@@ -141,8 +142,8 @@ class Recipe:
     def attention_rule(self, key: str) -> Rule | None:
         """The rule of a contraction without a parameter, by its site's key; `None` to skip it."""
         rules = [rule for rule in self.rules if rule.attention is not None or rule.skip]
-        found = next((rule for rule in rules if rule.matches(key)), None)
-        return None if found is None or found.skip else found
+        first = next((rule for rule in rules if rule.matches(key)), None)
+        return None if first is None or first.skip else first
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
@@ -157,11 +158,11 @@ class Recipe:
 
 
 RecipeLike = Recipe | Rule | QSpec | Iterable[Rule]
-"""What `as_recipe` takes."""
+"""Types that `as_recipe` accepts."""
 
 
 def _anywhere(pattern: Pattern) -> Pattern:
-    """The pattern of a bare name's levels, wherever they are; others as they are."""
+    """For a bare name, the pattern of its levels at any depth; other patterns unchanged."""
     bare = isinstance(pattern, str) and not set(pattern) & set("/*?[#")
     return f"**/{pattern}/**" if bare else pattern
 
@@ -171,12 +172,12 @@ def _plural(count: int) -> str:
 
 
 def as_recipe(value: Any, where: str, params: Any = None) -> Recipe:
-    """The recipe that a caller meant: a `Recipe`, or rules or a spec to make one of.
+    """A `Recipe` from a caller's argument: a recipe, or rules or a spec.
 
     Args:
-      value: what was given.
-      where: the function it was given to, for errors.
-      params: what was given as params, in case the two were swapped.
+      value: the argument.
+      where: name of the called function, for errors.
+      params: the caller's `params` argument, to detect that the two were swapped.
 
     Raises:
       ValueError: anything else.
@@ -216,17 +217,17 @@ def as_recipe(value: Any, where: str, params: Any = None) -> Recipe:
     elif callable(value):
         name = getattr(value, "__name__", type(value).__name__)
         module = getattr(value, "__module__", "") or ""
-        own, room = module.startswith("jaxquant."), "observers." * ("observers" in module)
+        ours, package = module.startswith("jaxquant."), "observers." * ("observers" in module)
         kind = "class" if isinstance(value, type) else "function"
-        got = f"the {kind} {name}" + (f"; call it: jq.{room}{name}()" if own else "")
+        got = f"the {kind} {name}" + (f"; call it: jq.{package}{name}()" if ours else "")
     raise ValueError(f"{where}: expected a Recipe such as jq.w8a8(), got {got}")
 
 
 def attention_spec(attention: Iterable[tuple[Pattern, QSpec | None]], key: str) -> QSpec | None:
-    """The spec for a contraction without a parameter: that of the first pattern that matches.
+    """The spec for a contraction without a parameter, from the first pattern that matches.
 
     Args:
-      attention: `Recipe.attention`, as `ContractionConfig.attention` carries it.
+      attention: `Recipe.attention`, also stored as `ContractionConfig.attention`.
       key: key of the contraction's site.
 
     >>> import jaxquant as jq

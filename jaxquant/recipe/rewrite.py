@@ -1,4 +1,4 @@
-"""What a rewrite is: a value that chooses factors of input channels, for a rule to name."""
+"""The protocol of rewrites, which choose factors for input channels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Rewrite(Protocol):
     """A hashable value (a frozen dataclass) that chooses the factors `c` of input channels.
 
     Attributes:
-      online: whether `c` stays on the activation where nothing before it can absorb `1 / c`;
-        `False` leaves such weights as they are.
+      online: whether the activation is scaled at run time where no operation before it can absorb
+        `1 / c`; `False` leaves such weights unchanged.
     """
 
     name: ClassVar[str] = "rewrite"
-    """How recipes and reports name it."""
+    """Name in recipes and reports."""
 
     @property
     def online(self) -> bool:
@@ -32,24 +32,24 @@ class Rewrite(Protocol):
 
     @property
     def observer(self) -> Inputs:
-        """The observer of the statistics that it needs."""
+        """The observer of the statistics it needs."""
         ...
 
     def __call__(
         self, weights: Sequence[Array], specs: Sequence[QSpec], stats: InputStats
     ) -> tuple[Array, Details]:
-        """The factors for weights that one activation feeds.
+        """The factors for all weights contracted with one activation.
 
         Args:
           weights: float arrays `[*batch, K, N_i]`, read as float32.
-          specs: for each weight the spec that it will be encoded with, of its last two axes.
-          stats: of the activation; arrays `[*batch, ...]`.
+          specs: the spec each weight will be encoded with, for its last two axes.
+          stats: statistics of the activation; arrays `[*batch, ...]`.
 
         Returns:
-          `c`, float32 `[*batch, K]`, positive and finite; and what was found, arrays `[*batch]` by
-          name.
+          `c`, float32 `[*batch, K]`, positive and finite; and details for the report, arrays
+          `[*batch]` by name.
 
         Raises:
-          ValueError: shapes that do not fit, or statistics that are missing, empty or not finite.
+          ValueError: shapes do not match, or statistics are missing, empty or not finite.
         """
         ...

@@ -1,4 +1,4 @@
-"""Rules: what to do with which parameters, as values."""
+"""`Rule`: how parameters and contractions that match a pattern are quantized."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TRAINING = ("weight_estimator", "activation_estimator", "gradients")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What to do with the parameters and contractions whose key path matches a pattern.
+    """How parameters and contractions whose key path matches a pattern are quantized.
 
     Key paths are joined by `/` (`encoder/layer_0/mlp/kernel`); see `pattern_matches` for globs and
     regular expressions. A contraction without a parameter, as of attention scores, has the path
@@ -31,36 +31,35 @@ class Rule:
     Attributes:
       pattern: a glob, or a compiled regular expression.
       weights: how parameters are stored; `None` leaves them in float.
-      activations: how the other operand is quantized at run time, before it is contracted with
-        such a parameter; `None` leaves it in float.
+      activations: how the other operand of a contraction with a matching parameter is quantized at
+        run time; `None` leaves it in float.
       attention: how both operands are quantized where neither is a parameter.
-      encoder: how codes are chosen; `None` rounds to nearest. Some look at calibration samples.
-      rewrite: how scale moves between the weights' input channels and what they are contracted
-        with, before they are encoded: `jaxquant.smoothquant()`, `jaxquant.awq()`.
-      skip: leave what matches in float, whatever later rules say.
-      lookup: takes the place of `weights` for parameters that rows are looked up in (embedding
-        tables), which lose more at few bits.
-      observer: makes `activations` and `attention` static: their ranges are fixed beforehand, by
-        what this observer finds in calibration samples; see `jaxquant.capture`.
+      encoder: how codes are chosen; `None` rounds to nearest. Some use calibration samples.
+      rewrite: moves scale between the weights' input channels and the activations before weights
+        are encoded: `jaxquant.smoothquant()`, `jaxquant.awq()`.
+      skip: leave matches in float, whatever later rules say.
+      lookup: replaces `weights` for lookup tables (embeddings), which lose more at few bits.
+      observer: makes `activations` and `attention` static, with ranges that this observer finds in
+        calibration samples; see `jaxquant.capture`.
       requantize: keeps results of static contractions as integers, int32 sums that become the next
         layer's int8 input: `"float32"` by a float32 multiplier, `"fixed_point"` by an int32
         multiplier and a rounding shift.
 
-      weight_estimator: how gradients pass the rounding of weights in training, and what is learned
-        with them; a value of `jaxquant.ste`. `None` is `ste.straight_through()`.
+      weight_estimator: gradient estimator for the rounding of weights in training, and which
+        parameters are learned; from `jaxquant.ste`. `None` is `ste.straight_through()`.
       activation_estimator: the same for activations. One that learns a step makes them static.
-      gradients: in training, how gradients are quantized so that the contractions of the backward
-        pass run on integers, too; `None` leaves those in float.
-      outliers: which columns of activations stay in float where they are contracted with such a
-        parameter (LLM.int8()); needs symmetric integer activations with a scale for each row.
-        Convolutions and training are without.
+      gradients: how gradients are quantized in training, for integer contractions in the backward
+        pass; `None` leaves these in float.
+      outliers: which columns of activations stay in float in contractions with a matching parameter
+        (LLM.int8()); needs symmetric integer activations with a scale for each row. Convolutions
+        and training ignore it.
 
     Raises:
-      ValueError: nothing to do, or `skip` beside something to do; activations without weights;
-        activations or attention in a format other than integers or 8-bit floats, or with another
-        granularity than `PerTensor()` or `PerChannel()`; an observer without either, or with a
-        scale for each row; `requantize` without static integer activations; an estimator or
-        `gradients` without what they are for.
+      ValueError: nothing is set, or `skip` with other fields; activations without weights;
+        activations or attention in a format other than integers or 8-bit floats, or with a
+        granularity other than `PerTensor()` or `PerChannel()`; an observer without either, or with
+        a scale for each row; `requantize` without static integer activations; an estimator or
+        `gradients` without the spec it applies to.
 
     >>> import jaxquant as jq
     >>> rule = jq.Rule("**/mlp/**", weights=jq.int8(), activations=jq.int8())
@@ -96,13 +95,13 @@ class Rule:
                     f"{self._name}: {name} takes a QSpec such as jq.int8() or "
                     f"jq.QSpec('nf4', jq.PerGroup(64)), got {spec!r}"
                 )
-        given = [name for name, spec in specs.items() if spec is not None]
+        actions = [name for name, spec in specs.items() if spec is not None]
         for name, value, like in (
             ("encoder", self.encoder, "rtn() or gptq()"),
             ("rewrite", self.rewrite, "awq() or smoothquant()"),
         ):
-            own = str(getattr(value, "__module__", "")).startswith("jaxquant.")
-            if own and (inspect.isroutine(value) or isinstance(value, type)):
+            ours = str(getattr(value, "__module__", "")).startswith("jaxquant.")
+            if ours and (inspect.isroutine(value) or isinstance(value, type)):
                 raise ValueError(
                     f"{self._name}: {name} takes a value such as {like}, got {value!r}, which "
                     "has not been called"
@@ -125,14 +124,14 @@ class Rule:
             if self.weights is None:
                 raise ValueError(f"{self._name}: rewrite without weights")
         if self.skip:
-            given += [
+            actions += [
                 n
                 for n in ("encoder", "rewrite", "observer", "requantize", "outliers", *_TRAINING)
                 if getattr(self, n)
             ]
-        if self.skip and given:
-            raise ValueError(f"{self._name}: skip=True leaves no place for {', '.join(given)}")
-        if not self.skip and not given:
+        if self.skip and actions:
+            raise ValueError(f"{self._name}: skip=True does not go with {', '.join(actions)}")
+        if not self.skip and not actions:
             raise ValueError(
                 f"{self._name} does nothing: give weights, activations, attention or lookup, "
                 "or skip=True"
@@ -146,7 +145,7 @@ class Rule:
             spec = specs[name]
             learner = self.weight_estimator if name == "weights" else None
             if isinstance(learner, Estimator) and "codebook" in learner.learns:
-                continue  # values of the format play no part
+                continue  # a learned codebook replaces the values of the format
             if spec is not None and spec.symmetric and not spec.format.min < 0:
                 raise ValueError(
                     f"{self._name}: {name} in {spec.format.name} without a zero point would lose "
@@ -162,10 +161,10 @@ class Rule:
 
     @property
     def gathers(self) -> Inputs | None:
-        """The observer of what its encoder and its rewrite have to know of inputs, if anything."""
-        wanted = [value.observer for value in (self.encoder, self.rewrite) if value is not None]
-        found = [observer for observer in wanted if observer is not None]
-        return inputs(any(observer.hessian for observer in found)) if found else None
+        """The observer of the input statistics that its encoder and rewrite need, if any."""
+        steps = [value for value in (self.encoder, self.rewrite) if value is not None]
+        observers = [step.observer for step in steps if step.observer is not None]
+        return inputs(any(observer.hessian for observer in observers)) if observers else None
 
     def _check_outliers(self) -> None:
         if self.outliers is None:
@@ -182,23 +181,23 @@ class Rule:
                 f"row, such as jq.int8(range='qmax'), got {spec!r}"
             )
         if self.observer is not None:
-            raise ValueError(f"{self._name}: outliers beside an observer; leave one of them out")
+            raise ValueError(f"{self._name}: outliers with an observer; leave one of them out")
         fixed = self.encoder is not None and self.encoder.outliers is not None
         if self.outliers.calibrated and not fixed:
             raise ValueError(
-                f"{self._name}: calibrated outliers are fixed by the encoder; use "
+                f"{self._name}: calibrated outliers are chosen by the encoder; use "
                 "encoder=vectorwise(outliers)"
             )
 
     def _check_static(self) -> None:
-        given = [s for s in (self.activations, self.attention) if s is not None]
+        specs = [s for s in (self.activations, self.attention) if s is not None]
         if self.observer is not None:
             if not isinstance(self.observer, Observer) or isinstance(self.observer, type):
                 raise ValueError(
                     f"{self._name}: observer takes a value such as jq.observers.mse(), "
                     f"got {self.observer!r}"
                 )
-            if not given:
+            if not specs:
                 raise ValueError(f"{self._name}: observer without activations or attention")
             for name, spec in (("activations", self.activations), ("attention", self.attention)):
                 self._check_granularity(name, spec)
@@ -229,7 +228,7 @@ class Rule:
             )
         if name == "attention" or spec.granularity not in (PerChannel(-1), PerChannel((-1,))):
             raise ValueError(
-                f"{self._name}: a scale for each row cannot be fixed beforehand; with an observer, "
+                f"{self._name}: a scale for each row cannot be static; with an observer, "
                 f"{name} takes granularity=PerTensor()"
                 f"{'' if name == 'attention' else ' or PerChannel(axes=-1)'}, got {spec!r}"
             )
@@ -248,19 +247,19 @@ class Rule:
             ("weight_estimator", self.weights or self.lookup),
             ("activation_estimator", self.activations),
         ):
-            given = getattr(self, name)
-            if given is None:
+            estimator = getattr(self, name)
+            if estimator is None:
                 continue
-            if not isinstance(given, Estimator) or isinstance(given, type):
+            if not isinstance(estimator, Estimator) or isinstance(estimator, type):
                 raise ValueError(
-                    f"{self._name}: {name} takes a value such as jq.ste.lsq(), got {given!r}"
+                    f"{self._name}: {name} takes a value such as jq.ste.lsq(), got {estimator!r}"
                 )
             if spec is None:
                 raise ValueError(f"{self._name}: {name} without {name.partition('_')[0]}s")
         learner = self.activation_estimator
         if learner is not None and learner.learns:
             if "codebook" in learner.learns:
-                raise ValueError(f"{self._name}: {learner!r} is for weights alone")
+                raise ValueError(f"{self._name}: {learner!r} is for weights only")
             if self.observer is not None:
                 raise ValueError(
                     f"{self._name}: {learner!r} learns the range that the observer would find; "

@@ -1,4 +1,4 @@
-"""Short names for the specs that rules are written with."""
+"""Functions with short names that make the usual specs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxquant.qtensor import Granularity, PerChannel, PerGroup, PerTensor, QSpec
 
 
 class IntegerSpec(Protocol):
-    """What makes the `QSpec` of an integer format; see `int8`."""
+    """A function that makes the `QSpec` of an integer format; see `int8`."""
 
     def __call__(
         self,
@@ -28,12 +28,12 @@ _DOC = """Integers of {bits} bits, {qmin} to {qmax}, by default one scale per ou
     Args:
       group: how many values along the contracted axes share a scale.
       symmetric: whether the zero point is 0; {default} by default.
-      range: how the range becomes a scale, see `QSpec`.
-      granularity: which values share a scale, in place of `group`.
-      scale_dtype: dtype name the scales are stored in, float32 by default.
+      range: rule from the range to the scale, see `QSpec`.
+      granularity: which values share a scale, instead of `group`.
+      scale_dtype: name of the dtype scales are stored in, float32 by default.
 
     Raises:
-      ValueError: `group` beside `granularity`, or what `QSpec` refuses.
+      ValueError: `group` with `granularity`, or `QSpec` raises.
 
     >>> import jaxquant as jq
     >>> jq.{name}(group=64).granularity
@@ -61,7 +61,7 @@ def _integer(name: str) -> IntegerSpec:
             if not isinstance(group, int) or isinstance(group, bool):
                 raise ValueError(
                     f"{name}: group is a number of values, got {group!r}; "
-                    "any granularity goes in by name: granularity=..."
+                    "pass a granularity by keyword: granularity=..."
                 )
             granularity = PerGroup(group)
         return QSpec(name, granularity, symmetric, range, scale_dtype)
@@ -87,13 +87,13 @@ uint8 = _integer("uint8")
 def nf4(group: int = 64, *, double: bool = False) -> QSpec:
     """The 4-bit normal-float codebook of QLoRA, in groups.
 
-    Codes and scales are those of bitsandbytes where the group divides the contracted size. Its
-    blocks run on from one output to the next otherwise, as they do with
-    `QSpec("nf4", PerGroup(64, axis=(1, 0)))` for a kernel `[in, out]`.
+    Codes and scales equal those of bitsandbytes where the group divides the contracted size.
+    Otherwise its blocks continue from one output to the next; for a kernel `[in, out]`, use
+    `QSpec("nf4", PerGroup(64, axis=(1, 0)))` for the same blocks.
 
     Args:
       group: how many values along the contracted axes share a scale.
-      double: quantize scales themselves, 4.127 bits a weight at groups of 64.
+      double: quantize the scales too; 4.127 bits per weight in groups of 64.
 
     Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (2023), section 3.
 
@@ -133,7 +133,7 @@ def mxfp4() -> QSpec:
 
 
 def nvfp4() -> QSpec:
-    """NVFP4: float4 e2m1 in groups of 16, with float8 e4m3fn scales and one float32 for them all.
+    """NVFP4: float4 e2m1 in groups of 16, float8 e4m3fn scales and one float32 global scale.
 
     >>> nvfp4()
     QSpec(float4_e2m1fn, PerGroup(size=16, axis=None), scale_dtype='float8_e4m3fn')
@@ -142,14 +142,14 @@ def nvfp4() -> QSpec:
 
 
 def palette(bits: int = 4, channels: int | None = None) -> QSpec:
-    """`2^bits` values for a whole array, which k-means finds.
+    """A codebook of `2^bits` values for each array, from k-means.
 
-    For rules with `encoder=kmeans()`, which finds them once, or `weight_estimator=ste.kmeans()`,
-    which trains them.
+    For rules with `encoder=kmeans()`, which computes it once, or `weight_estimator=ste.kmeans()`,
+    which trains it.
 
     Args:
       bits: 1 to 8.
-      channels: values for each run of so many output channels instead.
+      channels: one codebook for this many consecutive output channels, instead of each array.
 
     Raises:
       ValueError: other bits, or `channels` that is not a positive integer.

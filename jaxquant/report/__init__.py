@@ -1,4 +1,4 @@
-"""Reports: what became of parameters and activations, as tables to read and dicts to keep."""
+"""Reports on quantized parameters and activations, as printed tables and dicts."""
 
 from jaxquant.report.activations import ActivationReport, SiteReport
 from jaxquant.report.events import Edge, Event

@@ -1,4 +1,4 @@
-"""How well calibrated ranges serve: one row for each activation."""
+"""Report on calibrated ranges: one row for each activation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class SiteReport:
     """How one activation of one site is quantized.
 
     Attributes:
-      site: key of the site; of a site in a `scan` over layers with the layer in brackets.
+      site: key of the site, with the layer in brackets for a site in a `scan` over layers.
       operand: `"lhs"` or `"rhs"`.
       how: format, observer.
-      low: the least value that calibration wants represented.
-      high: the largest.
-      clipped: the fraction of the samples' values beyond the range; `None` if not known.
-      sqnr_db: signal to quantization noise ratio on the samples; `inf` where exact, `None` if not
-        known.
-      suggestion: what would serve better: `"asymmetric"`, `"per channel"`, an observer; or empty.
-      gain_db: what it would gain.
+      low: lower end of the calibrated range.
+      high: upper end.
+      clipped: fraction of sample values outside the range; `None` if unknown.
+      sqnr_db: signal to quantization noise ratio on the samples; `inf` where exact, `None` if
+        unknown.
+      suggestion: a better choice: `"asymmetric"`, `"per channel"`, an observer; or empty.
+      gain_db: its gain in SQNR, in dB.
     """
 
     site: str
@@ -46,7 +46,7 @@ class ActivationReport:
 
     Attributes:
       sites: one entry for each activation.
-      notes: remarks on the whole.
+      notes: remarks on the report as a whole.
 
     >>> row = SiteReport("w", "lhs", "int8 absmax", -1.0, 2.0, 0.0, 40.0, "asymmetric", 3.2)
     >>> print(ActivationReport((row,)))
@@ -66,7 +66,7 @@ class ActivationReport:
         raise KeyError(site)
 
     def __contains__(self, site: object) -> bool:
-        """Whether there is an entry of a site; an entry itself is contained, too."""
+        """Whether there is an entry for a site key, or this entry itself."""
         return any(row.site == site or row == site for row in self.sites)
 
     def __iter__(self) -> Iterator[SiteReport]:
@@ -76,7 +76,7 @@ class ActivationReport:
         return len(self.sites)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-serialisable values; what is not finite becomes `None`."""
+        """The report as JSON-serialisable values; a non-finite `sqnr_db` becomes `None`."""
         rows = [dataclasses.asdict(row) for row in self.sites]
         for row in rows:
             if row["sqnr_db"] is not None and not math.isfinite(row["sqnr_db"]):

@@ -1,4 +1,4 @@
-"""What happened on the way: events of the interpreter, and edges between integer layers."""
+"""Events of the interpreter, and edges between integer layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxquant.report.text import shown
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something the interpreter did that costs memory, time or accuracy.
+    """An action of the interpreter that costs memory, time or accuracy.
 
     Attributes:
       kind: `"dequantized"`, `"policy"`, ...
@@ -39,9 +39,9 @@ class Edge:
 
     Attributes:
       source: key of the site.
-      target: key of the site that takes it, or which operation in which scope.
-      integer: whether it stays integer up to there.
-      reason: why not.
+      target: key of the site that uses the result, or an operation and its scope.
+      integer: whether the result stays integer up to the target.
+      reason: why it does not.
 
     >>> print(Edge("conv1/kernel", "add in block", False, "add of two activations"))
     conv1/kernel -> add in block: float, add of two activations

@@ -1,4 +1,4 @@
-"""Reports: what became of every parameter, as a table to read and a dict to keep."""
+"""Report on every parameter, as a printed table and a dict."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from jaxquant.report.activations import ActivationReport
 from jaxquant.report.events import Edge, Event
 from jaxquant.report.text import shown, table
 
-_LISTED = 3  # keys named of those that one line speaks of
+_LISTED = 3  # maximum number of keys on one line
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafReport:
-    """What became of one leaf.
+    """How one leaf was quantized, or why not.
 
     Attributes:
       path: key path.
-      shape: shape of the array, before as after.
+      shape: shape of the array, which does not change.
       dtype: name of its dtype before.
       action: in words: `int8 per channel, activations int8`, or `kept: <reason>`.
-      quantized: whether it is a `QTensor` now because of this call.
-      bytes_before: size of the array.
+      quantized: whether this call made it a `QTensor`.
+      bytes_before: bytes of the array before.
       bytes_after: bytes stored now, scales included.
       sqnr_db: signal to quantization noise ratio; `inf` where exact, `None` where not measured.
       sites: keys of the contractions and lookups that use it.
-      notes: anything else, as that it is tied to another leaf.
-      shared: whether its bytes are counted at another path already.
+      notes: other remarks, such as a tie to another leaf.
+      shared: whether another path already counts its bytes.
     """
 
     path: str
@@ -46,7 +46,7 @@ class LeafReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits over values, scales included; 0 for an empty array."""
+        """Stored bits per value, scales included; 0 for an empty array."""
         size = math.prod(self.shape)
         return 8.0 * self.bytes_after / size if size else 0.0
 
@@ -70,16 +70,16 @@ class LeafReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of every leaf of a params tree; `print` shows it as a table.
+    """How every leaf of a params tree was quantized; `print` shows it as a table.
 
     Attributes:
       leaves: one entry per leaf, in the tree's order.
       recipe: name of the recipe.
-      events: what the interpreter had to do, see `Event`.
-      notes: remarks on the whole.
+      events: costly actions of the interpreter, see `Event`.
+      notes: remarks on the report as a whole.
       attention: contractions without a parameter, as of attention scores: key of the site, and the
         name of the format that both operands are quantized to, `None` where they stay float.
-      edges: where results of integer contractions go, of recipes that keep them integers.
+      edges: where results of integer contractions go, for recipes that set `requantize`.
       activations: how static activations were calibrated; `None` where there are none.
 
     >>> leaf = LeafReport("w", (4, 8), "float32", "int8 per channel", True, 128, 64, 45.0)
@@ -97,7 +97,7 @@ class Report:
 
     @property
     def quantized(self) -> int:
-        """How many leaves were quantized."""
+        """Number of quantized leaves."""
         return sum(leaf.quantized for leaf in self.leaves)
 
     @property
@@ -117,7 +117,7 @@ class Report:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits over values, over all leaves."""
+        """Stored bits per value, over all leaves."""
         size = sum(math.prod(leaf.shape) for leaf in self.leaves if not leaf.shared)
         return 8.0 * self.bytes_after / size if size else 0.0
 
@@ -129,7 +129,7 @@ class Report:
         raise KeyError(path)
 
     def with_events(self, events: Iterable[Event]) -> Report:
-        """This report with more events, each of them listed once."""
+        """This report with more events, without duplicates."""
         merged = dict.fromkeys((*self.events, *events))
         return dataclasses.replace(self, events=tuple(merged))
 
@@ -197,7 +197,7 @@ def _row(leaf: LeafReport) -> tuple[str, ...]:
 
 
 def _bytes(count: int) -> str:
-    """A count of bytes with three or four figures, in decimal units.
+    """A number of bytes in decimal units.
 
     >>> _bytes(512), _bytes(90_900_000)
     ('512 B', '90.9 MB')
@@ -211,7 +211,7 @@ def _bytes(count: int) -> str:
 
 
 def _attention(attention: Iterable[tuple[str, str | None]]) -> list[str]:
-    """At most one line; of each format the first few keys and how many there are.
+    """At most one line: for each format the number of contractions and the first keys.
 
     >>> _attention([("a", "int8"), ("a#1", "int8"), ("b", None)])
     ['attention: 2 contractions int8 (a, a#1); 1 left float (b)']
@@ -220,23 +220,23 @@ def _attention(attention: Iterable[tuple[str, str | None]]) -> list[str]:
     for key, name in attention:
         keys.setdefault(name, []).append(shown(key))
     parts: list[str] = []
-    for name in sorted(keys, key=lambda name: name is None):  # what stays float comes last
-        found = keys[name]
-        more = ", ..." if len(found) > _LISTED else ""
+    for name in sorted(keys, key=lambda name: name is None):  # float comes last
+        sites = keys[name]
+        more = ", ..." if len(sites) > _LISTED else ""
         words = "left float" if name is None else name
         if not parts:
-            words = f"contraction{'s' if len(found) > 1 else ''} {words}"
-        parts.append(f"{len(found)} {words} ({', '.join(found[:_LISTED])}{more})")
+            words = f"contraction{'s' if len(sites) > 1 else ''} {words}"
+        parts.append(f"{len(sites)} {words} ({', '.join(sites[:_LISTED])}{more})")
     return ["attention: " + "; ".join(parts)] if parts else []
 
 
 def _edges(edges: Iterable[Edge]) -> list[str]:
-    """One line for the edges that are integer, one for each other."""
-    held = [e for e in edges if e.integer]
-    lost = [e for e in edges if not e.integer]
-    if not held and not lost:
+    """One line with the number of integer edges, then one for each float edge."""
+    integers = [e for e in edges if e.integer]
+    floats = [e for e in edges if not e.integer]
+    if not integers and not floats:
         return []
-    total = len(held) + len(lost)
-    return [f"edges: {len(held)} of {total} int8" + (", the others:" if lost else "")] + [
-        f"  {edge}" for edge in lost
+    total = len(integers) + len(floats)
+    return [f"edges: {len(integers)} of {total} int8" + (", the others:" if floats else "")] + [
+        f"  {edge}" for edge in floats
     ]

@@ -1,4 +1,4 @@
-"""How reports are laid out as text."""
+"""Text formatting of reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], words: int, total: Sequence[str] = ()
 ) -> list[str]:
-    r"""Lines of a table: the first `words` columns to the left, figures to the right.
+    r"""Lines of a table: the first `words` columns left-aligned, the others right-aligned.
 
     >>> print("\n".join(table(["site", "dB"], [["a/b", "41.0"]], 1)))
     site    dB
@@ -33,7 +33,7 @@ def table(
 
 
 def shown(path: str) -> str:
-    """A key path as printed: that of a tree which is one array has no parts.
+    """A key path as printed; the path of a tree that is a single array is empty.
 
     >>> shown("a/b"), shown("")
     ('a/b', '(root)')
@@ -42,7 +42,7 @@ def shown(path: str) -> str:
 
 
 class Called:
-    """A dataclass that prints as it is made: the name of its function, and what is not default.
+    """A dataclass printed as its constructor call: function name and non-default arguments.
 
     >>> @dataclasses.dataclass(frozen=True, repr=False)
     ... class Rounding(Called):
@@ -55,13 +55,13 @@ class Called:
     name: ClassVar[str] = ""
 
     def __repr__(self) -> str:
-        made: Any = self
-        given = [f for f in dataclasses.fields(made) if getattr(self, f.name) != f.default]
-        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
+        instance: Any = self
+        fields = [f for f in dataclasses.fields(instance) if getattr(self, f.name) != f.default]
+        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields)})"
 
 
 class Found(NamedTuple):
-    """A number that was found for a leaf, or the range of it over its layers.
+    """A number reported for a leaf, or its range over layers.
 
     >>> print(Found("awq", "ratio", 0.25, 0.5))
     awq: ratio 0.25 to 0.5

@@ -1,4 +1,4 @@
-"""Straight-through estimators: how an array that is quantized is trained."""
+"""Straight-through estimators, for training quantized arrays."""
 
 from jaxquant.ste.base import Estimator, Moments
 from jaxquant.ste.kmeans import KMeans, kmeans

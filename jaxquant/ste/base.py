@@ -1,4 +1,4 @@
-"""What an estimator is: how codes are made of a trained array, and how gradients pass rounding."""
+"""The protocol of estimators, which encode a trained array and define gradients of rounding."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jaxquant.qtensor import QSpec, QTensor
 
 Learned = Mapping[str, Any]
 
-# A step this small has an inverse that float32 holds, and no array of weights has a use for it.
+# Below any useful step; its inverse is finite in float32.
 SMALLEST = 2.0**-100
 
 _WEIGHTS = "{} trains weights; for activations in {!r} use lsq() or pact()"
 
 
 class Moments(NamedTuple):
-    """What is known of an activation before its grid is learned; float32 `[*layers]` each.
+    """Statistics of an activation that initialise its scale; float32 `[*layers]` each.
 
     Attributes:
       mean_abs: mean of `|x|`.
@@ -39,17 +39,17 @@ class Moments(NamedTuple):
 
 @runtime_checkable
 class Estimator(Protocol):
-    """A hashable value (a frozen dataclass) that says how an array is quantized in training.
+    """A hashable value (a frozen dataclass) that defines how an array is quantized in training.
 
     Weights: `q = encode(w, learned, spec)` and `y = values(w, learned, q)`; `y` is `dequantize(q)`
-    bit for bit, and differentiable in `w` and `learned`. Activations: what was rounded on the grid
-    of `grid(learned, spec)` gets its gradients from `pass_activation`. One of your own derives from
-    this class; one for weights alone leaves the last four methods out.
+    bit for bit, and differentiable in `w` and `learned`. Activations, rounded with the scale and
+    zero point of `grid(learned, spec)`, get their gradients from `pass_activation`. One of your own
+    derives from this class; one for weights alone leaves out the last four methods.
     """
 
     @property
     def learns(self) -> tuple[str, ...]:
-        """Names of the arrays that are trained beside the weights."""
+        """Names of the arrays that are trained with the weights."""
         ...
 
     @property
@@ -60,11 +60,11 @@ class Estimator(Protocol):
     def init(
         self, w: Array, spec: QSpec, *, storage_last_axes: tuple[int, ...] = (), batch_axes: int = 0
     ) -> dict[str, Array]:
-        """What is learned of a weight, before training; arguments as of `jaxquant.quantize`.
+        """Initial learned parameters of a weight; arguments as for `jaxquant.quantize`.
 
         Returns:
-          float32 `[*batch, *groups]` each, as `QTensor.scale`; names not needed by `spec` are
-          left out.
+          float32 `[*batch, *groups]` each, as `QTensor.scale`; without names that `spec` does not
+          need.
         """
         ...
 
@@ -85,7 +85,7 @@ class Estimator(Protocol):
         ...
 
     def init_activation(self, moments: Moments, spec: QSpec) -> dict[str, Array]:
-        """What is learned of an activation, before training: float32 `[*layers]` each.
+        """Initial learned parameters of an activation: float32 `[*layers]` each.
 
         Raises:
           ValueError: it is for weights alone.
@@ -93,7 +93,7 @@ class Estimator(Protocol):
         raise ValueError(_WEIGHTS.format(self, spec))
 
     def grid(self, learned: Learned, spec: QSpec) -> tuple[Array, Array | None]:
-        """Scale (float32) and zero point (int32, in the format's own codes) of an activation."""
+        """Scale (float32) and zero point (int32, in the format's codes) of an activation."""
         raise ValueError(_WEIGHTS.format(self, spec))
 
     def pass_activation(
@@ -105,7 +105,7 @@ class Estimator(Protocol):
         *,
         count: int | None = None,
     ) -> Array:
-        """`rounded`, what `x` became on the grid, with gradients to `x` and `learned`."""
+        """`rounded`, the rounded `x`, with gradients to `x` and `learned`."""
         raise ValueError(_WEIGHTS.format(self, spec))
 
     def rescaled(self, learned: Learned, old: QSpec, new: QSpec) -> dict[str, Array]:
@@ -114,7 +114,7 @@ class Estimator(Protocol):
 
 
 def positive(a: Any) -> Array:
-    """`max(|a|, 2^-100)` in float32: a step that training pushed through zero is reflected.
+    """`max(|a|, 2^-100)` in float32: a step that becomes negative in training is reflected.
 
     >>> positive(jnp.array([0.5, -0.25])).tolist()
     [0.5, 0.25]
@@ -123,15 +123,15 @@ def positive(a: Any) -> Array:
 
 
 def direction(a: Array) -> Array:
-    """The derivative of `positive`, taken as that of `|a|`: 1, or -1 below zero.
+    """The derivative of `positive`, approximated by that of `|a|`: 1, or -1 below zero.
 
-    At zero and below `2^-100` it does not vanish, or a step could never grow again.
+    It does not vanish where `|a| < 2^-100`, or a step could never grow again.
     """
     return jnp.where(a < 0, -1.0, 1.0)
 
 
 def ends(spec: QSpec) -> tuple[float, float]:
-    """The least and greatest value of a format, unscaled."""
+    """The smallest and the largest value of a format, unscaled."""
     return float(spec.format.min), float(spec.format.max)
 
 
@@ -141,7 +141,7 @@ def largest(spec: QSpec) -> float:
 
 
 def middle(spec: QSpec) -> int | None:
-    """The zero point of an asymmetric spec whose range is not learned: half of the codes below it.
+    """The zero point of an asymmetric spec whose range is not learned: the middle code.
 
     >>> middle(QSpec("uint4", symmetric=False)), middle(QSpec("int4", symmetric=False))
     (8, 0)
@@ -150,7 +150,7 @@ def middle(spec: QSpec) -> int | None:
 
 
 def same_range(steps: Array, old: QSpec, new: QSpec) -> Array:
-    """Steps of `new` that cover what `steps` of `old` do: `s (max - min)_old / (max - min)_new`.
+    """Steps of `new` with the range of `steps` of `old`: `s (max - min)_old / (max - min)_new`.
 
     >>> float(same_range(jnp.float32(1.0), QSpec("int8"), QSpec("int4")))
     17.0
@@ -160,7 +160,7 @@ def same_range(steps: Array, old: QSpec, new: QSpec) -> Array:
 
 
 def on_format(v: Array, spec: QSpec) -> Array:
-    """The value of the format nearest to `v`, float32; integers are not cut off at the ends."""
+    """The value of the format nearest to `v`, float32; integers are not clipped."""
     if spec.format.is_integer:
         return jnp.round(v)
     return decode(encode(v, spec.format), spec.format)

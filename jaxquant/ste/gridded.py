@@ -1,8 +1,8 @@
-"""Estimators whose codes lie on a grid of scales and zero points: the rules, written once.
+"""Base class of estimators with scales and zero points.
 
 One elementwise rule serves weights, with a step for each block of their `QTensor`, and
-activations, with a scalar step. An estimator adds how a grid follows from what it learns, and the
-slopes of its paper.
+activations, with a scalar step. An estimator defines scales and zero points from its learned
+parameters, and the derivatives of its paper.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ Slopes = tuple[Array, dict[str, Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """Where values lie relative to their grid; arrays that broadcast with each other.
+    """Values in units of their scale, with the range; arrays that broadcast with each other.
 
     Attributes:
       x: the values, float32.
       v: `x / S`.
-      rounded: `v` rounded to the format, of use where it is inside.
-      low: the least value of the grid in units of `S`, `qmin - Z`.
-      high: the greatest, `qmax - Z`.
-      learned: what is learned, laid out to broadcast with `x`.
+      rounded: `v` rounded to the format, valid inside the range.
+      low: the lower end of the range in units of `S`, `qmin - Z`.
+      high: the upper end, `qmax - Z`.
+      learned: learned parameters, in shapes that broadcast with `x`.
     """
 
     x: Array
@@ -55,7 +55,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Gridded:
-    """Base of estimators with a grid; see `Estimator` for the methods."""
+    """Base of estimators with scales and zero points; see `Estimator` for the methods."""
 
     learns: ClassVar[tuple[str, ...]] = ()
     constants: ClassVar[tuple[str, ...]] = ()
@@ -65,11 +65,11 @@ class Gridded:
         raise NotImplementedError
 
     def slopes(self, at: Point, spec: QSpec) -> Slopes:
-        """Where the gradient of `x` passes, and the derivative in all that is learned."""
+        """Where the gradient of `x` passes, and derivatives with respect to learned parameters."""
         raise NotImplementedError
 
     def gain(self, count: Any, spec: QSpec) -> Any:
-        """Factor on the gradients of what is learned, `count` values sharing it."""
+        """Factor on the gradient of a learned parameter that `count` values share."""
         del count, spec
         return 1.0
 
@@ -106,11 +106,11 @@ class Gridded:
         """See `Estimator.pass_activation`."""
         if count is None:
             count = math.prod(x.shape[1:])
-        own = {n: learned[n] for n in self._own(spec)}
-        return _passed(self, spec, max(count, 1), x, rounded, own)
+        learned = {n: learned[n] for n in self._own(spec)}
+        return _passed(self, spec, max(count, 1), x, rounded, learned)
 
     def _own(self, spec: QSpec) -> tuple[str, ...]:
-        """Names of what is learned for a spec."""
+        """Names of the learned parameters for a spec."""
         del spec
         return self.learns
 
@@ -118,7 +118,7 @@ class Gridded:
 def stored_steps(steps: Array, spec: QSpec) -> tuple[Array, Array | None]:
     """Steps as scales of the spec's dtype, and the global scale where the spec has one.
 
-    The global scale puts the largest step on the largest scale, as `quantize` does.
+    The global scale maps the largest step to the largest scale, as in `quantize`.
 
     >>> stored_steps(jnp.float32(0.75), QSpec("mxfp4"))[0].astype(jnp.float32).tolist()
     1.0
@@ -140,7 +140,7 @@ def _point(
     return Point(x, v, on_format(v, spec), low - shift, high - shift, learned)
 
 
-# Compiled by themselves, so that codes made outside of a program are those made within one.
+# Jitted, so that codes are equal whether encoded eagerly or inside another jitted function.
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def _encode(
     estimator: Gridded,
@@ -173,20 +173,20 @@ def _values_fwd(
     return dequantize(q).astype(w.dtype), (w, learned, q)
 
 
-def _values_bwd(estimator: Gridded, kept: Any, g: Array) -> tuple[Array, dict[str, Array], None]:
-    w, learned, q = kept
+def _values_bwd(estimator: Gridded, saved: Any, g: Array) -> tuple[Array, dict[str, Array], None]:
+    w, learned, q = saved
     zero = None if q.zero_point is None else laid_out(q, q.zero_point.astype(jnp.float32))
     learned_here = {n: laid_out(q, a) for n, a in learned.items()}
     scale = storage_scale(q)
-    scale = jnp.where(scale == 0, 1.0, scale)  # of a codebook's blocks of zeros
+    scale = jnp.where(scale == 0, 1.0, scale)  # codebook blocks of zeros have scale 0
     at = _point(w, laid_out(q, scale), zero, learned_here, q.spec)
     inside, slopes = estimator.slopes(at, q.spec)
     gain = estimator.gain(members(q), q.spec)
     if not isinstance(gain, float):
         gain = jnp.broadcast_to(gain, (*q.batch, *q.groups))
     g32 = g.astype(jnp.float32)
-    # One pass over the array in its own order, then the sums: fused with the transposition that
-    # blocks may need, XLA's CPU backend takes 2 to 10 times as long.
+    # One pass in array order, then the sums: fused with the transpose that blocks may need, XLA's
+    # CPU backend takes 2 to 10 times as long.
     each = lax.optimization_barrier({n: g32 * slopes[n] for n in learned})
     to_learned = {n: over_blocks(q, to_blocks(q, a)) * gain for n, a in each.items()}
     return jnp.where(inside, g, 0).astype(w.dtype), _signed(to_learned, learned), None
@@ -196,7 +196,7 @@ _values.defvjp(_values_fwd, _values_bwd)
 
 
 def _signed(gradients: dict[str, Array], learned: dict[str, Array]) -> dict[str, Array]:
-    """Gradients in the dtypes of what is learned; offsets alone have a sign of their own."""
+    """Gradients in the dtypes of the parameters, times `direction` for all but offsets."""
     return {
         n: (g if n == "offset" else g * direction(learned[n])).astype(learned[n].dtype)
         for n, g in gradients.items()
@@ -231,9 +231,9 @@ def _passed_fwd(
 
 
 def _passed_bwd(
-    estimator: Gridded, spec: QSpec, count: int, kept: Any, g: Array
+    estimator: Gridded, spec: QSpec, count: int, saved: Any, g: Array
 ) -> tuple[Array, None, dict[str, Array]]:
-    x, learned = kept
+    x, learned = saved
     scale, zero_point = estimator.grid(learned, spec)
     zero = None if zero_point is None else zero_point.astype(jnp.float32)
     at = _point(x, scale, zero, learned, spec)

@@ -1,4 +1,4 @@
-"""k-means: the values that weights share are trained, by the gradients of all that share them."""
+"""k-means: a codebook, trained by the summed gradients of the weights that share its values."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def kmeans(reassign: bool = False) -> KMeans:
 
     `y_i = c[k_i]`, and `dc_k = sum of dy_i over the members k_i = k`.
 
-    The codes are fixed when training starts, each the value nearest to its weight of a codebook
-    that Lloyd's iteration made; the weights have no gradient then. With `reassign` codes are the
-    nearest to the weights as they are at each call, and those have the gradient of `y`, straight
-    through. The spec is `PerTensor()` with a codebook format, which says how many levels there are;
-    its own values are not used. For weights only.
+    Codes are fixed when training starts, each the nearest value of a codebook from Lloyd's
+    iteration; the weights then have no gradient. With `reassign`, each call finds the codes nearest
+    to the current weights, which have the gradient of `y`, straight through. The spec is
+    `PerTensor()` with a codebook format, which sets the number of levels; its values are not used.
+    For weights only.
 
     Args:
       reassign: whether codes follow the weights in training.
@@ -72,7 +72,7 @@ class KMeans(Estimator):
 
     @property
     def constants(self) -> tuple[str, ...]:
-        """The codes, uint8 in the array's own order, where they are fixed."""
+        """The codes, uint8 in array order, where they are fixed."""
         return () if self.reassign else ("codes",)
 
     def init(
@@ -81,7 +81,7 @@ class KMeans(Estimator):
         """Codebooks float32 `[*batch, levels]`, ascending, and the codes where they are fixed.
 
         Raises:
-          ValueError: a spec that is not `PerTensor()` with a codebook, or an array without values.
+          ValueError: a spec that is not `PerTensor()` with a codebook, or an empty array.
         """
         del storage_last_axes
         if not w.size:
@@ -98,7 +98,7 @@ class KMeans(Estimator):
         storage_last_axes: tuple[int, ...] = (),
         batch_axes: int = 0,
     ) -> QTensor:
-        """See `Estimator.encode`; a codebook that is not fixed is sorted.
+        """See `Estimator.encode`; with `reassign`, the codebook is sorted.
 
         Raises:
           ValueError: as `init`, or a codebook of another size than the format's.
@@ -118,7 +118,7 @@ class KMeans(Estimator):
         return _values(self.reassign, w, learned["codebook"], q)
 
     def rescaled(self, learned: Learned, old: QSpec, new: QSpec) -> NoReturn:
-        """Raises `ValueError`: a codebook has no other number of bits."""
+        """Raises `ValueError`: a codebook's number of bits cannot change."""
         raise ValueError(
             f"kmeans: a codebook of {_levels(old)} values cannot become {new.format.name}; "
             "train it without a schedule of bit widths"
@@ -129,7 +129,7 @@ def _levels(spec: QSpec) -> int:
     values = spec.format.codebook
     if values is None or spec.granularity != PerTensor():
         raise ValueError(
-            "kmeans takes PerTensor() and a codebook format of as many values as are wanted, such "
+            "kmeans takes PerTensor() and a codebook format, which sets the number of values, such "
             f"as jq.palette(4); got {spec!r}"
         )
     return len(values)
@@ -190,14 +190,14 @@ def _values_fwd(reassign: bool, w: Array, codebook: Array, q: QTensor) -> tuple[
     return dequantize(q).astype(w.dtype), (codebook, q)
 
 
-def _values_bwd(reassign: bool, kept: Any, g: Array) -> tuple[Array, Array, None]:
-    codebook, q = kept
+def _values_bwd(reassign: bool, saved: Any, g: Array) -> tuple[Array, Array, None]:
+    codebook, q = saved
 
     def one(codebook: Array, codes: Array, g: Array) -> Array:
         total = sums(codes, to_storage(q, g), codebook.size)
         if not reassign:
             return total
-        return jnp.zeros_like(total).at[jnp.argsort(codebook)].set(total)  # it was sorted
+        return jnp.zeros_like(total).at[jnp.argsort(codebook)].set(total)  # undo the sort
 
     for _ in q.batch:
         one = jax.vmap(one)

@@ -1,4 +1,4 @@
-"""LSQ and LSQ+: step sizes, and the lower end of the range, learned by gradient descent."""
+"""LSQ and LSQ+: step size, and lower end of the range, learned by gradient descent."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def lsq() -> LSQ:
     `dx = 1` for `Q_min < v < Q_max`, else 0;
     `ds = g (round(v) - v)` there, `g Q_min` below and `g Q_max` above.
 
-    `N` is how many weights share the step, for activations how many features: values for each
-    index of the first axis. Before training `s = 2 mean|x| / sqrt(Q_max)`, and 1 where all are 0.
+    `N` is the number of weights that share the step, for activations the number of features (values
+    for each index of the first axis). Initially `s = 2 mean|x| / sqrt(Q_max)`, or 1 if all are 0.
 
-    The step is the scale, whatever the spec's range rule. It is used as `max(|s|, 2^-100)`, its
-    gradient times the sign of `s`: a step that an update pushes through zero is reflected. Scales
-    of narrow dtypes are rounded as `quantize` rounds them, the gradient passing straight through.
-    Of an asymmetric spec the zero point is the middle of the codes; see `lsq_plus` to learn it.
+    The step is the scale, whatever the spec's range rule. It is used as `max(|s|, 2^-100)`, with
+    its gradient times the sign of `s`: a step that an update makes negative is reflected. Scales of
+    narrow dtypes are rounded as in `quantize`; their gradient passes straight through. The zero
+    point of an asymmetric spec is the middle code; see `lsq_plus` to learn it.
 
     Source: Esser et al., "Learned Step Size Quantization", arXiv 1902.08153, sections 2.1 and 2.2.
 
@@ -84,12 +84,12 @@ class LSQ(Gridded):
         return 1.0 / np.sqrt(np.maximum(count, 1) * np.float32(_top(spec)))
 
     def rescaled(self, learned: Learned, old: QSpec, new: QSpec) -> dict[str, Array]:
-        """Steps as much longer as the codes are fewer."""
+        """Steps scaled so that the new codes cover the same range."""
         return {**learned, "step": same_range(learned["step"], old, new)}
 
 
 def _top(spec: QSpec) -> float:
-    """`Q_max`: of integers the greatest above the zero point, else the largest magnitude."""
+    """`Q_max`: for integers the largest code less the zero point, else the largest magnitude."""
     if spec.format.is_integer:
         return float(spec.format.qmax - (middle(spec) or 0))
     return largest(spec)
@@ -110,7 +110,7 @@ def _step_slope(at: Point, below: Any, above: Any) -> Array:
 
 
 def lsq_plus() -> LSQPlus:
-    """LSQ+: the lower end of the range is learned beside the step size.
+    """LSQ+: learned step size and lower end of the range.
 
     With `u = (x - beta) / s`, codes `round(u)` in `[0, P]`, `P = Q_max - Q_min`, `N` as in `lsq`:
 
@@ -118,16 +118,16 @@ def lsq_plus() -> LSQPlus:
     `ds = g (round(u) - u)` there, 0 below and `g P` above; `g = 1 / sqrt(N P)`;
     `dbeta = 0` there, else `g`.
 
-    Beta is put on the grid, so that zero stays exact and integers can be multiplied: the zero point
-    is `Z = clip(round(Q_min - beta / s), Q_min, Q_max)`, and the gradients are those at
-    `beta = (Q_min - Z) s`. The paper scales the gradient of `s`; that of `beta`, a sum over as many
-    values, is scaled alike.
+    Beta is rounded to a multiple of `s`, so that zero is exact and contractions can use integers:
+    the zero point is `Z = clip(round(Q_min - beta / s), Q_min, Q_max)`, and the gradients are those
+    at `beta = (Q_min - Z) s`. The paper scales the gradient of `s`; that of `beta`, a sum over as
+    many values, is scaled by the same factor.
 
-    Learned are `step` and, of asymmetric specs, `offset` (beta, the lower end in units of `x`).
-    Symmetric specs have no offset, and the gradients of `lsq`. Before training a symmetric step is
-    `max(|mu - 3 sigma|, |mu + 3 sigma|) / max |Q|` (an unsigned one `max(x) / Q_max`); else the
-    range is that of the values and zero: `s = (max - min) / P`, `beta = min`. Steps stay positive
-    as in `lsq`.
+    Learned are `step` and, for asymmetric specs, `offset` (beta, the lower end in units of `x`).
+    Symmetric specs have no offset, and the gradients of `lsq`. The initial step of a symmetric spec
+    is `max(|mu - 3 sigma|, |mu + 3 sigma|) / max |Q|` (if unsigned, `max(x) / Q_max`); otherwise
+    the range is that of the values and zero: `s = (max - min) / P`, `beta = min`. Steps stay
+    positive as in `lsq`.
 
     Source: Bhalgat et al., "LSQ+: Improving low-bit quantization through learnable offsets and
     better initialization", arXiv 2004.09576, sections 3.1 and 3.2.
@@ -155,7 +155,7 @@ class LSQPlus(LSQ):
     def init(
         self, w: Array, spec: QSpec, *, storage_last_axes: tuple[int, ...] = (), batch_axes: int = 0
     ) -> dict[str, Array]:
-        """From mean and deviation of each block, of asymmetric specs from its ends."""
+        """From mean and deviation of each block, for asymmetric specs from its ends."""
 
         def one(q: QTensor, x: Array) -> dict[str, Array]:
             inner = tuple(range(1, x.ndim, 2))
@@ -167,7 +167,7 @@ class LSQPlus(LSQ):
         return for_each(one, w, spec, storage_last_axes, batch_axes)
 
     def init_activation(self, moments: Moments, spec: QSpec) -> dict[str, Array]:
-        """From mean and deviation, of asymmetric specs from the ends."""
+        """From mean and deviation, for asymmetric specs from the ends."""
         m = Moments(*(jnp.asarray(a, jnp.float32) for a in moments))
         return _first_range(m.mean, m.std, m.low, m.high, spec)
 
@@ -176,13 +176,13 @@ class LSQPlus(LSQ):
         scale, total = stored_steps(positive(learned["step"]), spec)
         if spec.symmetric:
             return scale, None, total
-        # by the reciprocal: of a division XLA may make this, or not, and codes would differ
+        # by the reciprocal: XLA may or may not rewrite a division to it, and codes would differ
         below = learned["offset"].astype(jnp.float32) * (1.0 / scale.astype(jnp.float32))
         zero = spec.format.qmin - jnp.round(below)
         return scale, jnp.clip(zero, spec.format.qmin, spec.format.qmax), total
 
     def slopes(self, at: Point, spec: QSpec) -> Slopes:
-        """Those of `lsq`, counted from the lower end of the range."""
+        """As `lsq`, relative to the lower end of the range."""
         if spec.symmetric:
             return super().slopes(at, spec)
         inside = _inside(at)
@@ -190,7 +190,7 @@ class LSQPlus(LSQ):
         return inside, {"step": step, "offset": jnp.where(inside, 0.0, 1.0)}
 
     def gain(self, count: Any, spec: QSpec) -> Any:
-        """`1 / sqrt(N P)`, of symmetric specs `1 / sqrt(N Q_max)`."""
+        """`1 / sqrt(N P)`, for symmetric specs `1 / sqrt(N Q_max)`."""
         if spec.symmetric:
             return super().gain(count, spec)
         codes = spec.format.qmax - spec.format.qmin

@@ -1,4 +1,4 @@
-"""PACT: the range of values is learned, as its upper end."""
+"""PACT: the upper end of the range is learned."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from jaxquant.ste.gridded import Gridded, Point, Scales, Slopes
 
 
 def pact() -> PACT:
-    """PACT: values are clipped at a learned `alpha`, and the scale follows from it.
+    """PACT: values are clipped at a learned `alpha`, which determines the scale.
 
-    `y = clip(x, 0, alpha)` rounded to the grid that the spec's rule gives the range, with
+    `y = clip(x, 0, alpha)`, rounded with the scale that the spec's rule gives the range, and
 
     `dx = 1` for `0 <= x < alpha`, else 0; `dalpha = 1` for `x >= alpha`, else 0.
 
-    That is the paper's, for activations that are not negative and unsigned codes. Under signed and
-    asymmetric specs the range is `[-alpha, alpha]`, `dx = 1` within, and `dalpha = -1` for
-    `x <= -alpha`; an asymmetric zero point is the middle of the codes. Before training `alpha` is
-    the largest value, under those specs the largest magnitude, and 1 where all are 0. It is used as
-    `max(|alpha|, 2^-100)`, its gradient times the sign of `alpha`: what an update pushes through
-    zero is reflected.
+    This is the paper's rule, for non-negative activations and unsigned codes. For signed and
+    asymmetric specs the range is `[-alpha, alpha]`, `dx = 1` inside, and `dalpha = -1` for
+    `x <= -alpha`; an asymmetric zero point is the middle code. Initially `alpha` is the largest
+    value, for these specs the largest magnitude, and 1 if all are 0. It is used as
+    `max(|alpha|, 2^-100)`, with its gradient times the sign of `alpha`: an `alpha` that an update
+    makes negative is reflected.
 
     Source: Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks",
     arXiv 1805.06085, equations 1 to 3.
@@ -74,17 +74,17 @@ class PACT(Gridded):
         return {"alpha": jnp.where(amax > 0, amax, 1.0)}
 
     def scales(self, learned: Learned, spec: QSpec) -> Scales:
-        """By the spec's rule from the range; asymmetric, `2 alpha / (2^b - 1)`."""
+        """The spec's rule applied to the range; if asymmetric, `2 alpha / (2^b - 1)`."""
         alpha, spread = positive(learned["alpha"]), spec.format.max - spec.format.min
         zero = middle(spec)
         if zero is not None:
-            # The rule's zero point would be a tie, rounded up or down by the last bit of the scale.
+            # The rule's zero point would be a tie, which the scale's last bit rounds up or down.
             scale = store_scale(alpha * np.float32(2.0 / spread), spec)
             return scale, jnp.full(scale.shape, zero, jnp.float32), None
         return scales_of_range(-alpha if _both(spec) else jnp.zeros_like(alpha), alpha, alpha, spec)
 
     def slopes(self, at: Point, spec: QSpec) -> Slopes:
-        """1 inside for the values, outside for the end of the range."""
+        """Inside the range for the values; 1 above it for `alpha`, and -1 below it."""
         alpha = positive(at.learned["alpha"])
         above = jnp.where(at.x >= alpha, 1.0, 0.0)
         if not _both(spec):
@@ -93,11 +93,11 @@ class PACT(Gridded):
         return (at.x < alpha) & ~below, {"alpha": jnp.where(below, -1.0, above)}
 
     def rescaled(self, learned: Learned, old: QSpec, new: QSpec) -> dict[str, Array]:
-        """The range does not depend on the number of bits: as it is."""
+        """Unchanged: the range does not depend on the number of bits."""
         del old, new
         return dict(learned)
 
 
 def _both(spec: QSpec) -> bool:
-    """Whether the range reaches below zero."""
+    """Whether the range includes negative values."""
     return spec.format.min < 0 or not spec.symmetric

@@ -1,4 +1,4 @@
-"""The straight-through estimator: nothing learned, rounding taken for the identity."""
+"""The straight-through estimator: nothing is learned, rounding has the gradient of the identity."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from jaxquant.ste.gridded import Gridded, Point, Scales, Slopes
 def straight_through(clip: bool = True) -> StraightThrough:
     """The gradient of rounding is 1 inside the range and 0 outside.
 
-    Inside is what moves by half a step at most when it is cut off at an end of the format, for
-    formats other than integers what is not cut off. Scales that `quantize` takes from the largest
-    magnitude cut nothing else off, by no rule of `QSpec.range`: only negative values under an
-    unsigned format are outside then.
+    Integers are inside if clipping moves them by at most half a step, values of other formats if
+    they are not clipped. With the scales of `quantize`, from the largest magnitude, and any rule of
+    `QSpec.range`, only negative values in an unsigned format are outside.
 
     Args:
       clip: `False` for the identity everywhere.
@@ -47,12 +46,12 @@ def straight_through(clip: bool = True) -> StraightThrough:
 class StraightThrough(Gridded):
     """The estimator that `straight_through` makes.
 
-    For activations `learned` may hold a grid that is tracked and not trained: `scale`, and
-    `zero_point` in the format's own codes. Without one, scales are taken to be those of the largest
+    For activations `learned` may contain a scale that is tracked and not trained: `scale`, and
+    `zero_point` in the format's codes. Otherwise scales are assumed to come from the largest
     magnitude.
 
     Attributes:
-      clip: whether gradients stop outside of the range.
+      clip: whether gradients are 0 outside the range.
     """
 
     clip: bool = True
@@ -90,10 +89,10 @@ class StraightThrough(Gridded):
         return _passed(self, q.spec, w, dequantize(q).astype(w.dtype), None)
 
     def grid(self, learned: Learned, spec: QSpec) -> tuple[Array, Array | None]:
-        """The grid that is tracked.
+        """The tracked scale and zero point.
 
         Raises:
-          ValueError: there is none.
+          ValueError: there is no scale.
         """
         if "scale" not in learned:
             raise ValueError(f"straight_through learns no grid, and none was given for {spec!r}")
@@ -104,7 +103,7 @@ class StraightThrough(Gridded):
         raise NotImplementedError
 
     def slopes(self, at: Point, spec: QSpec) -> Slopes:
-        """All that is at most half a step beyond the ends."""
+        """Values up to half a step beyond the ends; see `_margins`."""
         if not self.clip:
             return jnp.ones(at.v.shape, bool), {}
         below, above = _margins(spec)
@@ -125,16 +124,16 @@ class StraightThrough(Gridded):
         return _passed(self, spec, x, rounded, grid)
 
     def rescaled(self, learned: Learned, old: QSpec, new: QSpec) -> dict[str, Array]:
-        """Nothing is learned: as it is."""
+        """Unchanged: nothing is learned."""
         del old, new
         return dict(learned)
 
 
 def _margins(spec: QSpec) -> tuple[float, float]:
-    """How far beyond the ends of the format values are inside, in units of the scale.
+    """How far values beyond the ends of the format count as inside, in units of the scale.
 
-    Half a step of integers; on the far side of the extreme that `range="signed"` puts on `qmin`, a
-    whole one. And the rounding errors of float32 and of the scale's own dtype.
+    Half a step for integers, a full step above `qmax` with `range="signed"`, which maps the extreme
+    to `qmin`; plus the rounding errors of float32 and of the scale's dtype.
     """
     low, high = ends(spec)
     narrow = spec.scale_dtype not in ("float32", "float64", "float8_e8m0fnu")
@@ -154,16 +153,16 @@ def _passed(estimator: StraightThrough, spec: QSpec, x: Array, rounded: Array, g
 def _passed_fwd(
     estimator: StraightThrough, spec: QSpec, x: Array, rounded: Array, grid: Any
 ) -> tuple[Array, Any]:
-    whole = grid is None and (spec.format.min < 0 or not spec.symmetric)
-    return rounded, None if whole or not estimator.clip else (x, grid)
+    unclipped = grid is None and (spec.format.min < 0 or not spec.symmetric)
+    return rounded, None if unclipped or not estimator.clip else (x, grid)
 
 
 def _passed_bwd(
-    estimator: StraightThrough, spec: QSpec, kept: Any, g: Array
+    estimator: StraightThrough, spec: QSpec, saved: Any, g: Array
 ) -> tuple[Array, None, None]:
-    if kept is None:
+    if saved is None:
         return g, None, None
-    x, grid = kept
+    x, grid = saved
     if grid is None:
         return jnp.where(x >= 0, g, 0), None, None
     low, high = ends(spec)

@@ -37,7 +37,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
             "activations": GRID,
             "activation_estimator": ste.kmeans(),
         },
-        r"KMeans\(.*\) is for weights alone",
+        r"KMeans\(.*\) is for weights only",
     ),
     "learned and observed": (
         {
@@ -62,7 +62,7 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "skip": (
         {"skip": True, "weight_estimator": ste.lsq(), "gradients": Gradients()},
-        r"skip=True leaves no place for weight_estimator, gradients",
+        r"skip=True does not go with weight_estimator, gradients",
     ),
 }
 
