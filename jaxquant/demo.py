@@ -270,7 +270,7 @@ def table(rows: Sequence[Row]) -> Table:
     )
     found.add_column("preset", style="bold", no_wrap=True)
     found.add_column("weights /\nactivations", style="dim", no_wrap=True)
-    figures = "test\naccuracy|same as\nfloat|stored\nkB|of\nfloat|bits a\nweight|time of\nfloat"
+    figures = "test\naccuracy|same as\nfloat|stored\nkB|of\nfloat|bits a\nweight|time /\nfloat"
     for header in figures.split("|"):
         found.add_column(header, justify="right", no_wrap=True)
     for row in rows:
