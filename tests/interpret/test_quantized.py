@@ -22,7 +22,7 @@ INT8_DOT = re.compile(
 
 
 def run(program: Program, params, recipe):
-    qparams, report = jq.ptq(program.fn, params, recipe, *program.args, **dict(program.kwargs))
+    qparams, report = jq.ptq(program.fn, params, recipe, *program.args, kwargs=dict(program.kwargs))
     static = dict(program.kwargs)
     call = jax.jit(lambda p, *a: jq.quantized(program.fn)(p, *a, **static))
     return qparams, report, call

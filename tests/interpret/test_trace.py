@@ -14,7 +14,7 @@ from .programs import PROGRAMS, helpers, normal, stack, v, w, x
 
 def sites(name: str) -> jq.interpret.Sites:
     program = PROGRAMS[name]
-    return jq.trace(program.fn, program.params, *program.args, **dict(program.kwargs))
+    return jq.trace(program.fn, program.params, *program.args, kwargs=dict(program.kwargs))
 
 
 @pytest.mark.parametrize(
