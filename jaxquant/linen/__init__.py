@@ -8,10 +8,10 @@ training in the same way. Key paths begin with the collection: `params/encoder/l
 """
 
 from jaxquant.linen.batchnorm import freeze_batchnorm
-from jaxquant.linen.doors import capture, convert, fold_batchnorm, ptq
+from jaxquant.linen.doors import capture, fold_batchnorm, ptq
 from jaxquant.linen.intercept import interceptor
 from jaxquant.linen.model import QuantizedModel, quantized
-from jaxquant.linen.training import FakeQuantizedModel, fake_quantized
+from jaxquant.linen.training import FakeQuantizedModel, convert, fake_quantized
 from jaxquant.linen.variables import trainable, updated
 
 __all__ = [

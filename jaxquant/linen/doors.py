@@ -1,4 +1,4 @@
-"""What is done with all variables of a model: `ptq`, `capture`, `convert`, `fold_batchnorm`."""
+"""What is done with all variables of a model: `ptq`, `capture`, `fold_batchnorm`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from jaxquant.capture import CaptureKeywords, Statistics
 from jaxquant.capture import capture as capture_function
 from jaxquant.linen.collection import parted
 from jaxquant.linen.model import quantized, require_module
-from jaxquant.linen.training import FakeQuantizedModel
 from jaxquant.observers import Observer
 from jaxquant.ptq import PTQKeywords
 from jaxquant.ptq import ptq as ptq_function
@@ -75,43 +74,6 @@ def capture(
     """
     require_module(model, "linen.capture", "jaxquant.capture")
     return capture_function(model.apply, variables, recipe, **options)
-
-
-def convert(
-    fmodel: FakeQuantizedModel,
-    variables: Mapping[str, Any],
-    *args: Any,
-    kwargs: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Variables as they are served: `QTensor`s in place of params, and no `quant` collection.
-
-    They are for `jaxquant.linen.quantized(model).apply` or `jaxquant.quantized(model.apply)`,
-    which then give what `fmodel.apply` gave. See `jaxquant.convert`.
-
-    Args:
-      fmodel: the model in training, as of `fake_quantized`.
-      variables: what was trained.
-      *args: what else `model.apply` is called with, to trace it; shapes are enough.
-      kwargs: its keywords, as the model is served.
-
-    Raises:
-      ValueError: as `FakeQuantizedModel.state` and `jaxquant.convert`.
-
-    >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
-    >>> model, x = nn.Dense(8), jnp.ones((2, 32))
-    >>> fmodel = jq.linen.fake_quantized(model, jq.w8a8())
-    >>> variables = fmodel.init(jax.random.key(0), x)
-    >>> qvariables = jq.linen.convert(fmodel, variables, x)
-    >>> y = jax.jit(jq.linen.quantized(model).apply)(qvariables, x)
-    >>> bool((y == jax.jit(fmodel.apply)(variables, x)).all())
-    True
-    """
-    if not isinstance(fmodel, FakeQuantizedModel):
-        raise ValueError(
-            "linen.convert: expected a model that jaxquant.linen.fake_quantized made, "
-            f"got {type(fmodel).__name__}"
-        )
-    return fmodel.converted(variables, args, kwargs or {})
 
 
 def fold_batchnorm(

@@ -21,7 +21,8 @@ from jaxquant.linen.collection import NAME
 from jaxquant.linen.model import require_module
 from jaxquant.linen.pure import arrays_only, unconcerned
 from jaxquant.linen.state import ASK, collection, parted, require_none_needed, state_of
-from jaxquant.qat import QuantState, Schedule, convert, init_quant_state
+from jaxquant.qat import QuantState, Schedule, init_quant_state
+from jaxquant.qat import convert as convert_params
 from jaxquant.qat import fake_quantized as fake_quantized_function
 from jaxquant.qat.fake import require_float
 from jaxquant.qat.init import state_for
@@ -171,18 +172,6 @@ class FakeQuantizedModel:
             raise ValueError(f"{where}: the variables have no {NAME!r} collection; {ASK}")
         return state_of(held, self._like(self._call(plain, args, kwargs, where)), where)
 
-    def converted(self, variables: Mapping[str, Any], args: Any, kwargs: Any) -> dict[str, Any]:
-        """What `jaxquant.linen.convert` returns."""
-        where = "linen.convert"
-        plain, held = parted(variables, where)
-        like = self._like(self._call(plain, args, kwargs, where))
-        if held is None:
-            require_none_needed(self.recipe, self.schedule, where)
-            state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
-        else:
-            state = state_of(held, like, where)
-        return convert(plain, state, self.recipe, schedule=self.schedule)
-
     def _begun(self, variables: Any, rngs: Any, args: Any, kwargs: Any) -> dict[str, Any]:
         if NAME in variables:
             raise ValueError(
@@ -281,3 +270,48 @@ def fake_quantized(
     # for its checks alone
     fake_quantized_function(model.apply, chosen, schedule=schedule, frozen=model.apply)
     return FakeQuantizedModel(model, chosen, schedule)
+
+
+def convert(
+    fmodel: FakeQuantizedModel,
+    variables: Mapping[str, Any],
+    *args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Variables as they are served: `QTensor`s in place of params, and no `quant` collection.
+
+    They are for `jaxquant.linen.quantized(model).apply` or `jaxquant.quantized(model.apply)`,
+    which then give what `fmodel.apply` gave. See `jaxquant.convert`.
+
+    Args:
+      fmodel: the model in training, as of `fake_quantized`.
+      variables: what was trained.
+      *args: what else `model.apply` is called with, to trace it; shapes are enough.
+      kwargs: its keywords, as the model is served.
+
+    Raises:
+      ValueError: as `FakeQuantizedModel.state` and `jaxquant.convert`.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
+    >>> model, x = nn.Dense(8), jnp.ones((2, 32))
+    >>> fmodel = jq.linen.fake_quantized(model, jq.w8a8())
+    >>> variables = fmodel.init(jax.random.key(0), x)
+    >>> qvariables = jq.linen.convert(fmodel, variables, x)
+    >>> y = jax.jit(jq.linen.quantized(model).apply)(qvariables, x)
+    >>> bool((y == jax.jit(fmodel.apply)(variables, x)).all())
+    True
+    """
+    if not isinstance(fmodel, FakeQuantizedModel):
+        raise ValueError(
+            "linen.convert: expected a model that jaxquant.linen.fake_quantized made, "
+            f"got {type(fmodel).__name__}"
+        )
+    where = "linen.convert"
+    plain, held = parted(variables, where)
+    like = fmodel._like(fmodel._call(plain, args, kwargs or {}, where))
+    if held is None:
+        require_none_needed(fmodel.recipe, fmodel.schedule, where)
+        state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+    else:
+        state = state_of(held, like, where)
+    return convert_params(plain, state, fmodel.recipe, schedule=fmodel.schedule)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -426,9 +427,9 @@ def test_mistakes(trained: FakeQuantTensor, images: Any) -> None:
     with pytest.raises(ValueError, match=r"expected variables, a dict of collections, got int"):
         fmodel.apply(3, x)
     other = linen.fake_quantized(Net(), jq.Rule("**", weights=jq.int8()))
-    for method in (other.apply, other.convert):
+    for call in (other.apply, functools.partial(linen.convert, other)):
         with pytest.raises(ValueError, match=r"was made for another recipe; what is trained"):
-            method(variables, x)
+            call(variables, x)
     wide = nn.Sequential([nn.Dense(8), nn.Dense(4)])
     wide_variables = wide.init(jax.random.key(0), x[0, 0])
     strange = {**wide_variables, "quant": variables["quant"]}

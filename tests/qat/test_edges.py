@@ -187,7 +187,7 @@ def test_what_cannot_be_started_from() -> None:
         jq.init_quant_state(fn, PARAMS, LSQ, jax.ShapeDtypeStruct(X.shape, X.dtype))
     with pytest.raises(
         ValueError,
-        match=r"^init_quant_state: the function cannot be traced .* takes 2 positional arguments but 3",
+        match=r"^init_quant_state: the function cannot be traced .* takes 2 positional",
     ):
         jq.init_quant_state(fn, PARAMS, LSQ, X, X)
     encoder = dataclasses.replace(STATIC, encoder=jq.encoders.rtn(stochastic=True))
