@@ -29,10 +29,10 @@ class Parts:
     outer: Any
     inner: Any
 
-    def groups(self, held: Callable[[Any], bool]) -> list[list[int]]:
-        """Indices of leaves to update together: all with no entry `held`, then each other leaf."""
+    def groups(self, is_large: Callable[[Any], bool]) -> list[list[int]]:
+        """Indices of leaves to update together: all without a large entry, then each other leaf."""
         lists = [e for e in self.entries if isinstance(e, list)]
-        large = [k for k in range(self.inner.num_leaves) if any(held(e[k]) for e in lists)]
+        large = [k for k in range(self.inner.num_leaves) if any(is_large(e[k]) for e in lists)]
         small = [k for k in range(self.inner.num_leaves) if k not in large]
         return ([small] if small else []) + [[k] for k in large]
 

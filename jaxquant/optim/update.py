@@ -34,25 +34,25 @@ def encoded(tree: Any, old: Any) -> Any:
     )
 
 
-def after(done: list[Any], given: Any) -> Any:
-    """`given`, the arguments of the next update, made to depend on the last entry of `done`.
+def after(done: list[Any], args: Any) -> Any:
+    """`args`, the arguments of the next update, made to depend on the last entry of `done`.
 
     Otherwise XLA starts with all leaves at once, and all of their state is in float.
     """
-    given, done[-1] = lax.optimization_barrier((given, done[-1]))
+    args, done[-1] = lax.optimization_barrier((args, done[-1]))
     blocks = [q for q in jax.tree.leaves(done[-1], is_leaf=is_blocks) if is_blocks(q)]
     if not blocks or any(map(_explicit, blocks)):
-        return given
-    return lax.platform_dependent(given, blocks, cpu=_waiting, default=lambda given, blocks: given)
+        return args
+    return lax.platform_dependent(args, blocks, cpu=_waiting, default=lambda args, blocks: args)
 
 
-def _waiting(given: Any, blocks: list[Blocks]) -> Any:
+def _waiting(args: Any, blocks: list[Blocks]) -> Any:
     """Adds to codes a zero computed from `blocks`, as a dependency: JAX 0.10 drops barriers."""
     first = sum(q.codes[(0,) * q.codes.ndim].astype(jnp.int32) for q in blocks)
     zero = (jnp.int32(first) >> 24).astype(jnp.uint8)
     return jax.tree.map(
         lambda q: dataclasses.replace(q, codes=q.codes + zero) if is_blocks(q) else q,
-        given,
+        args,
         is_leaf=is_blocks,
     )
 

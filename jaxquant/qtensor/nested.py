@@ -107,13 +107,13 @@ def read_back(scale: Array, empty: Array) -> tuple[Array, Array]:
       scale: float32 `[*groups]`.
       empty: bool like `scale`.
 
-    >>> given, back = read_back(jnp.array([1.0, 0.5, 0.5]), jnp.array([True, False, False]))
-    >>> given.tolist(), back.round(2).tolist()
+    >>> plain, back = read_back(jnp.array([1.0, 0.5, 0.5]), jnp.array([True, False, False]))
+    >>> plain.tolist(), back.round(2).tolist()
     ([0.0, 0.5, 0.5], [1.0, 0.5, 0.5])
     """
-    given = jnp.where(empty, 0.0, scale)
-    back = unnested(*nest(given))
-    return given, jnp.where((back > 0) & ~empty, back, scale)
+    plain = jnp.where(empty, 0.0, scale)
+    back = unnested(*nest(plain))
+    return plain, jnp.where((back > 0) & ~empty, back, scale)
 
 
 def with_plain_scales(q: QTensor) -> QTensor:
