@@ -1,4 +1,4 @@
-"""The best few values for each row of an array: k-means over rows, in parts that are compiled."""
+"""k-means over the rows of an array, compiled in parts."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from jaxquant.numerics.cluster import (
 from jaxquant.numerics.starts import STARTS, begin
 
 _STARTS = ("coarse", *STARTS)
-_SORTED = 8192  # up to so many values are sorted; more are put in bins
+_SORTED = 8192  # at most this many values are sorted; larger arrays are binned
 _BINS = 1 << 16
-_OPTIMAL_BINS = 8192  # for the exact optimum of more values than that
-_COARSE_BINS = (256, 1024)  # fewest and most for an optimum to begin at, of 16 for each level
-_LEAST = 2.0**-120  # magnitudes below are not enlarged: not all processors know subnormal numbers
-_AT_ONCE = 1 << 22  # places of all rows that are worked on together
+_OPTIMAL_BINS = 8192  # for the optimum of arrays with more values
+_COARSE_BINS = (256, 1024)  # bounds for the bins of the "coarse" start, 16 per level
+_LEAST = 2.0**-120  # smaller magnitudes are not scaled up: some processors flush subnormals
+_AT_ONCE = 1 << 22  # values or bins of the rows in one batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Clustering:
-    """How k-means goes about it; see `kmeans`.
+    """Options of k-means; see `kmeans`.
 
     Attributes:
-      start: names of what to begin with; of several ends the best is kept.
-      iterations: most steps from each.
-      exact: begin at the optimum of dynamic programming instead.
+      start: names of the starts; the best of several results is kept.
+      iterations: maximum number of steps from each start.
+      exact: start at the optimum of dynamic programming instead.
     """
 
     start: tuple[str, ...] = ("coarse",)
@@ -49,7 +49,7 @@ class Clustering:
 
     @classmethod
     def of(cls, start: str | tuple[str, ...], iterations: int, exact: bool) -> Clustering:
-        """Checked; raises `ValueError` for an unknown start or no positive iterations."""
+        """Checked options; raises `ValueError` for an unknown start or iterations below 1."""
         names = (start,) if isinstance(start, str) else tuple(start)
         if not names or any(name not in _STARTS for name in names):
             raise ValueError(f"kmeans: start: expected one or several of {_STARTS}, got {start!r}")
@@ -58,9 +58,11 @@ class Clustering:
         return cls(names, iterations, bool(exact))
 
     def check_key(self, key: Array | None) -> None:
-        """Raises `ValueError` where a key is missing."""
+        """Raises `ValueError` if a key is missing."""
         if "kmeans++" in self.start and not self.exact and key is None:
-            raise ValueError("kmeans(start='kmeans++') draws: pass key=jax.random.key(0)")
+            raise ValueError(
+                "kmeans(start='kmeans++') draws random numbers: pass key=jax.random.key(0)"
+            )
 
 
 def kmeans_codebook(
@@ -73,23 +75,23 @@ def kmeans_codebook(
     exact: bool = False,
     key: Array | None = None,
 ) -> Array:
-    """The `levels` values that an array is best rounded to; arguments as of `kmeans`.
+    """The codebook of `levels` values with the least squared error for an array; see `kmeans`.
 
     Args:
       x: finite values of any shape, at least `levels`.
       levels: 1 to 256.
-      weights: what the square of each value's error costs, of a shape that broadcasts to `x`'s, not
-        negative; `None` counts all alike.
-      start: where to begin.
-      iterations: most steps.
-      exact: begin at the optimum.
+      weights: non-negative weights of the squared errors, in a shape that broadcasts to that of
+        `x`; `None`: all 1.
+      start: names of the starts.
+      iterations: maximum number of steps.
+      exact: start at the optimum.
       key: PRNG key, for `"kmeans++"`.
 
     Returns:
       float32 `[levels]`, ascending.
 
     Raises:
-      ValueError: fewer values than levels, values that are not finite, or what `kmeans` refuses.
+      ValueError: fewer values than levels, non-finite values, or arguments `kmeans` refuses.
 
     >>> kmeans_codebook(jnp.array([0.0, 1.0, 2.0]), 1, weights=jnp.array([1.0, 0.0, 0.0])).tolist()
     [0.0]
@@ -114,10 +116,10 @@ def kmeans_codebook(
 
 
 def spread_weights(weights: Array, shape: tuple[int, ...]) -> Array:
-    """Weights broadcast to the shape of the array they are for.
+    """Weights broadcast to the shape of their array.
 
     Raises:
-      ValueError: they do not, are not finite, or negative (not under a trace).
+      ValueError: weights do not broadcast, or are negative or non-finite (unchecked under a trace).
     """
     try:
         if np.broadcast_shapes(weights.shape, shape) != shape:
@@ -144,21 +146,21 @@ def clustered(
 
     Args:
       x: `[rows, n]`, finite.
-      weights: `[rows, n]`, not negative; a row of zeros counts all alike.
-      keys: one for each row, where something is drawn.
-      how: start and iterations.
-      levels: how many values.
+      weights: `[rows, n]`, non-negative; a row of zeros is taken as ones.
+      keys: one for each row, for `"kmeans++"`.
+      how: options.
+      levels: codebook size.
 
     Returns:
       Codebooks float32 `[rows, levels]`, ascending; codes uint8 `[rows, n]`; steps int32 `[rows]`.
     """
     if x.shape[0] > 1:
         return _mapped(x, weights, keys, how, levels)
-    # compiled in parts: the one that takes long is the same for arrays of many sizes
-    given = jax.tree.map(lambda a: a[0], (x, weights, keys))
-    points, unit, shift, top = _prepared(*given[:2])
-    centroids, steps = _found(points, given[2], how, levels)
-    codebook, codes = _assigned(*given[:2], centroids, unit, shift, top)
+    # compiled in parts: arrays of many sizes share the one that takes long to compile
+    row = jax.tree.map(lambda a: a[0], (x, weights, keys))
+    points, unit, shift, top = _prepared(*row[:2])
+    centroids, steps = _settled(points, row[2], how, levels)
+    codebook, codes = _assigned(*row[:2], centroids, unit, shift, top)
     return codebook[None], codes[None], steps[None]
 
 
@@ -169,30 +171,30 @@ def _mapped(
     def one(row: tuple[Array, Array | None, Array | None]) -> tuple[Array, Array, Array]:
         x, weights, key = row
         points, unit, shift, top = _prepared(x, weights)
-        centroids, steps = _found(points, key, how, levels)
+        centroids, steps = _settled(points, key, how, levels)
         return *_assigned(x, weights, centroids, unit, shift, top), steps
 
     rows, size = x.shape
     together = max(1, min(rows, _AT_ONCE // max(_bins(size), size, 1)))
     if size >= _BINS:
-        together = 1  # each fills the processor
+        together = 1  # one row fills the processor
     return lax.map(one, (x, weights, keys), batch_size=None if together == 1 else together)
 
 
 def _bins(size: int) -> int:
-    """How many bins for so many values."""
+    """The number of bins for `size` values."""
     return min(_BINS, 2 << max(size - 1, 1).bit_length())
 
 
 @jax.jit
 def _prepared(x: Array, weights: Array | None) -> tuple[Points, Array, Array, Array]:
-    """The points, and what takes values there: `x / unit - shift`, weights over `top`."""
+    """The points, and the constants of their transform: `x / unit - shift`, `weights / top`."""
     x = x.astype(jnp.float32)
-    # a power of two, by which division is exact, so that no square overflows or vanishes
+    # squares neither overflow nor vanish; division by a power of two is exact
     unit = jnp.exp2(jnp.floor(jnp.log2(jnp.maximum(jnp.max(jnp.abs(x)), _LEAST))))
     y = x / unit
     shift = jnp.mean(y)
-    near = y - shift  # short prefix sums lose fewer digits
+    near = y - shift  # smaller prefix sums lose fewer digits
     top = jnp.float32(1.0) if weights is None else jnp.max(weights).astype(jnp.float32)
     h = _scaled(weights, top)
     points = ordered(near, h) if x.size <= _SORTED else binned(near, _bins(x.size), h)
@@ -206,7 +208,9 @@ def _scaled(weights: Array | None, top: Array) -> Array | None:
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _found(points: Points, key: Array | None, how: Clustering, levels: int) -> tuple[Array, Array]:
+def _settled(
+    points: Points, key: Array | None, how: Clustering, levels: int
+) -> tuple[Array, Array]:
     if how.exact:
         fine = points if points.grid is None else coarser(points, _OPTIMAL_BINS)
         return settled(points, optimal(fine, levels), how.iterations)
@@ -229,7 +233,7 @@ def _found(points: Points, key: Array | None, how: Clustering, levels: int) -> t
 def _assigned(
     x: Array, weights: Array | None, centroids: Array, unit: Array, shift: Array, top: Array
 ) -> tuple[Array, Array]:
-    """Two steps more over the values themselves, the second to the last digit; then codes."""
+    """Codebook and codes, after two more steps over the values themselves."""
     y, h = x.astype(jnp.float32) / unit, _scaled(weights, top)
     centroids = lax.fori_loop(0, 2, lambda _, c: refined(y, c, h), centroids + shift)
     return centroids * unit, nearest(y, centroids)
