@@ -136,7 +136,7 @@ def test_quantized_leaves_stay(params):
     assert twice["head"] is once["head"]
     assert report["head"].action == "kept: already quantized (int8)"
     assert not report["head"].quantized
-    with pytest.raises(ValueError, match=r"quantizes nothing: all that it could .*; head: kept"):
+    with pytest.raises(ValueError, match=r"quantizes nothing: every leaf it could .*; head: kept"):
         jq.quantize_params(twice, jq.w8a8(), sites=SITES)
     rest = {path: q for path, q in twice.items() if isinstance(q, QTensor)}
     with pytest.raises(ValueError, match="quantizes nothing: all leaves are quantized already"):
@@ -315,7 +315,7 @@ def test_disagreeing_sites_are_noted():
     assert qparams["q"].batch == ()  # one of the sites does not scan
     assert qparams["q"].scale.shape == (3, 4, 4, 1)
     assert report["q"].notes == (
-        "contracted over axes [1] and [2, 3] at its sites; scales suit the first",
+        "contracted over axes [1] and [2, 3] at its sites; scales fit the first",
     )
 
 

@@ -1,4 +1,4 @@
-"""Encoders: values that turn one float array into a `QTensor` and say how well."""
+"""Encoders: hashable values that turn one float array into a `QTensor` and measure its error."""
 
 from jaxquant.encoders.base import Encoder, Info, measure
 from jaxquant.encoders.clip import Clip, clip

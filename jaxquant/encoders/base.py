@@ -1,4 +1,4 @@
-"""What an encoder is: a value that turns one float array into a `QTensor` and says how well."""
+"""The encoder protocol: turns one float array into a `QTensor` and measures its error."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from jaxquant.report import Found
 
 
 class Info(NamedTuple):
-    """What an encoder did, as arrays.
+    """The error measures of an encoded array.
 
-    `error` and `signal` are in units of the square of the largest magnitude, so that neither
-    overflows in float32; only their quotient is meant to be used, see `sqnr_db`.
+    `error` and `signal` are in units of the square of a power of two near `max |w|`, so that
+    neither overflows in float32; only their quotient has a meaning, see `sqnr_db`.
 
     Attributes:
       error: `sum (w - dequantize(q))^2`.
       signal: `sum w^2`.
-      details: what else the encoder has to say, by name (damping used, iterations, ...).
+      details: further results of the encoder by name (damping used, iterations, ...).
     """
 
     error: Array
@@ -35,7 +35,7 @@ class Info(NamedTuple):
     def sqnr_db(self) -> float:
         """Signal to quantization noise ratio `10 log10(signal / error)`, `inf` where exact.
 
-        `nan` where a sum is not finite: float32 does not reach from one to the other.
+        `nan` if a sum is not finite in float32.
         """
         error, signal = float(self.error), float(self.signal)
         if not (math.isfinite(error) and math.isfinite(signal)):
@@ -49,36 +49,36 @@ class Info(NamedTuple):
 class Encoder(Protocol):
     """A hashable value (a frozen dataclass) that quantizes one array.
 
-    Encoders differ in how they choose codes and scales, never in what a `QTensor` means: whatever
-    comes out is dequantized and contracted alike. One of your own derives from this class, and
-    says only what differs from the properties below.
+    Encoders differ only in how they choose codes and scales: all results are dequantized and
+    contracted in the same way. A custom encoder derives from this class and overrides only the
+    properties that differ.
     """
 
     name: ClassVar[str] = "encoder"
-    """How recipes and reports name it."""
+    """The name in recipes and reports."""
 
     @property
     def observer(self) -> Inputs | None:
-        """The observer of what it has to know of a weight's inputs; `None` if nothing."""
+        """The observer of the weight's inputs; `None` if no statistics are needed."""
         return None
 
     @property
     def without_inputs(self) -> Encoder | None:
-        """What encodes leaves that meet no inputs in its place; `None` rounds to nearest."""
+        """The encoder for leaves without inputs (lookup tables); `None`: round to nearest."""
         return None
 
     @property
     def learns_values(self) -> bool:
-        """Whether the values of the format are only found in encoding."""
+        """Whether encoding determines the values of the format (a codebook)."""
         return False
 
     @property
     def outliers(self) -> Outliers | None:
-        """The outlier columns of the inputs that it fixes."""
+        """The rule by which the encoder fixes outlier columns of the inputs, if it does."""
         return None
 
     def notes(self, details: Mapping[str, Array]) -> tuple[str | Found, ...]:
-        """What a report should say of `Info.details`, which are concrete."""
+        """Remarks for the report, from concrete `Info.details`."""
         del details
         return ()
 
@@ -97,17 +97,16 @@ class Encoder(Protocol):
         Args:
           w: float array `[*batch, *core]`, finite.
           spec: format, granularity and range rule; axes named, counted within the core.
-          key: PRNG key, for encoders that draw.
+          key: PRNG key, for encoders that draw random numbers.
           storage_last_axes: core axes to store last, contiguous.
-          batch_axes: how many leading axes are encoded one by one.
-          stats: statistics of the inputs that the array is contracted with, for encoders that
-            look at data.
+          batch_axes: number of leading batch axes; core arrays are encoded one by one.
+          stats: statistics of the inputs that `w` is contracted with, for encoders that use data.
         """
         ...
 
 
 def measure(w: Array, q: QTensor) -> Info:
-    """Squared error of `q` against the array `w` it was made from, both read as float32.
+    """Squared error of `q` against its source array `w`, both in float32.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> w = jnp.array([[1.0, -2.0, 127.0]])
@@ -121,8 +120,7 @@ def measure(w: Array, q: QTensor) -> Info:
 def _measure(w: Array, q: QTensor) -> Info:
     w = w.astype(jnp.float32)
     peak = jnp.max(jnp.abs(w), initial=0.0)
-    # A power of two, so that the division is exact: a codebook value that came back unchanged must
-    # count as no error.
+    # Division by a power of two is exact: an unchanged codebook value must have zero error.
     unit = jnp.where(peak > 0, jnp.exp2(jnp.floor(jnp.log2(jnp.where(peak > 0, peak, 1.0)))), 1.0)
     scaled = w / unit
     error = scaled - dequantize(q, jnp.float32) / unit

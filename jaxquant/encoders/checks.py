@@ -1,4 +1,4 @@
-"""What every encoder asks of its arguments, before it starts."""
+"""Argument checks that all encoders share."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from jaxquant.qtensor import QSpec
 def checked_weight(
     name: str, w: ArrayLike, spec: QSpec, storage_last_axes: tuple[int, ...], batch_axes: int
 ) -> Array:
-    """The array, if it can be encoded by the spec.
+    """The weight as a JAX array, checked against the spec.
 
     Raises:
-      ValueError: no `QSpec`; not a float array; axes that it does not have; values that are not
-        finite (not under a trace).
+      ValueError: `spec` is no `QSpec`; `w` is not a float array, lacks a named axis, or is not
+        finite (unchecked under a trace).
     """
     if not isinstance(spec, QSpec):
         raise ValueError(f"{name}: expected a QSpec such as jq.QSpec('int4'), got {spec!r}")
@@ -36,7 +36,7 @@ def checked_weight(
 
 
 def check_finite(name: str, what: str, a: Array) -> None:
-    """Raises `ValueError` where an array is not finite; not under a trace."""
+    """Raises `ValueError` if an array is not finite; unchecked under a trace."""
     finite = _all_finite(a)
     if not isinstance(finite, jax.core.Tracer) and not bool(finite):
         raise ValueError(f"{name}: non-finite values in the {what} {a.dtype.name}{list(a.shape)}")

@@ -1,4 +1,4 @@
-"""Clip search: the range of each group shrunk by the factor that serves the output best."""
+"""Clip search: shrinks the range of each group by the factor with the least output error."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Clip(Called, Encoder):
     """The encoder that `clip` makes.
 
     Attributes:
-      steps: how many factors are tried, 1 among them.
-      least: below the smallest of them.
+      steps: number of candidate factors, 1 included.
+      least: exclusive lower bound of the factors.
     """
 
     name = "clip"
@@ -63,15 +63,15 @@ class Clip(Called, Encoder):
         batch_axes: int = 0,
         stats: InputStats | None = None,
     ) -> tuple[QTensor, Info]:
-        """Encodes `w`; see `Encoder`. No random numbers are drawn.
+        """Encodes `w`; see `Encoder`. `key` is ignored.
 
-        Details, float32 `[*batch]`: `factor`, the mean of those chosen; `output_error`,
+        Details, float32 `[*batch]`: `factor`, the mean of the chosen factors; `output_error`,
         `tr(D^T H D) / tr(W^T H W)`.
 
         Raises:
-          ValueError: no statistics, or without `X^T X`, or of another shape than the weight's
-            inputs; weights or statistics that are not finite (not under a trace); groups that do
-            not run over the contracted axes, or channels other than all the axes kept.
+          ValueError: statistics are missing, lack `X^T X`, or do not fit the shape of the weight;
+            weights or statistics are not finite (unchecked under a trace); groups do not run over
+            the contracted axes, or channels are not all the other axes.
         """
         del key
         w = jnp.asarray(w)
@@ -83,16 +83,16 @@ class Clip(Called, Encoder):
 
 
 def clip(steps: int = 10, least: float = 0.5) -> Clip:
-    """Rounds to nearest on ranges shrunk by the factor that costs least at the output.
+    """Rounds to nearest on ranges shrunk by the factor with the least output error.
 
-    For each group `g` of inputs and each output channel, `p` of `1 - i (1 - least) / steps`,
-    `i = 0 .. steps - 1`, minimises `d^T H_gg d`, `d = w - Q_p(w)`: the squared error of what the
-    group adds to the output, `H_gg` the group's own block of `H = X^T X / n`. A scale per channel
-    has one group, all inputs; that of a tensor is chosen by the sum over its channels.
+    For each group `g` of inputs and each output channel, the factor `p` in
+    `1 - i (1 - least) / steps`, `i = 0 .. steps - 1`, minimises `d^T H_gg d`, `d = w - Q_p(w)`:
+    the squared error of the group's term of the output. `H_gg` is the group's diagonal block of
+    `H = X^T X / n`. Per channel, all inputs are one group; per tensor, channels are summed.
 
     Args:
-      steps: how many factors are tried.
-      least: below the smallest of them; 10 steps above 0.5 are AWQ's `1 - i / 20`.
+      steps: number of candidate factors.
+      least: exclusive lower bound of the factors; 10 steps and 0.5 give AWQ's `1 - i / 20`.
 
     Raises:
       ValueError: an argument out of its range.
@@ -126,8 +126,8 @@ def _check(spec: QSpec, ndim: int, moments: Moments) -> None:
         if {a % ndim - ndim for a in named} == kept:
             return
     raise ValueError(
-        "clip: expected PerTensor(), PerChannel over all axes kept (of size 1), or PerGroup over "
-        f"those contracted, {moments.axes}; got {gran!r}"
+        "clip: expected PerTensor(), PerChannel over all other axes (of size 1), or PerGroup over "
+        f"the contracted axes {moments.axes}; got {gran!r}"
     )
 
 
@@ -159,7 +159,7 @@ def _core(
     storage_last_axes: tuple[int, ...],
     moments: Moments,
 ) -> tuple[QTensor, dict[str, Array]]:
-    """One array without batch axes."""
+    """Encodes one core array."""
     gran = spec.granularity
     axes, hessian = aligned(moments, grouped_axes(spec, w.ndim), hessian, w.shape)
     m = to_matrix(w.astype(jnp.float32), axes, moments.batched)
@@ -173,19 +173,19 @@ def _core(
     x = jnp.pad(m, ((0, 0), (0, rest), (0, 0))).reshape(-1, groups, size, n)
     split = jnp.pad(hessian, ((0, 0), (0, rest), (0, rest)))
     split = split.reshape(-1, groups, size, groups, size)
-    own = jnp.moveaxis(jnp.diagonal(split, axis1=1, axis2=3), -1, 1)  # [matrices, groups, g, g]
+    blocks = jnp.moveaxis(jnp.diagonal(split, axis1=1, axis2=3), -1, 1)  # [matrices, groups, g, g]
     inner = (0, 1, 2, 3) if isinstance(gran, PerTensor) else (2,)
 
     def cost(d: Array) -> Array:
-        seen = jnp.matmul(own, d, precision=lax.Precision.HIGHEST)
-        return jnp.sum(d * seen, axis=inner, keepdims=True)
+        product = jnp.matmul(blocks, d, precision=lax.Precision.HIGHEST)
+        return jnp.sum(d * product, axis=inner, keepdims=True)
 
     local = dataclasses.replace(spec, global_scale=False)
     (scale, zero), chosen = searched(x, inner, local, cost, encoder.steps, encoder.least)
 
     def stored(a: Array) -> Array:
-        each = jnp.broadcast_to(a, x.shape).reshape(-1, groups * size, n)[:, :k]
-        core = from_matrix(each.reshape(shape), w.shape, axes, moments.batched)
+        expanded = jnp.broadcast_to(a, x.shape).reshape(-1, groups * size, n)[:, :k]
+        core = from_matrix(expanded.reshape(shape), w.shape, axes, moments.batched)
         return stored_scales(core, spec, storage_last_axes)
 
     q = encode_given(
@@ -199,8 +199,8 @@ def _core(
     error = to_matrix(
         w.astype(jnp.float32) - dequantize(q, jnp.float32), axes, moments.batched
     ).reshape(-1, k, n)
-    whole = to_matrix(w.astype(jnp.float32), axes, moments.batched).reshape(-1, k, n)
-    signal = energy(hessian, whole)
+    weight = to_matrix(w.astype(jnp.float32), axes, moments.batched).reshape(-1, k, n)
+    signal = energy(hessian, weight)
     return q, {
         "factor": jnp.mean(chosen),
         "output_error": energy(hessian, error) / jnp.where(signal > 0, signal, 1.0),

@@ -1,4 +1,4 @@
-"""The best few values for each row of an array: k-means over rows, in parts that are compiled."""
+"""k-means over the rows of an array, compiled in parts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from jaxquant.numerics.cluster import (
 )
 from jaxquant.numerics.optimal import clustered_points, optimal
 
-_SORTED = 8192  # up to so many values are sorted; more are put in bins
+_SORTED = 8192  # at most this many values are sorted; larger arrays are binned
 _BINS = 1 << 16
-_OPTIMAL_BINS = 8192  # for the exact optimum of more values than that
-_LEAST = 2.0**-120  # magnitudes below are not enlarged: not all processors know subnormal numbers
-_AT_ONCE = 1 << 22  # places of all rows that are worked on together
+_OPTIMAL_BINS = 8192  # for the optimum of arrays with more values
+_LEAST = 2.0**-120  # smaller magnitudes are not scaled up: some processors flush subnormals
+_AT_ONCE = 1 << 22  # values or bins of the rows in one batch
 
 
 def kmeans_codebook(
@@ -36,20 +36,20 @@ def kmeans_codebook(
     weights: Array | None = None,
     exact: bool = False,
 ) -> Array:
-    """The `levels` values that an array is best rounded to; arguments as of `kmeans`.
+    """The codebook of `levels` values with the least squared error for an array; see `kmeans`.
 
     Args:
       x: finite values of any shape, at least `levels`.
       levels: 1 to 256.
-      weights: what the square of each value's error costs, of a shape that broadcasts to `x`'s, not
-        negative; `None` counts all alike.
-      exact: begin at the optimum.
+      weights: non-negative weights of the squared errors, in a shape that broadcasts to that of
+        `x`; `None`: all 1.
+      exact: start at the optimum.
 
     Returns:
       float32 `[levels]`, ascending.
 
     Raises:
-      ValueError: fewer values than levels, values that are not finite, or what `kmeans` refuses.
+      ValueError: fewer values than levels, non-finite values, or arguments `kmeans` refuses.
 
     >>> kmeans_codebook(jnp.array([0.0, 1.0, 2.0]), 1, weights=jnp.array([1.0, 0.0, 0.0])).tolist()
     [0.0]
@@ -71,10 +71,10 @@ def kmeans_codebook(
 
 
 def spread_weights(weights: Array, shape: tuple[int, ...]) -> Array:
-    """Weights broadcast to the shape of the array they are for.
+    """Weights broadcast to the shape of their array.
 
     Raises:
-      ValueError: they do not, are not finite, or negative (not under a trace).
+      ValueError: weights do not broadcast, or are negative or non-finite (unchecked under a trace).
     """
     try:
         if np.broadcast_shapes(weights.shape, shape) != shape:
@@ -101,9 +101,9 @@ def clustered(
 
     Args:
       x: `[rows, n]`, finite.
-      weights: `[rows, n]`, not negative; a row of zeros counts all alike.
-      exact: whether Lloyd's iteration begins at the optimum.
-      levels: how many values.
+      weights: `[rows, n]`, non-negative; a row of zeros is taken as ones.
+      exact: whether Lloyd's iteration starts at the optimum.
+      levels: codebook size.
 
     Returns:
       Codebooks float32 `[rows, levels]`, ascending; codes uint8 `[rows, n]`; steps int32 `[rows]`.
@@ -138,19 +138,19 @@ def _mapped(
 
 
 def _bins(size: int) -> int:
-    """How many bins for so many values."""
+    """The number of bins for `size` values."""
     return min(_BINS, 2 << max(size - 1, 1).bit_length())
 
 
 @jax.jit
 def _prepared(x: Array, weights: Array | None) -> tuple[Points, Array, Array, Array]:
-    """The points, and what takes values there: `x / unit - shift`, weights over `top`."""
+    """The points, and the constants of their transform: `x / unit - shift`, `weights / top`."""
     x = x.astype(jnp.float32)
-    # a power of two, by which division is exact, so that no square overflows or vanishes
+    # squares neither overflow nor vanish; division by a power of two is exact
     unit = jnp.exp2(jnp.floor(jnp.log2(jnp.maximum(jnp.max(jnp.abs(x)), _LEAST))))
     y = x / unit
     shift = jnp.mean(y)
-    near = y - shift  # short prefix sums lose fewer digits
+    near = y - shift  # smaller prefix sums lose fewer digits
     top = jnp.float32(1.0) if weights is None else jnp.max(weights).astype(jnp.float32)
     h = _scaled(weights, top)
     points = ordered(near, h) if x.size <= _SORTED else binned(near, _bins(x.size), h)
@@ -175,7 +175,7 @@ def _centroids(points: Points, exact: bool, levels: int) -> tuple[Array, Array]:
 def _assigned(
     x: Array, weights: Array | None, centroids: Array, unit: Array, shift: Array, top: Array
 ) -> tuple[Array, Array]:
-    """Two steps more over the values themselves, the second to the last digit; then codes."""
+    """Codebook and codes, after two more steps over the values themselves."""
     y, h = x.astype(jnp.float32) / unit, _scaled(weights, top)
     centroids = lax.fori_loop(0, 2, lambda _, c: refined(y, c, h), centroids + shift)
     return centroids * unit, nearest(y, centroids)

@@ -1,15 +1,15 @@
 """GPTQ's recursion over the columns of a layer, blocked, as nested loops.
 
-With `H = M M^T`, `M` upper triangular, `W` the weights `[K, N]`, `Q` what they are rounded to and
+With `H = M M^T`, `M` upper triangular, `W` the weights `[K, N]`, `Q` the rounded weights and
 `D = W - Q`, the output error is `tr(D^T H D) = |M^T D|^2`. Row `j` of `M^T D` depends on
-`D_1 .. D_j` alone, so rows are rounded one after another, each where it makes up for the errors of
-those before it:
+`D_1 .. D_j` alone, so rows are rounded one after another, and each compensates for the errors of
+earlier rows:
 
     w'_j = W_j + (sum_{i<j} M_ij D_i) / M_jj,    Q_j = round(w'_j),    e_j = M_jj (w'_j - Q_j)
 
 and `|M^T D|^2 = sum_j |e_j|^2`. This is GPTQ: `U = M^-1` is its Cholesky factor of `H^-1`, `U_jj =
-1 / M_jj`, and `w'_j` is what its updates `W_j -= U_ij e_i` arrive at. Written with `M`, no matrix
-is inverted, and a block reads the errors before it instead of rewriting the weights behind it.
+1 / M_jj`, and its updates `W_j -= U_ij e_i` result in `w'_j`. With `M`, no matrix is inverted, and
+a block reads the errors of earlier blocks instead of updating the weights of later ones.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Grid = tuple[Array, Array | None]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the rows are walked.
+    """The nested blocks of rows.
 
     Attributes:
       levels: sizes of the nested blocks, each a multiple of the next.
-      group: which of the levels begins a group whose grid is chosen on arrival; `None` for grids
-        that are given.
+      group: index of the level whose blocks are groups, each with a grid chosen at its start;
+        `None` if grids are fixed in advance.
     """
 
     levels: tuple[int, ...]
@@ -57,18 +57,18 @@ def round_columns(
     grid: Grid | None,
     choose: Callable[[Array, Array], Grid],
 ) -> tuple[Array, Grid, Array]:
-    """Rounds the rows of `W` in order, as the module says.
+    """Rounds the rows of `W` in order; see the module docstring.
 
     Args:
       w: `[K, N]` float32; `K` is a multiple of the first level.
       factor: `M`, `[K, K]` upper triangular.
       fmt: the format of the codes.
       plan: block sizes.
-      grid: the grids of all rows, where `plan.group` is `None`.
-      choose: `(updated rows [group, N], first row) -> grid [1, N]`, where it is not.
+      grid: the grids of all rows, if `plan.group` is `None`.
+      choose: `(updated rows [group, N], first row) -> grid [1, N]`, if it is not.
 
     Returns:
-      `D = W - Q` `[K, N]`; the grids, `[groups, N]` where they were chosen; `sum_j |e_j|^2`.
+      `D = W - Q` `[K, N]`; the grids, `[groups, N]` if chosen by `choose`; `sum_j |e_j|^2`.
     """
 
     def rows(m: Array, w: Array, past: Array, grid: Grid) -> tuple[Array, Array]:
@@ -78,9 +78,9 @@ def round_columns(
             d, loss = carry
             column = lax.dynamic_slice_in_dim(m, j, 1, 1)  # [n, 1]
             pivot = lax.dynamic_slice_in_dim(column, j, 1, 0)  # [1, 1]
-            seen = _row(past, j) + _product(column, d)
+            feedback = _row(past, j) + _product(column, d)
             now = _row(w, j)
-            target = now + seen / pivot
+            target = now + feedback / pivot
             q = rounded(target, _grid_rows(grid, j, 1, m.shape[0]), fmt)
             loss = loss + jnp.square(pivot * (target - q))
             return lax.dynamic_update_slice_in_dim(d, now - q, j, 0), loss
@@ -91,39 +91,39 @@ def round_columns(
     def walk(
         depth: int, m: Array, w: Array, past: Array | None, grid: Grid | None, first: Array
     ) -> tuple[Array, Grid | None, Array]:
-        """`D` of some rows; `past` is what the errors before them add to `M^T D`."""
+        """`D` of some rows; `past` is the contribution of earlier errors to `M^T D`."""
         size = plan.levels[depth]
         total, columns = w.shape
 
         def one(i: Array, carry: tuple[Array, Grid | None, Array]) -> tuple:
             d, grids, loss = carry
             at = i * size
-            mine = lax.dynamic_slice_in_dim(m, at, size, 1)  # [total, size]
+            strip = lax.dynamic_slice_in_dim(m, at, size, 1)  # [total, size]
             if past is None:
-                seen = before(mine, d, i, size)
-            else:  # few rows: all at once, those from `at` are zero
-                seen = _product(mine, d) + lax.dynamic_slice_in_dim(past, at, size, 0)
-            corner = lax.dynamic_slice_in_dim(mine, at, size, 0)
+                feedback = before(strip, d, i, size)
+            else:  # few rows: one product over all, rows from `at` on are zero
+                feedback = _product(strip, d) + lax.dynamic_slice_in_dim(past, at, size, 0)
+            corner = lax.dynamic_slice_in_dim(strip, at, size, 0)
             weights = lax.dynamic_slice_in_dim(w, at, size, 0)
             if plan.group == depth:
-                # the weights as they are now: w + U_gg^T seen, U_gg the inverse of the corner
-                moved = lax.linalg.triangular_solve(
-                    corner, seen, left_side=True, lower=False, transpose_a=True
+                # the updated weights: w + U_gg^T feedback, U_gg the inverse of the corner
+                update = lax.linalg.triangular_solve(
+                    corner, feedback, left_side=True, lower=False, transpose_a=True
                 )
-                inner: Grid | None = choose(weights + moved, first + at)
+                inner: Grid | None = choose(weights + update, first + at)
             else:
                 inner = None if grid is None else _grid_rows(grid, at, size, total)
             below: Grid | None = None
             if depth + 1 < len(plan.levels):
-                new, below, cost = walk(depth + 1, corner, weights, seen, inner, first + at)
+                new, below, cost = walk(depth + 1, corner, weights, feedback, inner, first + at)
             else:
                 assert inner is not None
-                new, cost = rows(corner, weights, seen, inner)
+                new, cost = rows(corner, weights, feedback, inner)
             if grids is not None:
-                found = inner if plan.group == depth else below
-                assert found is not None
+                chosen = inner if plan.group == depth else below
+                assert chosen is not None
                 count = size // plan.levels[plan.group or 0]
-                grids = _put(grids, found, i * count)
+                grids = _put(grids, chosen, i * count)
             return lax.dynamic_update_slice_in_dim(d, new, at, 0), grids, loss + cost
 
         grids = None
@@ -139,13 +139,13 @@ def round_columns(
 
 
 def before(columns: Array, d: Array, i: Array, size: int) -> Array:
-    """`sum_r m_r^T d_r` over the rows of the blocks before block `i`: half of all, on average.
+    """`sum_r m_r^T d_r` over the rows before block `i`: half of all rows on average.
 
     Args:
       columns: `[total, size]`.
       d: `[total, N]`.
       i: the block, `[]`.
-      size: rows to a block.
+      size: rows per block.
     """
 
     def add(j: Array, total: Array) -> Array:
@@ -166,8 +166,8 @@ def energy_in_blocks(hessian: Array, w: Array, size: int) -> Array:
         columns = lax.dynamic_slice_in_dim(hessian, i * size, size, 1)
         corner = lax.dynamic_slice_in_dim(columns, i * size, size, 0)
         rows = lax.dynamic_slice_in_dim(w, i * size, size, 0)
-        seen = 2 * before(columns, w, i, size) + _product(corner, rows)
-        return total + jnp.sum(rows * seen)
+        feedback = 2 * before(columns, w, i, size) + _product(corner, rows)
+        return total + jnp.sum(rows * feedback)
 
     return lax.fori_loop(0, hessian.shape[0] // size, add, jnp.float32(0))
 
@@ -183,7 +183,7 @@ def _row(a: Array, j: Array) -> Array:
 
 
 def _grid_rows(grid: Grid, at: Array, size: int, total: int) -> Grid:
-    """The part of a grid that belongs to some of its rows."""
+    """`size` rows of a grid from row `at`; a grid that all rows share stays as it is."""
 
     def part(a: Array | None) -> Array | None:
         if a is None or a.shape[0] != total:
@@ -196,14 +196,14 @@ def _grid_rows(grid: Grid, at: Array, size: int, total: int) -> Grid:
 
 
 def _blank(choose: Callable[[Array, Array], Grid], count: int, w: Array, size: int) -> Grid:
-    """Room for the grids of `count` groups."""
+    """Zeros for the grids of `count` groups."""
     shape = jax.ShapeDtypeStruct((size, w.shape[1]), jnp.float32)
     scale, zero = jax.eval_shape(choose, shape, jax.ShapeDtypeStruct((), jnp.int32))
 
-    def room(a: jax.ShapeDtypeStruct) -> Array:
+    def zeros(a: jax.ShapeDtypeStruct) -> Array:
         return jnp.zeros((count, a.shape[1]), a.dtype)
 
-    return room(scale), None if zero is None else room(zero)
+    return zeros(scale), None if zero is None else zeros(zero)
 
 
 def _put(grids: Grid, new: Grid, at: Array) -> Grid:

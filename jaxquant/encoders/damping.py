@@ -1,29 +1,29 @@
-"""The triangular factor of a Hessian, damped as much as the factorisation needs."""
+"""The triangular factor of a Hessian, with as much damping as the factorisation needs."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-# Damping starts at no less than this when it has to rise: ten times nothing is nothing.
+# Lower bound of raised damping: ten times 0 is 0.
 _LEAST = 1e-4
-# Beyond a million times the mean nothing is left of the matrix: it was not finite.
+# Upper bound: a matrix that fails with a million times its mean is not finite.
 _MOST = 1e6
 
 
 def factor(hessian: Array, damping: float) -> tuple[Array, Array]:
-    """Upper triangular `M` with `M M^T = H + d mean(diag H) I`, and the `d` that it took.
+    """Upper triangular `M` with `M M^T = H + d mean(diag H) I`, and the `d` used.
 
     `U = M^-1` is the upper Cholesky factor of the inverse, `U^T U = H^-1`. With `P` the exchange
-    matrix, `P H P = L L^T` gives `M = P L P`: one factorisation is enough, nothing is inverted. One
-    that fails gives NaN, and is tried again with ten times the damping.
+    matrix, `P H P = L L^T` gives `M = P L P`: one factorisation and no inverse. A factorisation
+    that fails gives NaN and is repeated with ten times the damping.
 
     Args:
       hessian: `[K, K]` float32, symmetric, no zero on its diagonal.
-      damping: `d` to begin with, relative to the mean of the diagonal.
+      damping: the first `d`, relative to the mean of the diagonal.
 
     Returns:
-      `M`, NaN where no damping helped, and `d` `[]`.
+      `M`, NaN if no damping helped, and `d` `[]`.
 
     Source: Frantar et al., "GPTQ" (arXiv 2210.17323), section 3.3, step 3.
 
@@ -34,7 +34,7 @@ def factor(hessian: Array, damping: float) -> tuple[Array, Array]:
     k = hessian.shape[0]
     mean = jnp.mean(jnp.diagonal(hessian))
     mirrored = hessian[::-1, ::-1]
-    # on the diagonal alone, without a second matrix
+    # a mask: damps the diagonal without a second matrix
     eye = lax.broadcasted_iota(jnp.int32, (k, k), 0) == lax.broadcasted_iota(jnp.int32, (k, k), 1)
 
     def again(carry: tuple[Array, Array, Array]) -> Array:

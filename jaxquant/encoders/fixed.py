@@ -1,4 +1,4 @@
-"""Scales between the order they are stored in and the weights that share them."""
+"""Scales in storage order, and per value of the core array."""
 
 from __future__ import annotations
 
@@ -27,20 +27,19 @@ def fixed_grid(
     steps: int | None,
     least: float,
 ) -> tuple[Grid, Grid, Array | None]:
-    """Grids of an array by its own range, of any granularity: as stored, and for each value.
+    """Grids from the range of an array, of any granularity: in storage order and per value.
 
     Args:
       w: float32 `[*core]`.
       spec: axes named, without a global scale.
       storage_last_axes: core axes to be stored last.
-      weights: `[*core]`, what squared errors count; `None`: 1.
-      steps: how many factors the range is shrunk by in search of the least error; `None`: it is
-        taken as it is.
+      weights: `[*core]`, weights of the squared errors; `None`: 1.
+      steps: number of factors in the search for the range of least error; `None`: no search.
       least: see `searched`.
 
     Returns:
-      Scale and zero point `[*groups]`; the same `[*core]`, scales as they are read back; and where
-      scales are quantized themselves, what values on these are multiplied by to lie on the former.
+      Scale and zero point `[*groups]`; the same `[*core]`, with scales as read back; and for
+      quantized scales the factor `[*core]` from the scales as read back to the exact ones.
 
     >>> from jaxquant.qtensor import PerGroup
     >>> spec = QSpec("int4", PerGroup(2, axis=0))
@@ -54,24 +53,24 @@ def fixed_grid(
     if steps is None:
         scale, zero = grid_over(x, inner, spec)
     else:
-        of = 1.0 if weights is None else blocked(blank, to_storage(blank, weights))
+        weighting = 1.0 if weights is None else blocked(blank, to_storage(blank, weights))
 
         def cost(d: Array) -> Array:
-            return jnp.sum(of * d * d, axis=inner, keepdims=True)
+            return jnp.sum(weighting * d * d, axis=inner, keepdims=True)
 
         (scale, zero), _ = searched(x, inner, spec, cost, steps, least)
-    read, again = scale, None
+    read, ratio = scale, None
     if spec.double:
-        empty = jnp.max(jnp.abs(x), axis=inner, keepdims=True) == 0  # as encode_given has it
+        empty = jnp.max(jnp.abs(x), axis=inner, keepdims=True) == 0  # as in encode_given
         read = read_back(scale, empty)[1]
-        again = _each(blank, x, scale / read)
+        ratio = _each(blank, x, scale / read)
     stored = scale.reshape(blank.groups), None if zero is None else zero.reshape(blank.groups)
     each = _each(blank, x, read), None if zero is None else _each(blank, x, zero)
-    return stored, each, again
+    return stored, each, ratio
 
 
 def stored_scales(each: Array, spec: QSpec, storage_last_axes: tuple[int, ...]) -> Array:
-    """`[*groups]` as stored, of what is the same for all values of a group, `[*core]`.
+    """Scales `[*groups]` in storage order, from `[*core]` that is constant within each group.
 
     >>> from jaxquant.qtensor import PerGroup
     >>> spec = QSpec("int4", PerGroup(2, axis=0))
@@ -96,10 +95,10 @@ def scales_of_groups(
     axes: tuple[int, ...],
     batched: tuple[int, ...],
 ) -> Array:
-    """What the matrix view has for its groups, as it is stored.
+    """Scales or zero points of the matrix view's groups, in storage order.
 
     Args:
-      s: `[matrices, groups, N]`, the matrices those of `batched`.
+      s: `[matrices, groups, N]`, one matrix per index of `batched`.
       shape: of the core array.
       spec: with groups over `axes`, in that order.
       storage_last_axes: core axes to be stored last.
@@ -107,7 +106,7 @@ def scales_of_groups(
       batched: as in `to_matrix`.
 
     Returns:
-      `[*groups]` of the stored array: other axes in the order stored, then groups.
+      `[*groups]` of the stored array: other axes in storage order, then groups.
     """
     blank = storage_layout(shape, spec, storage_last_axes, "float32")
     rank = len(shape)

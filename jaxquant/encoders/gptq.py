@@ -1,4 +1,4 @@
-"""GPTQ: each input's weights are rounded to make up for the errors of those before."""
+"""GPTQ: rounds the weights of one input after another to compensate for earlier errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from jaxquant.observers import Inputs, InputStats, inputs
 from jaxquant.qtensor import PerGroup, QSpec, QTensor, encode_given
 from jaxquant.report import Called, Found
 
-# Of the search of grid="mse": factors from 1 down to this, in steps of 1/32.
+# Range search of grid="mse": 24 factors from 1 down in steps of 1/32, all above 0.25.
 _LEAST, _STEPS = 0.25, 24
 
 
@@ -66,15 +66,15 @@ class GPTQ(Called, Encoder):
         return inputs()
 
     def notes(self, details: Mapping[str, Array]) -> tuple[str | Found, ...]:
-        """Damping that had to be raised, and inputs that were never seen."""
-        found, damping = [], np.asarray(details["damping"], np.float64)
+        """Raised damping, and inputs that were always zero."""
+        remarks, damping = [], np.asarray(details["damping"], np.float64)
         if damping.max() > 1.5 * self.damping:
-            what = f"the factorisation failed with damping {self.damping:.3g}"
-            found.append(Found(what, "used", float(damping.min()), float(damping.max())))
+            text = f"the factorisation failed with damping {self.damping:.3g}"
+            remarks.append(Found(text, "used", float(damping.min()), float(damping.max())))
         dead = float(np.sum(np.asarray(details["dead"])))
         if dead:
-            found.append(Found("inputs that were always zero", "count", dead, dead))
-        return tuple(found)
+            remarks.append(Found("inputs that were always zero", "count", dead, dead))
+        return tuple(remarks)
 
     def __call__(
         self,
@@ -86,15 +86,15 @@ class GPTQ(Called, Encoder):
         batch_axes: int = 0,
         stats: InputStats | None = None,
     ) -> tuple[QTensor, Info]:
-        """Encodes `w`; see `Encoder`. No random numbers are drawn.
+        """Encodes `w`; see `Encoder`. `key` is ignored.
 
-        Details, float32 `[*batch, *batched]`: `damping` that the factorisation took; `dead` inputs;
-        `loss`, `sum (w - q)^2 / (2 U_ii^2)` with `H = 2 X^T X / n`; `output_error`,
+        Details, float32 `[*batch, *batched]`: `damping` used; `dead`, the number of inputs that
+        were always 0; `loss`, `sum (w - q)^2 / (2 U_ii^2)` with `H = 2 X^T X / n`; `output_error`,
         `tr(D^T H D) / tr(W^T H W)`.
 
         Raises:
-          ValueError: no statistics, or without `X^T X`, or of another shape than the weight's
-            inputs; weights or statistics that are not finite (not under a trace).
+          ValueError: statistics are missing, lack `X^T X`, or do not fit the shape of the weight;
+            weights or statistics are not finite (unchecked under a trace).
         """
         del key
         w = jnp.asarray(w)
@@ -115,26 +115,26 @@ def gptq(
 ) -> GPTQ:
     """Rounds a weight such that the layer's output, not the weight itself, changes least.
 
-    Column by column, `w_j` is rounded to `q_j`, and the columns not yet rounded make up for it:
+    Column by column, `w_j` is rounded to `q_j`, and the columns not yet rounded compensate for it:
     `W_i -= U_ji (w_j - q_j) / U_jj`, `U` the upper Cholesky factor of `H'^-1`, `H' = (1 - s) H +
-    s diag(H) + d mean(diag H) I`, `H = X^T X / n`. (`columns` has the form that is computed.) Works
-    with every format and granularity that a `QTensor` has. Groups along the inputs take their
-    scales from the weights as they are when the group begins; all other scales are fixed before.
+    s diag(H) + d mean(diag H) I`, `H = X^T X / n`. (`columns` documents the form computed.) Works
+    with every format and granularity of a `QTensor`. Groups along the inputs take their scales
+    from the updated weights when the group begins; all other scales are fixed in advance.
 
     Args:
-      damping: `d`. Where the factorisation fails it rises tenfold until it does not.
-      block: columns to a block: speed, not results.
-      act_order: inputs with large `H_kk` first. `"static"` (or `True`) orders single columns, all
-        scales fixed beforehand, each column keeping those of its own group. `"dynamic"` orders
-        whole groups by their sum, and columns inside their group, so that groups stay together and
-        their scales are taken on the way; without groups it is `"static"`. Either way the array
-        is stored in its own order, so no permutation is needed to use it.
-      grid: how a range becomes a scale: `"range"`, the spec's rule; `"mse"`, that of the range
-        shrunk by the factor from {1, 31/32, ..., 9/32} that leaves least squared error;
-        `"hessian"`, the same with errors weighted by `H_kk` (its mean for inputs always 0).
-      shrinkage: `s`: how far off-diagonal moments are drawn to 0, for few rows or other data later.
-      dead: weights of inputs that were always 0: rounded to `"nearest"`, or made `"zero"`. Where
-        no row came at all (an expert that was never chosen) all are rounded to nearest.
+      damping: `d`, raised tenfold until the factorisation succeeds.
+      block: columns per block; affects speed, not results.
+      act_order: round inputs with large `H_kk` first. `"static"` (or `True`) orders single columns;
+        all scales are fixed in advance, and each column keeps the scales of its group. `"dynamic"`
+        orders whole groups by their sum, and columns within a group, so that a group's scales are
+        chosen when it begins; without groups it is `"static"`. Codes are stored in the original
+        order, so inference needs no permutation.
+      grid: how a range becomes a scale: `"range"`, the spec's rule; `"mse"`, the rule on the range
+        shrunk by the factor in {1, 31/32, ..., 9/32} with the least squared error; `"hessian"`, as
+        `"mse"` with errors weighted by `H_kk` (by its mean for inputs that were always 0).
+      shrinkage: `s`, shrinks off-diagonal moments towards 0, for few rows or a later data shift.
+      dead: weights of inputs that were always 0: rounded to `"nearest"`, or set to `"zero"`.
+        Without any row (an expert that was never chosen) all are rounded to nearest.
 
     Raises:
       ValueError: an argument out of its range.
@@ -166,7 +166,7 @@ def _warn_of_few(stats: InputStats) -> None:
         some = f", for {int(few.sum())} of {rows.size} matrices" if rows.size > 1 else ""
         warnings.warn(
             f"gptq: {int(rows.min())} calibration rows for {k} columns{some}: with fewer rows than "
-            "columns the second moments are singular, and errors fit those rows alone",
+            "columns the second moments are singular, and the result overfits these rows",
             stacklevel=3,
         )
 
@@ -186,8 +186,8 @@ def _encode(
         _core, encoder=encoder, spec=spec, storage_last_axes=storage_last_axes, moments=moments
     )
     flat = w.reshape(-1, *w.shape[batch_axes:]), hessian.reshape(-1, *hessian.shape[batch_axes:])
-    made = mapped(one, flat)
-    q, details = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), made)
+    out = mapped(one, flat)
+    q, details = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), out)
     return q, measure(w, q)._replace(details=details)
 
 
@@ -210,8 +210,8 @@ def _core(
     diagonal = jnp.diagonal(hessian, axis1=1, axis2=2)
     dead = diagonal <= 0
     if encoder.dead == "zero":
-        gone = dead & ~dead.all(axis=1, keepdims=True)
-        m = jnp.where(gone[..., None], 0.0, m)
+        zeroed = dead & ~dead.all(axis=1, keepdims=True)
+        m = jnp.where(zeroed[..., None], 0.0, m)
 
     def core(a: Array) -> Array:
         return from_matrix(a.reshape(*shape), w.shape, axes, batched)
@@ -223,23 +223,23 @@ def _core(
     order: Order = None if isinstance(encoder.act_order, bool) else encoder.act_order
     if dynamic is None and order is not None:
         order = "static"
-    # scales that are quantized themselves are known once all of them are
+    # quantized scales (`double`) are known only after all scales are
     chosen_on_the_way = dynamic is not None and order != "static" and not spec.double
     lay = layout(k, dynamic if chosen_on_the_way else None, encoder.block)
-    given: Grid | None = None
-    scale = zero = again = None
+    fixed: Grid | None = None
+    scale = zero = ratio = None
     if not chosen_on_the_way:
         weights = None
         if encoder.grid == "hessian":
             weights = core(jnp.broadcast_to(counting(diagonal)[..., None], m.shape))
         steps = None if encoder.grid == "range" else _STEPS
-        (scale, zero), each, again = fixed_grid(
+        (scale, zero), each, ratio = fixed_grid(
             core(m), local, storage_last_axes, weights, steps, _LEAST
         )
-        given = jax.tree.map(lambda a: to_matrix(a, axes, batched).reshape(m.shape), each)
+        fixed = jax.tree.map(lambda a: to_matrix(a, axes, batched).reshape(m.shape), each)
 
     solve = functools.partial(_matrix, encoder=encoder, spec=local, lay=lay, order=order)
-    d, grids, details = mapped(solve, (m, hessian, given))
+    d, grids, details = mapped(solve, (m, hessian, fixed))
     if chosen_on_the_way:
         scale, zero = (
             None
@@ -250,7 +250,7 @@ def _core(
     assert scale is not None
     scale = scale.astype(spec.scale_dtype)
     rounded = core(m - d)
-    for unit in (again, total):
+    for unit in (ratio, total):
         rounded = rounded if unit is None else rounded * unit
     q = encode_given(rounded, scale, zero, total, spec, storage_last_axes=storage_last_axes)
     q = dataclasses.replace(q, dtype=w.dtype.name)
@@ -263,32 +263,32 @@ def _core(
 def _matrix(
     w: Array,
     hessian: Array,
-    given: Grid | None,
+    fixed: Grid | None,
     *,
     encoder: GPTQ,
     spec: QSpec,
     lay: Layout,
     order: Order,
 ) -> tuple[Array, Grid | None, dict[str, Array]]:
-    """One matrix `[K, N]`: its errors, and the grids of its groups `[groups, N]`."""
+    """One matrix `[K, N]`: its errors, the grids of its groups `[groups, N]`, and details."""
     k = w.shape[0]
     diagonal = jnp.diagonal(hessian)
-    place, among = ordered(lay, diagonal, order)
+    place, group_order = ordered(lay, diagonal, order)
 
-    as_it_is = order is None and np.array_equal(lay.place, np.arange(k))
+    in_order = order is None and np.array_equal(lay.place, np.arange(k))
 
-    def laid(a: Array, fill: float = 0.0) -> Array:
-        return a if as_it_is else jnp.take(a, place, axis=0, mode="fill", fill_value=fill)
+    def permuted(a: Array, fill: float = 0.0) -> Array:
+        return a if in_order else jnp.take(a, place, axis=0, mode="fill", fill_value=fill)
 
-    moved = hessian if as_it_is else laid(laid(hessian).T)
-    own = jnp.diagonal(moved)
-    filler = counting(own) - own
-    counted = laid(counting(diagonal))
-    n = moved.shape[0]
+    h = hessian if in_order else permuted(permuted(hessian).T)
+    h_diagonal = jnp.diagonal(h)
+    filler = counting(h_diagonal) - h_diagonal
+    error_weights = permuted(counting(diagonal))
+    n = h.shape[0]
     eye = jax.lax.broadcasted_iota(jnp.int32, (n, n), 0) == jax.lax.broadcasted_iota(
         jnp.int32, (n, n), 1
     )
-    damped = jnp.where(eye, moved + filler[:, None], (1.0 - encoder.shrinkage) * moved)
+    damped = jnp.where(eye, h + filler[:, None], (1.0 - encoder.shrinkage) * h)
     m, used = factor(damped, encoder.damping)
 
     def choose(x: Array, first: Array) -> Grid:
@@ -296,31 +296,31 @@ def _matrix(
             return grid_over(x, (0,), spec)
         weights = jnp.ones((x.shape[0], 1))
         if encoder.grid == "hessian":
-            weights = jax.lax.dynamic_slice_in_dim(counted, first, x.shape[0])[:, None]
+            weights = jax.lax.dynamic_slice_in_dim(error_weights, first, x.shape[0])[:, None]
 
         def cost(d: Array) -> Array:
             return jnp.sum(weights * d * d, axis=0, keepdims=True)
 
         return searched(x, (0,), spec, cost, _STEPS, _LEAST)[0]
 
-    rows = laid(w)
+    rows = permuted(w)
     grid = None
-    if given is not None:
-        grid = laid(given[0], 1.0), None if given[1] is None else laid(given[1])
+    if fixed is not None:
+        grid = permuted(fixed[0], 1.0), None if fixed[1] is None else permuted(fixed[1])
     d, grids, loss = round_columns(rows, m, spec.format, lay.plan, grid, choose)
 
     size = lay.plan.levels[0]
-    error = energy_in_blocks(moved, d, size)
-    signal = energy_in_blocks(moved, rows, size)
+    error = energy_in_blocks(h, d, size)
+    signal = energy_in_blocks(h, rows, size)
     details = {
         "damping": used,
         "loss": loss,
         "output_error": error / jnp.where(signal > 0, signal, 1.0),
     }
-    if not as_it_is:
+    if not in_order:
         back = jnp.zeros((k,), jnp.int32)
         d = d[back.at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")]
-    found = None
-    if among is not None:
-        found = jax.tree.map(lambda a: a[jnp.argsort(among)][: lay.groups], grids)
-    return d, found, details
+    group_grids = None
+    if group_order is not None:
+        group_grids = jax.tree.map(lambda a: a[jnp.argsort(group_order)][: lay.groups], grids)
+    return d, group_grids, details

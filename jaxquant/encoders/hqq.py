@@ -1,4 +1,4 @@
-"""Half-quadratic quantization (HQQ): a zero point that suits a sparse error, found without data."""
+"""Half-quadratic quantization (HQQ): zero points for a sparse error, found without data."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class HQQ(Called, Encoder):
     """The encoder that `hqq` makes.
 
     Attributes:
-      iterations: steps at most.
-      p: the norm `sum |w - w'|^p` that is made small, below 1 so that a few large errors cost
-        less than many small ones.
-      beta: how closely the auxiliary error follows the real one.
-      growth: what `beta` is multiplied by after each step.
-      gain: share of a group's squared error that a zero point off the codes has to save.
+      iterations: maximum number of steps.
+      p: exponent of the loss `sum |w - w'|^p`; below 1, a few large errors cost less than many
+        small ones.
+      beta: penalty that ties the auxiliary error to the real one.
+      growth: factor on `beta` after each step.
+      gain: share of a group's squared error that a zero point between codes has to save.
     """
 
     name = "hqq"
@@ -65,15 +65,14 @@ class HQQ(Called, Encoder):
         batch_axes: int = 0,
         stats: Any = None,
     ) -> tuple[QTensor, Info]:
-        """Encodes `w`; see `Encoder`. Neither `key` nor `stats` is looked at.
+        """Encodes `w`; see `Encoder`. `key` and `stats` are ignored.
 
-        `Info.details` has, for each of the leading batch axes, `iterations`, and `before` and
-        `after`, the mean of `(w - w')^2` with the range's zero points, rounded to codes, and with
-        those that are stored.
+        Details `[*batch]`: `iterations`; `before` and `after`, the mean of `(w - w')^2` with the
+        range's zero points rounded to codes, and with the stored zero points.
 
         Raises:
-          ValueError: the spec is symmetric or of another format than integers; `w` is not a
-            float array, or not finite (not under a trace).
+          ValueError: the spec is symmetric or its format is not an integer format; `w` is not a
+            float array, or not finite (unchecked under a trace).
         """
         del key, stats
         w = checked_weight("hqq", w, spec, storage_last_axes, batch_axes)
@@ -92,32 +91,31 @@ def hqq(
     growth: float = 1.01,
     gain: float = 0.3,
 ) -> HQQ:
-    """Half-quadratic quantization: looks at no data, and takes no longer than a few roundings.
+    """Half-quadratic quantization: needs no data, and takes no longer than a few roundings.
 
-    With the inverse scale `s = (2^b - 1) / (max - min)` fixed, the zero point `z` is found that
-    makes `sum |W - W'|_p^p` small, by steps of
+    With the inverse scale `s = (2^b - 1) / (max - min)` fixed, it reduces `sum |W - W'|_p^p` over
+    the zero point `z` by steps of
 
         `Q = clip(round(W s + z))`, `W' = (Q - z) / s`,
         `E = shrink(W - W')`, `shrink(d) = sign(d) max(|d| - |d|^(p - 1) / beta, 0)`,
         `z = mean(Q - (W - E) s)` over each group,
 
     until the mean error no longer falls; each group keeps the zero point of least squared error.
-    Unlike in the original, `s` has no upper limit (2e4 there), so that small weights are quantized
-    as large ones are.
+    Unlike the original, which limits `s` to 2e4, small weights are quantized as large ones are.
 
-    Zero points are floats where the spec says so (`zero_dtype`). A zero point between two codes
-    costs something that no norm of the error shows: 0 is no longer exact, nor are the many weights
-    close to it, which keep large activations out of a sum. A group therefore takes one only if it
-    saves the share `gain` of the squared error that the range's zero point, rounded to a code,
-    leaves; with `gain=0.0` it takes whichever has the smaller error. Without `zero_dtype` the range
-    includes 0, and the best of the zero point found, rounded down or up, and the range's is taken.
+    Zero points are floats if the spec has a `zero_dtype`. A zero point between two codes has a
+    cost that no error norm shows: 0 and the many weights near 0, which keep large activations out
+    of a sum, are no longer exact. A group therefore takes one only if it saves the share `gain` of
+    the squared error with the range's zero point rounded to a code; `gain=0.0` takes the smaller
+    error. Without `zero_dtype` the range includes 0, and the group takes the best of the range's
+    zero point and the HQQ zero point rounded down or up.
 
     Args:
-      iterations: steps at most.
-      p: of the norm, above 0 and at most 1.
-      beta: weight of the auxiliary error.
-      growth: what `beta` is multiplied by after each step.
-      gain: share of the squared error that a zero point off the codes has to save, from 0 to 1.
+      iterations: maximum number of steps.
+      p: exponent of the norm, above 0 and at most 1.
+      beta: penalty of the auxiliary error.
+      growth: factor on `beta` after each step.
+      gain: share of the squared error that a zero point between codes has to save, from 0 to 1.
 
     Raises:
       ValueError: an argument out of range.
@@ -153,10 +151,10 @@ def _encode(
 
 
 class _Step(NamedTuple):
-    zero: Array  # to be tried next
-    best: Array  # that gave each group the least so far
-    error: Array  # of the last step
-    least: Array  # of each group
+    zero: Array  # next candidate
+    best: Array  # zero point of each group with the least squared error so far
+    error: Array  # mean of `|w - w'|` at the last step
+    least: Array  # least squared error of each group so far
     beta: Array
     taken: Array
     going: Array
@@ -173,12 +171,12 @@ def _encode_core(
     count = jnp.sum(real, axis=inner, keepdims=True)
     low = jnp.min(jnp.where(real > 0, x, jnp.inf), axis=inner, keepdims=True, initial=jnp.inf)
     high = jnp.max(jnp.where(real > 0, x, -jnp.inf), axis=inner, keepdims=True, initial=-jnp.inf)
-    some = jnp.isfinite(low) & jnp.isfinite(high)  # groups of an empty array have neither
+    some = jnp.isfinite(low) & jnp.isfinite(high)  # false for groups of an empty array
     low, high = jnp.where(some, low, 0.0), jnp.where(some, high, 0.0)
     if spec.zero_dtype is None:
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     steps = float(fmt.qmax - fmt.qmin)
-    # halves first, where the span would overflow; all alike: one step away from 0, which is exact
+    # halves, as the span could overflow; a group of equal values is one step from 0: exact
     span = (0.5 * high - 0.5 * low) / (0.5 * steps)
     stored = store_scale(jnp.where(high > low, span, jnp.abs(high)), spec)
     scale = stored.astype(jnp.float32)
@@ -202,12 +200,12 @@ def _encode_core(
         error = jnp.sum(jnp.abs(off) * real) / size
         squares = jnp.sum(off * off * real, axis=inner, keepdims=True)
         magnitude = jnp.where(off == 0, 1.0, jnp.abs(off))
-        kept = jnp.abs(off) - jnp.where(off == 0, 0.0, magnitude ** (how.p - 1.0) / at.beta)
-        shrunk = jnp.sign(off) * jnp.maximum(kept, 0.0)
-        found = jnp.sum((q - (x - shrunk) * inverse) * real, axis=inner, keepdims=True)
+        reduced = jnp.abs(off) - jnp.where(off == 0, 0.0, magnitude ** (how.p - 1.0) / at.beta)
+        shrunk = jnp.sign(off) * jnp.maximum(reduced, 0.0)
+        total = jnp.sum((q - (x - shrunk) * inverse) * real, axis=inner, keepdims=True)
         better = squares < at.least
         return _Step(
-            found / jnp.maximum(count, 1.0),
+            total / jnp.maximum(count, 1.0),
             jnp.where(better, at.zero, at.best),
             error,
             jnp.minimum(squares, at.least),
@@ -227,14 +225,14 @@ def _encode_core(
     exact = jnp.round(start.zero)
     if spec.zero_dtype is None:
         each = [exact, jnp.floor(end.best), jnp.ceil(end.best)]
-        whole = jnp.stack([jnp.clip(z, fmt.qmin, fmt.qmax) for z in each])
-        costs = lax.map(cost, whole)
+        candidates = jnp.stack([jnp.clip(z, fmt.qmin, fmt.qmax) for z in each])
+        costs = lax.map(cost, candidates)
         least, before = jnp.argmin(costs, axis=0), costs[0]
-        zero = jnp.take_along_axis(whole, least[None], axis=0)[0]
+        zero = jnp.take_along_axis(candidates, least[None], axis=0)[0]
     else:
-        found, exact = (z.astype(spec.zero_dtype).astype(jnp.float32) for z in (end.best, exact))
+        free, exact = (z.astype(spec.zero_dtype).astype(jnp.float32) for z in (end.best, exact))
         before = cost(exact)
-        zero = jnp.where(cost(found) < (1.0 - how.gain) * before, found, exact)
+        zero = jnp.where(cost(free) < (1.0 - how.gain) * before, free, exact)
     details = {
         "iterations": jnp.maximum(end.taken - 1, 0),
         "before": jnp.sum(before) / size,
@@ -244,7 +242,7 @@ def _encode_core(
 
 
 def _filled(blank: QTensor, codes: Array, scale: Array, zero: Array) -> QTensor:
-    """The tensor of codes, scales and zero points that are laid out in blocks."""
+    """The `QTensor` of codes, scales and zero points in blocked layout."""
     spec = blank.spec
     packed = unblocked(blank, codes).astype(spec.format.storage)
     if spec.format.packed:

@@ -1,4 +1,4 @@
-"""The size that codes would have if frequent ones were written in fewer bits."""
+"""The size of codes after Huffman coding."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import ArrayLike
 def huffman_bits(counts: ArrayLike) -> float:
     """Mean bits per value of an optimal prefix code: `sum_k n_k l_k / sum_k n_k`.
 
-    The lengths `l_k` are those of Huffman's code for each histogram; a code that never occurs gets
-    none, and one alone takes no bits. The table itself is not counted.
+    `l_k` are the lengths of Huffman's code for each histogram. Codes that never occur have no
+    length; if only one code occurs, it takes no bits. The table is not counted.
 
     Args:
-      counts: how often each code occurs, `[levels]`, or `[..., levels]` of several codebooks, which
-        have a prefix code each.
+      counts: occurrences of each code, `[levels]`, or `[..., levels]` for several codebooks, each
+        with its own prefix code.
 
     Raises:
       ValueError: no counts, negative ones, or ones that are not finite.
@@ -28,23 +28,23 @@ def huffman_bits(counts: ArrayLike) -> float:
     >>> huffman_bits([4, 2, 1, 1]), huffman_bits([5, 0])
     (1.75, 0.0)
     """
-    given = np.asarray(counts, np.float64)
-    if given.ndim < 1 or not given.size or not given.sum() > 0:
-        raise ValueError(f"huffman_bits: expected counts, got {given.tolist()}")
-    if not np.all(np.isfinite(given) & (given >= 0)):
+    array = np.asarray(counts, np.float64)
+    if array.ndim < 1 or not array.size or not array.sum() > 0:
+        raise ValueError(f"huffman_bits: expected counts, got {array.tolist()}")
+    if not np.all(np.isfinite(array) & (array >= 0)):
         raise ValueError("huffman_bits: expected counts that are finite and not negative")
-    rows = given.reshape(-1, given.shape[-1])
-    return float(sum(_coded(row) for row in rows) / given.sum())
+    rows = array.reshape(-1, array.shape[-1])
+    return float(sum(_coded(row) for row in rows) / array.sum())
 
 
 def _coded(counts: np.ndarray) -> float:
-    """Bits that all values take: each merge of two subtrees is one more bit for what is in them."""
+    """Total bits: each merge of two subtrees adds one bit to every value in them."""
     order = itertools.count()
     heap = [(n, next(order)) for n in counts.tolist() if n > 0]
     heapq.heapify(heap)
     total = 0.0
     while len(heap) > 1:
-        both = heapq.heappop(heap)[0] + heapq.heappop(heap)[0]
-        total += both
-        heapq.heappush(heap, (both, next(order)))
+        merged = heapq.heappop(heap)[0] + heapq.heappop(heap)[0]
+        total += merged
+        heapq.heappush(heap, (merged, next(order)))
     return total

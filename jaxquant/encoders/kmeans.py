@@ -1,4 +1,4 @@
-"""k-means: each array, or each group of channels, is rounded to a few values of its own."""
+"""k-means: a learned codebook for each array or each group of channels."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class KMeans(Called, Encoder):
     """The encoder that `kmeans` makes.
 
     Attributes:
-      exact: whether Lloyd's iteration begins at the optimum.
-      weighted: whether errors count by the inputs' second moment.
+      exact: start at the optimum of dynamic programming.
+      weighted: whether errors are weighted by the inputs' second moments.
     """
 
     name = "kmeans"
@@ -41,17 +41,17 @@ class KMeans(Called, Encoder):
 
     @property
     def observer(self) -> Inputs | None:
-        """What it has to know of the inputs: second moments, if it is weighted."""
+        """Second moments of the inputs, if `weighted`."""
         return inputs() if self.weighted else None
 
     @property
     def without_inputs(self) -> KMeans:
-        """The same for tables, which are looked up and meet no inputs."""
+        """The unweighted encoder, for lookup tables, which have no inputs."""
         return dataclasses.replace(self, weighted=False)
 
     @property
     def learns_values(self) -> bool:
-        """Whether the values of its format are only found in encoding."""
+        """Always: encoding determines the codebook."""
         return True
 
     def notes(self, details: Mapping[str, Array]) -> tuple[str | Found, ...]:
@@ -73,30 +73,30 @@ class KMeans(Called, Encoder):
 
         Args:
           w: float array `[*batch, *core]`, finite.
-          spec: a codebook format of as many values as are wanted, such as `palette(4)`; its own
-            values are not used. Each block of its granularity has a codebook.
+          spec: a codebook format with the number of values wanted, such as `palette(4)`; its own
+            values are ignored. Each block of its granularity has a codebook.
           key: not used.
           storage_last_axes: core axes to store last, contiguous.
-          batch_axes: how many leading axes are encoded one by one.
-          stats: with `weighted`, `InputStats` with a Hessian, whose diagonal counts; or an array of
-            what the square of each value's error costs (a Fisher information), that broadcasts to
-            `w`.
+          batch_axes: number of leading batch axes; core arrays are encoded one by one.
+          stats: with `weighted`, `InputStats` with a Hessian, whose diagonal weights the squared
+            errors; or an array of weights that broadcasts to `w` (such as Fisher information).
 
         Returns:
-          The codes, and `Info` with `details` `counts`, int32 `[*batch, levels]` or
+          The `QTensor`, and `Info` with `details` `counts`, int32 `[*batch, levels]` or
           `[*batch, *groups, levels]`: how often each code occurs, see `huffman_bits`; and
           `iterations`.
 
         Raises:
-          ValueError: `w` is not a float array, or not finite (not under a trace); a format
-            without a codebook, or `double` scales; a codebook larger than the values it is for;
-            `weighted` without statistics, or statistics of another shape, not finite or negative.
+          ValueError: `w` is not a float array, or not finite (unchecked under a trace); a format
+            without a codebook, or `double` scales; a codebook with more values than its group;
+            `weighted` without statistics, or with statistics of another shape, negative or not
+            finite.
         """
         w = checked_weight("kmeans", w, spec, storage_last_axes, batch_axes)
         if spec.format.codebook is None or spec.double:
             raise ValueError(
-                "kmeans takes a codebook format of as many values as are wanted, such as "
-                f"jq.palette(4), without scales of its own; got {spec!r}"
+                "kmeans: expected a codebook format with the number of values wanted, such as "
+                f"jq.palette(4), and scales that are not quantized; got {spec!r}"
             )
         blank = storage_layout(w.shape[batch_axes:], spec, storage_last_axes, w.dtype.name)
         _check_size(len(spec.format.codebook), blank, w.shape)
@@ -107,16 +107,16 @@ class KMeans(Called, Encoder):
 def kmeans(*, exact: bool = False, weighted: bool = False) -> KMeans:
     """k-means: `w_i ~ c[k_i]`, with the values `c` that minimise `sum_i h_i (w_i - c[k_i])^2`.
 
-    For a codebook format, such as `palette(4)`, or `palette(4, channels=16)` for a codebook for
-    each 16 output channels. Values are put in 65,536 bins, or sorted if they are few. Lloyd's
-    iteration begins at the optimum for 256 to 1,024 coarser bins and runs on all of them, its last
-    two steps on the values themselves.
+    Takes a codebook format, such as `palette(4)`, or `palette(4, channels=16)` for one codebook per
+    16 output channels. Up to 8,192 values are sorted, more are put in up to 65,536 bins. Lloyd's
+    iteration starts at the optimum for 256 to 1,024 coarser bins; its last two steps run on the
+    values themselves.
 
     Args:
-      exact: begin at the optimum, which dynamic programming finds up to the width of 8,192 bins,
-        exactly for as many values. It takes longer, and gains where levels are many.
-      weighted: `h_i` is the second moment of the input that a weight meets, the diagonal of the
-        layer's Hessian, or an array given as `stats`; otherwise 1.
+      exact: start at the optimum of dynamic programming: exact for up to 8,192 values, and up to
+        the width of 8,192 bins for more. It takes longer, and gains with many levels.
+      weighted: `h_i` is the second moment of the weight's input, the diagonal of the layer's
+        Hessian, or an array passed as `stats`; otherwise 1.
 
     Sources: Han et al., "Deep Compression", arXiv 1510.00149; Lloyd, "Least squares quantization in
     PCM" (1982).
@@ -132,11 +132,11 @@ def kmeans(*, exact: bool = False, weighted: bool = False) -> KMeans:
 
 
 def _check_size(levels: int, blank: QTensor, shape: tuple[int, ...]) -> None:
-    held = math.prod(min(b, n) for b, n in zip(blank.blocks, blank.storage, strict=True))
-    if levels > held:
-        what = "the array" if math.prod(blank.groups) == 1 else "each group"
+    values = math.prod(min(b, n) for b, n in zip(blank.blocks, blank.storage, strict=True))
+    if levels > values:
+        owner = "the array" if math.prod(blank.groups) == 1 else "each group"
         raise ValueError(
-            f"kmeans: a codebook of {levels} values for {what} of {held} values (shape "
+            f"kmeans: a codebook of {levels} values for {owner} of {values} values (shape "
             f"{list(shape)}, {blank.spec.granularity!r}); use fewer bits or share it among more"
         )
 
@@ -144,7 +144,7 @@ def _check_size(levels: int, blank: QTensor, shape: tuple[int, ...]) -> None:
 def _weights(
     stats: Any, w: Array, spec: QSpec, storage_last_axes: tuple[int, ...], batch_axes: int
 ) -> Array:
-    """What each value's squared error costs, of the shape of `w`."""
+    """The weights of the squared errors, in the shape of `w`."""
     if stats is None:
         raise ValueError(
             "kmeans(weighted=True) needs statistics of the inputs (stats=, or calibration batches)"
@@ -157,11 +157,11 @@ def _weights(
     axes = (*stats.batched, *stats.axes)
     sizes = [core[a] for a in axes]
     diagonal = jnp.diagonal(stats.hessian, axis1=-2, axis2=-1)
-    laid = diagonal.reshape(*w.shape[:batch_axes], *sizes)
+    weights = diagonal.reshape(*w.shape[:batch_axes], *sizes)
     order = sorted(range(len(axes)), key=lambda i: axes[i])
-    laid = jnp.transpose(laid, [*range(batch_axes), *(batch_axes + i for i in order)])
-    gone = [a + batch_axes for a in range(len(core)) if a - len(core) not in axes]
-    return jnp.broadcast_to(lax.expand_dims(laid, gone), w.shape)
+    weights = jnp.transpose(weights, [*range(batch_axes), *(batch_axes + i for i in order)])
+    missing = [a + batch_axes for a in range(len(core)) if a - len(core) not in axes]
+    return jnp.broadcast_to(lax.expand_dims(weights, missing), w.shape)
 
 
 def _encode(
@@ -187,7 +187,7 @@ def _rows(
     storage_last_axes: tuple[int, ...],
     batch_axes: int,
 ) -> tuple[Array, Array | None, Array | None]:
-    """Values and weights of each group, `[batch * groups, n]`, and which are not padding."""
+    """Values and weights of each group, `[batch * groups, n]`, and a mask that is 0 on padding."""
     blank = storage_layout(w.shape[batch_axes:], spec, storage_last_axes, w.dtype.name)
     count, groups = math.prod(w.shape[:batch_axes]), math.prod(blank.groups)
     padded = groups > 1 and blank.padded != blank.storage
@@ -195,10 +195,10 @@ def _rows(
     def rows(a: Array) -> Array:
         if groups == 1:  # in any order
             return a.reshape(count, -1)
-        laid = jax.vmap(functools.partial(to_storage, blank))(a.reshape(count, *blank.core))
-        laid = blocked(blank, laid)
-        order = [0, *range(1, laid.ndim, 2), *range(2, laid.ndim, 2)]
-        return jnp.transpose(laid, order).reshape(count * groups, -1)
+        stored = jax.vmap(functools.partial(to_storage, blank))(a.reshape(count, *blank.core))
+        stored = blocked(blank, stored)
+        order = [0, *range(1, stored.ndim, 2), *range(2, stored.ndim, 2)]
+        return jnp.transpose(stored, order).reshape(count * groups, -1)
 
     real = rows(jnp.ones(w.shape, jnp.float32)) if padded else None
     if weights is None:
@@ -220,28 +220,28 @@ def _filled(
     batch, levels = w.shape[:batch_axes], codebooks.shape[-1]
     blank = storage_layout(w.shape[batch_axes:], spec, storage_last_axes, w.dtype.name)
     count, rank = math.prod(batch), len(blank.axes)
-    whole = math.prod(blank.groups) == 1
+    single = math.prod(blank.groups) == 1
     if real is None:
         counts = jax.vmap(lambda c: jnp.zeros(levels, jnp.int32).at[c].add(1))(codes)
     else:
         counts = jax.vmap(lambda c, r: sums(c, r, levels))(codes, real).astype(jnp.int32)
-    if whole:
+    if single:
         stored = jax.vmap(functools.partial(to_storage, blank))(codes.reshape(count, *blank.core))
     else:
         split = codes.reshape(count, *blank.groups, *blank.blocks)
         order = [0, *(a for s in range(rank) for a in (1 + s, 1 + rank + s))]
         stored = unblocked(blank, jnp.transpose(split, order))
     stored = pack(stored, spec.format.bits) if spec.format.packed else stored
-    own = () if whole else blank.groups
+    groups = () if single else blank.groups
     q = dataclasses.replace(
         blank,
         codes=stored.reshape(*batch, *stored.shape[1:]),
         scale=jnp.ones((*batch, *blank.groups), spec.scale_dtype),
-        codebook=codebooks.reshape(*batch, *own, levels),
+        codebook=codebooks.reshape(*batch, *groups, levels),
         global_scale=jnp.ones(batch, jnp.float32) if spec.global_scale else None,
     )
     details = {
-        "counts": counts.reshape(*batch, *own, levels),
-        "iterations": steps.reshape(*batch, *own),
+        "counts": counts.reshape(*batch, *groups, levels),
+        "iterations": steps.reshape(*batch, *groups),
     }
     return q, measure(w, q)._replace(details=details)

@@ -1,4 +1,4 @@
-"""One array after another."""
+"""Maps a function over layers, one at a time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import jax
 
 
 def mapped(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """`fn` at each index of a leading axis, in turn: one layer at a time takes memory.
+    """`fn` at each index of the leading axis in turn: memory holds one layer at a time.
 
     >>> import jax.numpy as jnp
     >>> mapped(jnp.sum, (jnp.ones((3, 4)),)).tolist()
     [4.0, 4.0, 4.0]
     """
-    if jax.tree.leaves(args)[0].shape[0] == 1:  # no loop, whose operands would be copied
+    if jax.tree.leaves(args)[0].shape[0] == 1:  # a loop would copy its operands
         out = fn(*jax.tree.map(lambda a: a[0], args))
         return jax.tree.map(lambda a: a[None], out)
     return jax.lax.map(lambda each: fn(*each), args)

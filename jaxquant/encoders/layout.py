@@ -1,4 +1,4 @@
-"""In which order, and in which blocks, GPTQ walks the columns of a layer."""
+"""The order and the blocks in which GPTQ rounds the columns of a layer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jaxquant.encoders.columns import Plan
 
 Order = Literal["static", "dynamic"] | None
 
-# Rows of the innermost block: between these, whichever needs the least padding. A row costs one
-# product with the rows before it in the block, and a block one product with those before it.
+# Bounds for the rows of the innermost block; the number with the least padding is taken. A row
+# costs one product with the earlier rows of its block, a block one product with earlier blocks.
 _ROWS = (16, 32)
 
 
@@ -24,10 +24,10 @@ class Layout:
     """Columns `K` placed in blocks, groups padded to whole blocks.
 
     Attributes:
-      place: int32 `[padded]`, which column lies there; `K` for padding.
+      place: int32 `[padded]`, the column at each position; `K` for padding.
       plan: the blocks.
-      groups: how many groups are real; 0 where none are chosen on the way.
-      group: the padded size of one.
+      groups: number of groups without padding; 0 if grids are fixed in advance.
+      group: padded size of a group.
     """
 
     place: np.ndarray
@@ -37,7 +37,7 @@ class Layout:
 
 
 def layout(k: int, group: int | None, block: int) -> Layout:
-    """Blocks for `k` columns, with `group` of them to a grid that is chosen on the way.
+    """Blocks for `k` columns; `group` of them share a grid that is chosen when they begin.
 
     >>> layout(10, 4, 128).plan, layout(10, 4, 128).place[-4:].tolist()
     (Plan(levels=(12, 4), group=1), [8, 9, 10, 10])
@@ -69,18 +69,18 @@ def layout(k: int, group: int | None, block: int) -> Layout:
 
 
 def ordered(lay: Layout, diagonal: Array, order: Order) -> tuple[Array, Array | None]:
-    """Which column lies where, the important ones first, and which group.
+    """The column and the group at each position, important ones first.
 
-    `"static"`: columns by descending `H_kk`, for grids that are fixed beforehand. `"dynamic"`:
+    `"static"`: columns by descending `H_kk`, for grids that are fixed in advance. `"dynamic"`:
     whole groups by descending sum of `H_kk`, and columns within their group.
 
     Args:
       lay: the blocks.
       diagonal: `H_kk` `[K]`.
-      order: see above; `None` keeps them as they are.
+      order: see above; `None` keeps the original order.
 
     Returns:
-      Columns `[padded]`, `K` for padding; groups `[stored]`, `None` where none are chosen.
+      Columns `[padded]`, `K` for padding; groups `[stored]`, `None` if grids are fixed in advance.
     """
     place = jnp.asarray(lay.place, jnp.int32)
     if order is None:
@@ -91,12 +91,12 @@ def ordered(lay: Layout, diagonal: Array, order: Order) -> tuple[Array, Array | 
         wanted = jnp.append(wanted, jnp.int32(diagonal.shape[0]))
         return wanted[place], None
     size = jnp.take(diagonal, place, mode="fill", fill_value=-1.0).reshape(-1, lay.group)
-    inside = jnp.argsort(-size, axis=1, stable=True)
+    column_order = jnp.argsort(-size, axis=1, stable=True)
     real = jnp.any(size >= 0, axis=1)
     weight = jnp.where(real, jnp.sum(jnp.maximum(size, 0.0), axis=1), -1.0)
-    among = jnp.argsort(-weight, stable=True)
-    place = jnp.take_along_axis(place.reshape(-1, lay.group), inside, axis=1)
-    return place[among].reshape(-1), among
+    group_order = jnp.argsort(-weight, stable=True)
+    place = jnp.take_along_axis(place.reshape(-1, lay.group), column_order, axis=1)
+    return place[group_order].reshape(-1), group_order
 
 
 def _capped(place: np.ndarray, k: int) -> np.ndarray:
@@ -104,7 +104,7 @@ def _capped(place: np.ndarray, k: int) -> np.ndarray:
 
 
 def _padded(n: int) -> tuple[int, int]:
-    """`n` or the next size that splits into blocks of few rows; and those rows."""
+    """`n`, padded to whole innermost blocks, and the rows of such a block."""
     if n <= _ROWS[1]:
         return n, n
     rows = min(range(_ROWS[1], _ROWS[0] - 1, -1), key=lambda r: math.ceil(n / r) * r)
@@ -112,5 +112,5 @@ def _padded(n: int) -> tuple[int, int]:
 
 
 def _distinct(*sizes: int) -> tuple[int, ...]:
-    """Sizes of nested blocks, those of one and the same size once."""
+    """Sizes of nested blocks without duplicates."""
     return tuple(dict.fromkeys(sizes))

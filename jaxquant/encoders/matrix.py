@@ -1,4 +1,4 @@
-"""A weight as the matrix `[K, N]` that its contraction makes of it."""
+"""A weight as the matrix `[K, N]` of its contraction."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def to_matrix(w: Array, axes: tuple[int, ...], batched: tuple[int, ...] = ()) ->
     """`[*core] -> [*batched, K, N]`: contracted axes flattened in order, all others ascending.
 
     Args:
-      w: one core array, no batch axes before it.
-      axes: the axes that are contracted; `K` is their product, the first of them slowest.
-      batched: the axes that stay, in this order.
+      w: one core array, without batch axes.
+      axes: the contracted axes; `K` is the product of their sizes, the first axis slowest.
+      batched: the axes kept in front, in this order.
 
     Raises:
-      ValueError: an axis that the array does not have, or one named twice.
+      ValueError: an axis out of range, or named twice.
 
     >>> to_matrix(jnp.zeros((4, 2, 3, 5)), (1, 2), (0,)).shape
     (4, 6, 5)
@@ -61,10 +61,10 @@ def matrix_spec(spec: QSpec) -> QSpec:
     """The spec of the matrix view: groups run along `K`, channels are columns `N` or runs of them.
 
     Args:
-      spec: axes named: groups over the contracted axes, channels over those that are kept.
+      spec: axes named: groups over the contracted axes, channels over the other axes.
 
     Raises:
-      ValueError: blocks over two axes, which the view does not keep.
+      ValueError: `PerBlock`: flattened axes have no tiles.
 
     >>> matrix_spec(QSpec("int4", PerGroup(64, axis=(-3, -2)))).granularity
     PerGroup(size=64, axis=(0,))

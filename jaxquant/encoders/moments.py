@@ -1,4 +1,4 @@
-"""What encoders that look at second moments ask of their statistics."""
+"""Second moments of the inputs: their axes, their checks and the errors they weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxquant.qtensor import PerGroup, QSpec
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Which axes of a weight the moments belong to; all negative, see `InputStats`."""
+    """The axes of a weight that the moments belong to; all negative, see `InputStats`."""
 
     axes: tuple[int, ...]
     batched: tuple[int, ...]
@@ -30,19 +30,19 @@ def grouped_axes(spec: QSpec, ndim: int) -> tuple[int, ...] | None:
     gran = spec.granularity
     if not isinstance(gran, PerGroup) or gran.axis is None:
         return None
-    given = (gran.axis,) if isinstance(gran.axis, int) else gran.axis
-    return tuple(a % ndim - ndim for a in given)
+    axes = (gran.axis,) if isinstance(gran.axis, int) else gran.axis
+    return tuple(a % ndim - ndim for a in axes)
 
 
 def aligned(
     moments: Moments, grouped: tuple[int, ...] | None, hessian: Array, shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], Array]:
-    """The contracted axes in the order that groups run over them, and `H` in that order.
+    """The contracted axes in the order of the groups' axes, and `H` in that order.
 
     Args:
-      moments: as the statistics have them.
-      grouped: the axes of the groups (negative); `None`, or others than those contracted, change
-        nothing.
+      moments: the axes of the statistics.
+      grouped: the axes of the groups (negative); `None`, or axes other than the contracted ones,
+        change nothing.
       hessian: `[*batched, K, K]`.
       shape: of the core array.
     """
@@ -58,7 +58,7 @@ def aligned(
 
 
 def energy(hessian: Array, d: Array) -> Array:
-    """`tr(D^T H D)`, of several matrices the sum: what an error costs at the output.
+    """`tr(D^T H D)`, summed over matrices: the output error that a weight error `D` causes.
 
     >>> energy(jnp.diag(jnp.array([1.0, 4.0])), jnp.ones((2, 3))).tolist()
     15.0
@@ -67,7 +67,7 @@ def energy(hessian: Array, d: Array) -> Array:
 
 
 def counting(diagonal: Array) -> Array:
-    """`H_kk` `[..., K]`, and the mean of the others where it is 0, or 1 where all are.
+    """`H_kk` `[..., K]` with zeros replaced by the mean of the others, or by 1 if all are 0.
 
     >>> counting(jnp.array([1.0, 0.0, 3.0])).tolist()
     [1.0, 2.0, 3.0]
@@ -86,14 +86,15 @@ def check_moments(
     batch_axes: int,
     stats: InputStats | None,
 ) -> InputStats:
-    """The statistics, if they are those of this weight's inputs; axes made negative.
+    """The statistics, checked against the weight; axes made negative.
 
     Raises:
-      ValueError: none, others, or of another shape; arrays that are not finite (not under a trace).
+      ValueError: missing statistics, or ones of another type or shape; arrays that are not finite
+        (unchecked under a trace).
     """
     if stats is None:
         raise ValueError(
-            f"{name}: looks at what the weight is contracted with: expected "
+            f"{name}: needs statistics of the weight's inputs: expected "
             "stats=input_stats(...) of the observer inputs(), got None"
         )
     if not isinstance(stats, InputStats):

@@ -1,4 +1,4 @@
-"""Round to nearest: each value takes the nearest code, whatever the others do."""
+"""Round to nearest: each value takes the nearest code, independently of the others."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class RoundToNearest(Called, Encoder):
         batch_axes: int = 0,
         stats: Any = None,
     ) -> tuple[QTensor, Info]:
-        """Encodes `w`; see `Encoder`. `stats` are not looked at.
+        """Encodes `w`; see `Encoder`. `stats` are ignored.
 
-        Values that are not finite, which `quantize_params` refuses, are not looked for here: a
-        core array with one is NaN, and so are the sums in `Info`.
+        Does not check for non-finite values, which `quantize_params` refuses: a core array that
+        has one becomes NaN, and so do the sums in `Info`.
 
         Raises:
           ValueError: `stochastic` without a `key`.
@@ -56,7 +56,7 @@ class RoundToNearest(Called, Encoder):
 
 
 def rtn(stochastic: bool = False) -> RoundToNearest:
-    """Round to nearest, the encoder that a rule uses if it names none.
+    """Round to nearest, the default encoder of a rule.
 
     With `stochastic=True` a value between two codes takes the upper one with probability equal to
     its distance from the lower, so that the expected value is the value itself.

@@ -1,4 +1,4 @@
-"""Int8 with a scale for each output channel, rounded as LLM.int8() rounds."""
+"""Int8 with one scale per output channel, rounded as in LLM.int8()."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Vectorwise(Called, Encoder):
     """The encoder that `vectorwise` makes.
 
     Attributes:
-      outliers: whose columns are fixed from statistics if it is `calibrated`; `None` has none.
+      outliers: if `calibrated`, statistics fix the outlier columns; `None`: no outliers.
     """
 
     name = "vectorwise"
@@ -31,7 +31,7 @@ class Vectorwise(Called, Encoder):
 
     @property
     def observer(self) -> Inputs | None:
-        """What it has to know of inputs."""
+        """The absmax of each input column, for calibrated outliers only."""
         fixed = self.outliers is not None and self.outliers.calibrated
         return inputs(hessian=False) if fixed else None
 
@@ -49,8 +49,8 @@ class Vectorwise(Called, Encoder):
 
         Raises:
           ValueError: the spec is not symmetric int8 with `range="qmax"`; the outliers are
-            calibrated and there are no statistics; `w` is not a float array, or not finite (not
-            under a trace).
+            calibrated and there are no statistics; `w` is not a float array, or not finite
+            (unchecked under a trace).
         """
         del key
         w = checked_weight("vectorwise", w, spec, storage_last_axes, batch_axes)
@@ -65,8 +65,8 @@ class Vectorwise(Called, Encoder):
             return q, info
         if not isinstance(stats, InputStats):
             raise ValueError(
-                "vectorwise: outlier columns are to be calibrated, and there are no statistics of "
-                "inputs: pass stats=, or batches= to jaxquant.ptq"
+                "vectorwise: calibrated outlier columns need statistics of the inputs: pass "
+                "stats=, or batches= to jaxquant.ptq"
             )
         if stats.batched:  # experts: their columns are found at run time
             return q, info
@@ -76,7 +76,7 @@ class Vectorwise(Called, Encoder):
 
 
 def outlier_columns(absmax: Array, outliers: Outliers) -> Array:
-    """The columns of the largest magnitudes, int32 `[*batch, capacity]`; -1 below the threshold.
+    """The columns with the largest absmax, int32 `[*batch, capacity]`; -1 below the threshold.
 
     >>> outlier_columns(jnp.array([1.0, 9.0, 7.0, 2.0]), Outliers(6.0, capacity=3)).tolist()
     [1, 2, -1]
@@ -88,9 +88,9 @@ def outlier_columns(absmax: Array, outliers: Outliers) -> Array:
 def vectorwise(outliers: Outliers | None = None) -> Vectorwise:
     """Int8 codes as LLM.int8() rounds them: `q = round(w (127 / max |w|))`.
 
-    Beside round-to-nearest's `w / (max |w| / 127)` a code in some 100,000 differs. With
-    `calibrated` outliers the columns of inputs that stay in float are fixed from statistics; those
-    of experts are found at run time.
+    About one code in 100,000 differs from round-to-nearest's `w / (max |w| / 127)`. With
+    `calibrated` outliers, statistics fix the input columns that stay in float; the columns of
+    experts are found at run time.
 
     Source: bitsandbytes, `int8_vectorwise_quant`.
 

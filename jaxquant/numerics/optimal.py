@@ -1,4 +1,4 @@
-"""The clustering of points on a line that no other undercuts, by dynamic programming."""
+"""Optimal one-dimensional clustering by dynamic programming."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def optimal(points: Points, levels: int) -> Array:
     """The centroids of the partition of `m` points into `levels` runs with the least inertia.
 
     `D_k(i) = min_{j <= i} D_{k-1}(j) + C(j, i)`, `C(j, i)` the inertia of points `j` to `i - 1`
-    about their mean, `D_0(i) = C(0, i)`. The best `j` grows with `i`, so a row that lies between
-    two known ones need only look between their minima: rows are halved until all are known, each
-    round looking at no more than `2 m` pairs. `O(levels m log m)` time, `O(levels m)` memory.
+    about their mean, `D_0(i) = C(0, i)`. The best `j` never falls as `i` grows, so the minima of
+    two known rows bound the search for the rows between them: each round halves the distance of
+    known rows and evaluates at most `2 m` pairs. `O(levels m log m)` time, `O(levels m)` memory.
 
     Args:
       points: `m` points.
-      levels: how many runs.
+      levels: number of runs.
 
     Returns:
       float32 `[levels]`, ascending. With fewer points than levels some are equal.
@@ -45,7 +45,7 @@ def optimal(points: Points, levels: int) -> Array:
         w = mass[i] - mass[j]
         first = points.place[jnp.minimum(j, count - 1)]
         some = jnp.where(w > 0, w, 1.0)
-        # about the first member: a run is narrow, and the squares of what lies far off cancel
+        # relative to the first point: squares of a narrow run far from 0 would cancel
         total = (high[0][i] - high[0][j]) + (low[0][i] - low[0][j]) - first * w
         square = (high[1][i] - high[1][j]) + (low[1][i] - low[1][j])
         square = square - first * (2.0 * total + first * w)
@@ -81,7 +81,7 @@ def clustered_points(points: Points, levels: int) -> tuple[Array, Array]:
 def _row_minima(
     least: Array, cost: Callable[[Array, Array], Array], count: int
 ) -> tuple[Array, Array]:
-    """`min_{j <= i} least[j] + cost(j, i)` for every `i` of `0 .. count`, and where it is."""
+    """`min_{j <= i} least[j] + cost(j, i)` for every `i` of `0 .. count`, and its `j`."""
     rows = count + 1
     rounds = max(count, 1).bit_length()
     span = 1 << rounds
@@ -90,54 +90,54 @@ def _row_minima(
 
     def halve(r: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         values, best = state
-        step = jnp.int32(span) >> r  # rows at odd multiples of half of it are next
+        step = jnp.int32(span) >> r  # next: rows at odd multiples of half a step
         half = step >> 1
-        mine = (row % jnp.maximum(step, 1)) == half
+        current = (row % jnp.maximum(step, 1)) == half
         below, above = row - half, row + half
         low = jnp.where(below >= 0, best[jnp.maximum(below, 0)], 0)
         high = jnp.where(above <= count, best[jnp.minimum(above, count)], row)
         high = jnp.minimum(high, row)
-        length = jnp.where(mine, jnp.maximum(high - low, 0) + 1, 0)
+        length = jnp.where(current, jnp.maximum(high - low, 0) + 1, 0)
         offset = jnp.cumsum(length)
         at = jnp.arange(flat, dtype=jnp.int32)
-        # which row each pair belongs to: how many rows end at or before it
+        # the row of each pair: the number of rows that end at or before it
         ends = jnp.zeros(flat + 1, jnp.int32).at[jnp.minimum(offset, flat)].add(1)
         owner = jnp.minimum(jnp.cumsum(ends[:flat]), rows - 1)
         j = low[owner] + at - (offset[owner] - length[owner])
         inside = at < offset[-1]
         j = jnp.where(inside, jnp.minimum(j, row[owner]), 0)
-        found = jnp.where(inside, least[j] + cost(j, row[owner]), jnp.inf)
-        lowest = jnp.full(rows, jnp.inf).at[owner].min(found)
-        where = jnp.where(found == lowest[owner], j, count)
+        costs = jnp.where(inside, least[j] + cost(j, row[owner]), jnp.inf)
+        lowest = jnp.full(rows, jnp.inf).at[owner].min(costs)
+        where = jnp.where(costs == lowest[owner], j, count)
         place = jnp.full(rows, count, jnp.int32).at[owner].min(where)
-        return jnp.where(mine, lowest, values), jnp.where(mine, place, best)
+        return jnp.where(current, lowest, values), jnp.where(current, place, best)
 
-    start = (least, jnp.zeros(rows, jnp.int32))  # of no points, nothing but zero
+    start = (least, jnp.zeros(rows, jnp.int32))  # row 0 has no points: j = 0
     return lax.fori_loop(0, rounds, halve, start)
 
 
 def _two_sums(
     weight: Array, place: Array
 ) -> tuple[Array, tuple[Array, Array], tuple[Array, Array]]:
-    """Prefix sums of weights, and of first and second moments in two floats, low ones and high.
+    """Prefix sums of weights, and of first and second moments as two floats, low and high.
 
-    In one float the second moment of a narrow run far out would be lost in that of all others.
+    One float would lose the second moment of a narrow run far from 0 in that of all others.
     """
 
-    def both(a: tuple[Array, ...], b: tuple[Array, Array]) -> tuple[Array, Array]:
+    def add(a: tuple[Array, ...], b: tuple[Array, Array]) -> tuple[Array, Array]:
         total = a[0] + b[0]
         part = total - a[0]
         lost = (a[0] - (total - part)) + (b[0] - part)
         return total, a[1] + b[1] + lost
 
     def product(a: Array, b: Array) -> tuple[Array, Array]:
-        """`a b` in two floats, by halves of 12 bits."""
+        """`a b` as two floats, from halves of 12 bits."""
         split = jnp.float32(4097.0)
         a_high, b_high = split * a - (split * a - a), split * b - (split * b - b)
         a_low, b_low = a - a_high, b - b_high
-        whole = a * b
-        rest = ((a_high * b_high - whole) + a_high * b_low + a_low * b_high) + a_low * b_low
-        return whole, rest
+        high = a * b
+        low = ((a_high * b_high - high) + a_high * b_low + a_low * b_high) + a_low * b_low
+        return high, low
 
     first = product(weight, place)
     again = product(first[0], place)
@@ -147,10 +147,10 @@ def _two_sums(
 
     def summed(pair: tuple[Array, Array]) -> tuple[Array, Array]:
         def doubled(r: Array, pair: tuple[Array, Array]) -> tuple[Array, Array]:
-            """Sums of `2^(r + 1)` from sums of `2^r`."""
+            """Sums over `2^(r + 1)` points from sums over `2^r`."""
             before = place_in_line - (jnp.int32(1) << r)
             other = (jnp.where(before >= 0, a[jnp.maximum(before, 0)], 0.0) for a in pair)
-            return both((*other,), pair)
+            return add((*other,), pair)
 
         rounds = max(place.shape[0] - 1, 0).bit_length()
         high, low = lax.fori_loop(0, rounds, doubled, pair)

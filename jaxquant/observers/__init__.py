@@ -1,4 +1,4 @@
-"""Observers: monoids that gather the range of an activation over many batches."""
+"""Observers: monoids that accumulate the range of an activation over batches."""
 
 from jaxquant.observers.base import Observer, Range, finish_stacked, range_to_scale
 from jaxquant.observers.histogram import Histogram, histogram

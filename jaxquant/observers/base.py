@@ -1,4 +1,4 @@
-"""What an observer is: a monoid that gathers the range of an array over many batches."""
+"""The observer protocol: a monoid that accumulates the range of an array over batches."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ State = dict[str, Array]
 
 
 class Range(NamedTuple):
-    """The values to be represented: `[low, high]`, with `low <= 0 <= high`.
+    """The range of values to represent: `[low, high]`, with `low <= 0 <= high`.
 
     Attributes:
-      low, high: float32, `[]` per tensor, or of the shape of the axes kept.
+      low, high: float32, `[]` per tensor, or in the shape of the kept axes.
     """
 
     low: Array
@@ -32,22 +32,22 @@ class Range(NamedTuple):
 
 @runtime_checkable
 class Observer(Protocol):
-    """A hashable value (a frozen dataclass) that gathers statistics of one array.
+    """A hashable value (a frozen dataclass) that accumulates statistics of one array.
 
-    `init` is the identity of `merge`, `merge` is associative, and a pass over shards that are
-    merged gives what one pass over all of them gives: exactly, except for the float rounding of
-    `moving_average`. Memory is constant however many batches come.
+    `init` is the identity of `merge`, `merge` is associative, and merged shards give the result of
+    one pass over all data: exactly, except for the float rounding of `moving_average`. Memory does
+    not grow with the number of batches.
 
     A state is a flat dict of arrays of fixed shapes and dtypes, among them
 
-    - `updates`, int32 `[]`: how many updates it has seen;
-    - `bad`, int32 `[]`: how many of those held NaN or infinity, and so changed nothing else.
+    - `updates`, int32 `[]`: the number of updates;
+    - `bad`, int32 `[]`: the number of updates with NaN or infinity, which changed nothing else.
 
-    States of several layers may be stacked along leading axes: `merge` takes them as they are,
+    States of several layers may be stacked along leading axes: `merge` takes stacked states,
     `finish_stacked` finishes them one by one.
 
     Attributes:
-      axis: the axes of the array that have ranges of their own ("per channel"); `None`: per tensor.
+      axis: the axes of the array with separate ranges ("per channel"); `None`: per tensor.
     """
 
     @property
@@ -57,39 +57,39 @@ class Observer(Protocol):
 
     @property
     def sees_rows(self) -> bool:
-        """Whether it is given activations as rows of the matrix that a weight is multiplied by."""
+        """Whether `update` takes activations unfolded to rows, as multiplied with the weight."""
         return False
 
     def init(self, aval: Any) -> State:
-        """The state before any update, for arrays that have the `shape` of `aval`."""
+        """The state before any update, for arrays of the shape of `aval`."""
         ...
 
     def update(self, state: State, x: Array) -> State:
-        """The state after one more array `x` of any float dtype; may be traced."""
+        """The state after one more array `x` of any float dtype; traceable."""
         ...
 
     def merge(self, a: State, b: State) -> State:
-        """The state after what `a` has seen, then what `b` has seen; may be traced."""
+        """The state after the updates of `a`, then those of `b`; traceable."""
         ...
 
     def finish(self, state: State, spec: QSpec) -> Range:
-        """The range with which `spec` is to quantize; on concrete states only.
+        """The range to quantize with by `spec`; for concrete states only.
 
         Raises:
-          ValueError: no update was seen, or one that was not finite.
+          ValueError: there was no update, or one was not finite.
         """
         ...
 
 
 def range_to_scale(range: Range, spec: QSpec) -> tuple[Array, Array | None]:
-    """The scale and zero point with which `spec` represents a range, by the rules of `quantize`.
+    """The scale and zero point of a range under `spec`, by the rules of `quantize`.
 
     Symmetric: `S = max(-low, high) / (qmax + 1/2)`, or by the spec's other rules. Asymmetric:
     `S = (high - low) / (2^b - 1)`, `Z = qmin - round(low / S)`.
 
     Args:
       range: float32 arrays of one shape.
-      spec: format and range rule; its granularity is not looked at.
+      spec: format and range rule; its granularity is ignored.
 
     Returns:
       `(scale, zero point)` of that shape, float32 and int32; `None` for a symmetric spec.
@@ -103,7 +103,7 @@ def range_to_scale(range: Range, spec: QSpec) -> tuple[Array, Array | None]:
     return _to_scale(range, spec)
 
 
-# Compiled as `quantize` is, so that both round alike; a pass over candidates is one call, too.
+# Compiled like `quantize`, so that both round the same; also, one call serves many candidates.
 @functools.partial(jax.jit, static_argnums=1)
 def _to_scale(range: Range, spec: QSpec) -> tuple[Array, Array | None]:
     low, high = (jnp.asarray(v, jnp.float32) for v in range)
@@ -115,19 +115,19 @@ def _to_scale(range: Range, spec: QSpec) -> tuple[Array, Array | None]:
 
 
 def finish_stacked(observer: Observer, state: State, spec: QSpec, lead: int) -> Range:
-    """`observer.finish` on each of the states stacked along `lead` leading axes.
+    """Applies `observer.finish` to each of the states stacked along `lead` leading axes.
 
     Args:
-      observer: made the states.
+      observer: the observer of the states.
       state: arrays `[*layers, ...]`.
       spec: see `Observer.finish`.
       lead: the number of leading axes; 0 for a single state.
 
     Returns:
-      The ranges, stacked alike.
+      The ranges, stacked along the same axes.
 
     Raises:
-      ValueError: as `finish` does, naming the layer.
+      ValueError: as `finish`, naming the layer.
 
     >>> import jax
     >>> from jaxquant.observers import minmax
@@ -153,20 +153,20 @@ def finish_stacked(observer: Observer, state: State, spec: QSpec, lead: int) -> 
 
 def as_range(low: Any, high: Any) -> Range:
     """A range of float32 arrays, widened to contain 0."""
-    # through NumPy: a comparison in XLA would read subnormal ends as zero, and compiles
+    # in NumPy: XLA would compile the comparison, and read subnormal ends as zero
     low, high = np.asarray(low, np.float32), np.asarray(high, np.float32)
     return Range(jnp.asarray(np.minimum(low, 0)), jnp.asarray(np.maximum(high, 0)))
 
 
 # --------------------------------------------------------------------------------------------------
-# What all observers share
+# Shared by all observers
 
 
 def kept_axes(axis: int | tuple[int, ...] | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes that have ranges of their own, ascending and counted from the front.
+    """The axes with separate ranges, ascending and non-negative.
 
     Raises:
-      ValueError: an axis that the array does not have, or one named twice.
+      ValueError: an axis out of range, or named twice.
 
     >>> kept_axes(-1, (8, 3)), kept_axes(None, (8, 3))
     ((1,), ())
@@ -182,13 +182,13 @@ def kept_axes(axis: int | tuple[int, ...] | None, shape: tuple[int, ...]) -> tup
 
 
 def other_axes(axis: int | tuple[int, ...] | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes that share a range: those that `kept_axes` leaves out."""
+    """The axes that share a range: all but `kept_axes`."""
     kept = kept_axes(axis, shape)
     return tuple(a for a in range(len(shape)) if a not in kept)
 
 
 def kept_shape(axis: int | tuple[int, ...] | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the axes that have ranges of their own."""
+    """The shape of the axes with separate ranges."""
     return tuple(shape[a] for a in kept_axes(axis, shape))
 
 
@@ -209,7 +209,7 @@ def counted_both(a: State, b: State) -> State:
 
 
 def everywhere(a: Array) -> Array:
-    """`a` on every device of its mesh, if that has explicit axes: states are never sharded."""
+    """`a` replicated over its mesh, if that has explicit axes: states are never sharded."""
     sharding = jax.typeof(a).sharding
     if all(part is None for part in sharding.spec):
         return a
@@ -217,10 +217,10 @@ def everywhere(a: Array) -> Array:
 
 
 def ends(x: Array, shared: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    """Least and largest value of float32 `x` (and 0) over the axes `shared`; whether `x` is finite.
+    """Minimum and maximum of float32 `x` and 0 over the axes `shared`; whether `x` is finite.
 
-    NaN counts as infinity: on a CPU XLA's minimum and maximum over many values lose it, and a pass
-    of its own would cost as much as both.
+    NaN counts as infinity: XLA's minimum and maximum over many values lose NaN on a CPU, and a
+    separate pass would cost as much as both.
     """
     nan = jnp.isnan(x)
     low = everywhere(jnp.min(jnp.where(nan, -jnp.inf, x), axis=shared, initial=0.0))
@@ -229,7 +229,7 @@ def ends(x: Array, shared: tuple[int, ...]) -> tuple[Array, Array, Array]:
 
 
 def require_seen(state: State) -> None:
-    """Raises unless the state is a single one that has seen batches, all of them finite."""
+    """Raises unless the state is a single one, with updates that were all finite."""
     updates, bad = np.asarray(state["updates"]), np.asarray(state["bad"])
     if updates.ndim:
         raise ValueError(
@@ -243,7 +243,7 @@ def require_seen(state: State) -> None:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Axis:
-    """The field that all observers have, its check, and how they print: as they are called."""
+    """The base of most observers: the field `axis`, its check, and a `repr` in call syntax."""
 
     name: ClassVar[str] = ""
     sees_rows: ClassVar[bool] = False
@@ -252,8 +252,8 @@ class Axis:
 
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)
-        given = [f for f in fields if f.default != getattr(self, f.name) and f.name != "bins"]
-        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
+        shown = [f for f in fields if f.default != getattr(self, f.name) and f.name != "bins"]
+        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def __post_init__(self) -> None:
         if isinstance(self.axis, list):

@@ -1,26 +1,26 @@
-"""A streaming histogram whose range grows, exact under merging.
+"""A streaming histogram with a growing range, exact under merging.
 
 There are `bins` bins of width `w = 2 R / bins` over `(-R, R)`, and a cell for zero. `R = 2^e` is
 the least power of two above all magnitudes seen, so `w` is a power of two as well. Bin `m` above
 zero holds `m w <= x < (m + 1) w`, its mirror image `m w <= -x < (m + 1) w`. When `R` doubles, bins
-`2 m` and `2 m + 1` become the new bin `m`, exactly. So the counts depend on the values seen, not on
+`2 m` and `2 m + 1` become the new bin `m`, exactly. So the counts depend only on the values, not on
 their order or sharding, and merged shards equal one pass bit for bit.
 
 Counts are 64-bit integers in two uint32 words, since float32 stops counting at `2^24` and uint32
 wraps at `2^32`. For words `a, b` the low word of the sum is `s = (a + b) mod 2^32`, and the carry
-is 1 where `s < a`, else 0. What one update adds must fit one word, as it does for an array of fewer
-than `2^32` values. So no mass is lost below `2^64`.
+is 1 where `s < a`, else 0. The counts of one update must fit one word, as they do for an array of
+fewer than `2^32` values. So counts are exact below `2^64`.
 
 Values in one bin cannot be told apart, and `R <= 2 max|x|`: a quantile read off the histogram is
 wrong by at most one bin, `w = 2 R / bins <= 4 max|x| / bins`. The ends `min` and `max` are exact.
-Zeros have a cell of their own, since ReLU and padding make many of them and every spec represents
-them exactly. Subnormal values count as zeros, for XLA's CPU backend reads them so. The finest bin
-is `2^-126` wide, the smallest normal number: magnitudes below `2^-126 bins` have fewer bins.
+Zeros have a separate cell, since ReLU and padding make many of them and every spec represents
+them exactly. Subnormal values count as zeros, as XLA's CPU backend reads them as zeros. The finest
+bin is `2^-126` wide, the smallest normal number: magnitudes below `2^-126 bins` have fewer bins.
 
-An update is a pass for both ends and a scatter-add of ones; widening is a loop over bins that
-usually makes no turn. On CPUs sorting takes hundreds of times as long, and summing one-hot rows
+An update is one pass for both ends and a scatter-add of ones; widening is a loop over bins that
+usually has no iterations. On CPUs sorting takes hundreds of times as long, and summing one-hot rows
 by a matmul fifty times. Time of an update, jitted alone, relative to the float32 contraction that
-consumes the array, measured by hand (medians of 15 in turns, 2 shared cores; read one digit):
+consumes the array, measured by hand (medians of 15 in turns, 2 shared cores; one valid digit):
 
 | JAX 0.10.2 / 0.12.0.1 | absmax, minmax | 2048 bins | 256 bins per channel | profile |
 |---|---|---|---|---|
@@ -62,9 +62,9 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Histogram(Axis):
-    """The observer that `histogram` makes; others differ in `finish` alone.
+    """The observer that `histogram` makes; subclasses mostly override `finish`.
 
-    State, with `[...]` the shape of the axes kept: `counts` and `carry`, uint32 `[..., bins + 1]`,
+    State, with `[...]` the shape of the kept axes: `counts` and `carry`, uint32 `[..., bins + 1]`,
     the low and high words of the counts, bins ascending and the zeros last; `exponent`, int32
     `[...]`, with `R = 2^exponent`; `min` and `max`, float32 `[...]`, both including 0.
 
@@ -98,7 +98,7 @@ class Histogram(Axis):
         }
 
     def update(self, state: State, x: Array) -> State:
-        """Widens the range as far as `x` needs, and counts its values."""
+        """Widens the range to include `x`, and counts its values."""
         x = x.astype(jnp.float32)
         low, high, finite = ends(x, other_axes(self.axis, x.shape))
         low, high = jnp.where(finite, low, 0.0), jnp.where(finite, high, 0.0)
@@ -137,20 +137,20 @@ class Histogram(Axis):
 
 
 def default_bins(axis: int | tuple[int, ...] | None, per_tensor: int = 2048) -> int:
-    """Fewer bins per channel: there the size of the state decides the time of an update."""
+    """The default number of bins; fewer per channel, where state size decides the update time."""
     return per_tensor if axis is None else per_tensor // 8
 
 
 def histogram(bins: int | None = None, axis: int | tuple[int, ...] | None = None) -> Histogram:
-    """Observes a histogram whose range grows as needed; its range is that of `minmax`.
+    """Observes a histogram that widens as needed; `finish` gives the range of `minmax`.
 
     Args:
       bins: a power of two from 16 to 65536, by default 2048 per tensor and 256 per channel; the
         state is `8 (bins + 1)` bytes for each range.
-      axis: axes that have histograms of their own; `None`: one per tensor.
+      axis: axes with separate histograms; `None`: one per tensor.
 
     Raises:
-      ValueError: another number of bins.
+      ValueError: `bins` is not such a power of two.
 
     >>> x = jnp.array([0.0, 0.5, -0.5, 0.9])
     >>> state = histogram(bins=16).update(histogram(bins=16).init(x), x)
@@ -161,7 +161,7 @@ def histogram(bins: int | None = None, axis: int | tuple[int, ...] | None = None
 
 
 def _least_exponent(bins: int) -> int:
-    """The exponent of `R` where bins are `2^-126` wide."""
+    """The exponent of `R` for bins of width `2^-126`."""
     return bins.bit_length() - 2 - 126
 
 
@@ -177,10 +177,10 @@ def _power(exponent: Array) -> Array:
 
 
 def _tally(x: Array, exponent: Array, kept: tuple[int, ...], bins: int) -> Array:
-    """How many values of float32 `x` fall into each bin, uint32 `[..., bins + 1]`."""
+    """The count of values of float32 `x` in each bin, uint32 `[..., bins + 1]`."""
     shared = tuple(a for a in range(x.ndim) if a not in kept)
     half = bins // 2
-    # bins / (2 R): a power of two, so that the product is exact wherever it reaches 1
+    # bins / (2 R): a power of two, so products of 1 or more are exact
     per_bin = jnp.expand_dims(_power(half.bit_length() - 1 - exponent), shared)
     size = jnp.abs(x)
     m = (size * per_bin).astype(jnp.int32)
@@ -191,18 +191,18 @@ def _tally(x: Array, exponent: Array, kept: tuple[int, ...], bins: int) -> Array
     for axis in reversed(kept):
         cell = cell + lax.broadcasted_iota(jnp.int32, x.shape, axis) * stride
         stride *= x.shape[axis]
-    mesh = jax.typeof(cell).sharding.mesh  # with explicit axes: every device has all bins
-    whole = None if mesh.empty else NamedSharding(mesh, P(None))
+    mesh = jax.typeof(cell).sharding.mesh  # with explicit axes: bins are replicated
+    replicated = None if mesh.empty else NamedSharding(mesh, P(None))
     flat = (
         jnp.zeros(stride, jnp.uint32)
         .at[cell]
-        .add(jnp.uint32(1), mode="promise_in_bounds", out_sharding=whole)
+        .add(jnp.uint32(1), mode="promise_in_bounds", out_sharding=replicated)
     )
     return flat.reshape(*exponent.shape, bins + 1)
 
 
 def _add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-    """The sum of two 64-bit numbers, each as its low and its high word."""
+    """The sum of two 64-bit numbers, each as a low and a high word."""
     low = a[0] + b[0]
     return low, a[1] + b[1] + (low < a[0]).astype(jnp.uint32)
 
@@ -211,7 +211,7 @@ def _coarsened(state: State, exponent: Array) -> tuple[Array, Array]:
     """The words of a state's counts after its range has grown to `2^exponent`."""
     words = state["counts"], state["carry"]
     half = (words[0].shape[-1] - 1) // 2
-    # after log2(bins / 2) doublings all that is left is a bin on either side of zero
+    # after log2(bins / 2) doublings one bin is left on either side of zero
     steps = jnp.minimum(exponent - state["exponent"], half.bit_length() - 1)
 
     def double(

@@ -1,8 +1,8 @@
-"""Second moments of what a weight is contracted with, for encoders and rewrites that look at data.
+"""Second moments of a weight's inputs, for encoders and rewrites that use data.
 
-With `X` the rows `[n, K]` that met a weight `[K, N]`, an error `D` of the weight costs
-`|X D|^2 / n = tr(D^T H D)` at its output, `H = X^T X / n`. So `H` is all that GPTQ needs of the
-data, and a column's mean or largest magnitude all that activation-aware scaling does.
+With `X` the input rows `[n, K]` of a weight `[K, N]`, an error `D` of the weight causes an output
+error of `|X D|^2 / n = tr(D^T H D)`, `H = X^T X / n`. So GPTQ needs only `H` of the data, and
+activation-aware scaling only the mean or the largest magnitude of each column.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jaxquant.observers.base import (
 )
 from jaxquant.qtensor import QSpec
 
-# Of columns, in `_square`: more save little and each is smaller.
+# Strips of columns in `_square`: more strips save little, and each product gets smaller.
 _STRIPS = 4
 
 
@@ -39,18 +39,18 @@ _STRIPS = 4
 )
 @dataclasses.dataclass(frozen=True)
 class InputStats:
-    """Second moments of what a weight is contracted with.
+    """Second moments of a weight's inputs.
 
-    `[*batch]` are the leading axes of the weight that are encoded one by one, then the sizes of
-    `batched`. `K` is the product of the contracted axes' sizes.
+    `[*batch]` are the sizes of the weight's batch axes, then those of `batched`. `K` is the product
+    of the sizes of the contracted axes.
 
     Attributes:
-      rows: float32 `[*batch]`, how many rows were seen that are not all zeros.
+      rows: float32 `[*batch]`, the number of rows that are not all zeros.
       absmax: float32 `[*batch, K]`, `max |x_k|`.
       absmean: float32 `[*batch, K]`, mean of `|x_k|` over those rows.
-      hessian: float32 `[*batch, K, K]`, `X^T X / n`; `None` where it was not gathered.
+      hessian: float32 `[*batch, K, K]`, `X^T X / n`; `None` if not accumulated.
       axes: core axes (negative) of the weight that `K` runs over, flattened in this order.
-      batched: core axes (negative) of the weight with moments of their own, such as experts.
+      batched: core axes (negative) of the weight with separate moments, such as experts.
     """
 
     rows: Array
@@ -65,16 +65,16 @@ class InputStats:
 class Inputs:
     """The observer that `inputs` makes.
 
-    It is given rows `[*batched, rows, K]`, see `jaxquant.ops.unfold`. State, beside the counters:
+    It takes rows `[*batched, rows, K]`, see `jaxquant.ops.unfold`. State, beside the counters:
     `rows`, float32 `[*batched]`; `absmax` and `abssum`, float32 `[*batched, K]`; `hessian`, float32
-    `[*batched, K, K]`, the sum of `x x^T`, absent where it is not gathered.
+    `[*batched, K, K]`, the sum of `x x^T`, only if `hessian` is set.
 
     Attributes:
-      hessian: whether `X^T X` is gathered.
+      hessian: whether to accumulate `X^T X`.
     """
 
     sees_rows: ClassVar[bool] = True
-    """Whether what it is given must be unfolded into rows first."""
+    """Whether activations must be unfolded into rows first."""
 
     hessian: bool = True
 
@@ -103,7 +103,7 @@ class Inputs:
         return state
 
     def update(self, state: State, x: Array) -> State:
-        """Adds `x^T x`, `|x|` and the number of rows; rows of zeros do not count."""
+        """Adds `x^T x`, `|x|` and the number of rows; rows of zeros are not counted."""
         x = x.astype(jnp.float32)
         size = jnp.abs(x)
         absmax = everywhere(jnp.max(size, axis=-2, initial=0.0))
@@ -119,23 +119,23 @@ class Inputs:
             square = everywhere(_square(x))
             finite &= jnp.isfinite(jnp.trace(square, axis1=-2, axis2=-1)).all()  # may overflow
             new["hessian"] = state["hessian"] + square
-        kept = {name: jnp.where(finite, value, state[name]) for name, value in new.items()}
-        return {**kept, **counted(state, finite)}
+        accepted = {name: jnp.where(finite, value, state[name]) for name, value in new.items()}
+        return {**accepted, **counted(state, finite)}
 
     def merge(self, a: State, b: State) -> State:
-        """Sums of both, the larger magnitude."""
+        """Adds the sums and takes the larger `absmax`."""
         summed = [name for name in a if name in ("rows", "abssum", "hessian")]
         sums = {name: a[name] + b[name] for name in summed}
         return {**sums, "absmax": jnp.maximum(a["absmax"], b["absmax"]), **counted_both(a, b)}
 
     def range(self, state: State) -> Range:
-        """`[-max |x|, max |x|]` so far; may be traced."""
+        """`[-max |x|, max |x|]` so far; traceable."""
         every = tuple(range(state["updates"].ndim, state["absmax"].ndim))
         amax = jnp.max(state["absmax"], axis=every, initial=0.0)
         return Range(-amax, amax)
 
     def finish(self, state: State, spec: QSpec) -> Range:
-        """`[-max |x|, max |x|]` over all columns, whatever the spec."""
+        """`[-max |x|, max |x|]` over all columns, for every spec."""
         require_seen(state)
         amax = np.max(np.asarray(state["absmax"]), initial=0.0)
         return as_range(-amax, amax)
@@ -144,7 +144,7 @@ class Inputs:
 def _square(x: Array) -> Array:
     """`x^T x`, `[..., rows, K] -> [..., K, K]`.
 
-    Of many columns in strips from the diagonal on, which saves a third of the products.
+    Many columns are computed in strips from the diagonal on, which saves a third of the products.
     """
     lead, k = tuple(range(x.ndim - 2)), x.shape[-1]
     over = (((x.ndim - 2,), (x.ndim - 2,)), (lead, lead))
@@ -153,7 +153,7 @@ def _square(x: Array) -> Array:
         return lax.dot_general(a, b, over, precision=lax.Precision.HIGHEST)
 
     sharded = any(part is not None for part in jax.typeof(x).sharding.spec)
-    if k < _STRIPS * 128 or sharded:  # slices would move what is sharded
+    if k < _STRIPS * 128 or sharded:  # slices of a sharded array would move data
         return product(x, x)
     starts = [k * i // _STRIPS for i in range(_STRIPS)]
     ends = [*starts[1:], k]
@@ -170,15 +170,15 @@ def _square(x: Array) -> Array:
 
 
 def inputs(hessian: bool = True) -> Inputs:
-    """Observes what a weight is contracted with: `X^T X`, and the magnitudes of each column.
+    """Observes a weight's inputs: `X^T X`, and the magnitudes of each column.
 
     `n = sum_r [x_r != 0]`, `H = sum_r x_r x_r^T`, `m_k = max_r |x_rk|`, `a_k = sum_r |x_rk|`, in
-    float32; `input_stats` divides by `n`. Rows of zeros add nothing and are not counted, since rows
-    that went to another expert come as zeros. A batch with NaN or infinity in it changes nothing
-    and is counted.
+    float32; `input_stats` divides by `n`. Rows of zeros are not counted, since a row routed to
+    another expert arrives as zeros. A batch with NaN or infinity is counted as bad and changes
+    nothing else.
 
     Args:
-      hessian: whether to gather `X^T X`, `4 K^2` bytes.
+      hessian: whether to accumulate `X^T X`, `4 K^2` bytes.
 
     Source: Frantar et al., "GPTQ" (arXiv 2210.17323), section 3.
 
@@ -193,15 +193,15 @@ def inputs(hessian: bool = True) -> Inputs:
 def input_stats(
     state: State, axes: tuple[int, ...] = (-2,), batched: tuple[int, ...] = ()
 ) -> InputStats:
-    """The means that a state of `inputs` stands for; leading layer axes allowed.
+    """The means of a state of `inputs`; leading layer axes allowed.
 
     Args:
       state: of `inputs`, one or several stacked along leading axes.
-      axes: core axes (negative) of the weight that the columns are, in the order flattened.
-      batched: core axes (negative) of the weight with moments of their own.
+      axes: core axes (negative) of the weight that form the columns, in the order flattened.
+      batched: core axes (negative) of the weight with separate moments.
 
     Raises:
-      ValueError: nothing was seen, or something that was not finite; not under a trace.
+      ValueError: there was no batch, or one was not finite (unchecked under a trace).
 
     >>> x = jnp.array([[1.0, 2.0], [3.0, 0.0]])
     >>> input_stats(inputs().update(inputs().init(x), x)).hessian.tolist()

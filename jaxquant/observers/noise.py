@@ -1,9 +1,9 @@
-"""The quantization noise that a range would make, read off a histogram.
+"""The expected quantization noise of a range, from a histogram.
 
-The values of a bin are taken to be spread evenly over it, zeros to lie at zero, and the outermost
-bins to end at the least and largest value seen. For this density the noise of any set of levels is
-an exact integral: over the cell of a level it is a difference of moments, the sums of `1`, `x` and
-`x^2` over all values up to `t`. On the host, in float64 (counts are exact up to `2^53`).
+The density is uniform within each bin, has a point mass at zero for the zeros, and ends at the
+observed minimum and maximum. For this density the noise of any set of levels is an exact integral:
+over the cell of a level it is a difference of moments, the sums of `1`, `x` and `x^2` over all
+values up to `t`. Computed on the host in float64 (counts are exact up to `2^53`).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Bars:
 
     Attributes:
       counts: `[bins]`, ascending.
-      zeros: how many values were zero.
-      width: of one bin.
-      low, high: least and largest value, and 0.
+      zeros: number of zeros.
+      width: width of a bin.
+      low, high: minimum and maximum of the values and 0.
     """
 
     counts: Floats
@@ -43,18 +43,18 @@ class Bars:
 
     @property
     def total(self) -> float:
-        """How many values there were."""
+        """The number of values."""
         return float(self.counts.sum()) + self.zeros
 
     @functools.cached_property
     def edges(self) -> Floats:
-        """`[bins + 1]`: where the bins end, none beyond `low` or `high`."""
+        """`[bins + 1]`: the edges of the bins, clipped to `[low, high]`."""
         half = self.counts.size // 2
         return np.clip(np.arange(-half, half + 1) * self.width, self.low, self.high)
 
     @functools.cached_property
     def moments(self) -> Floats:
-        """`[3, bins + 1]`: sums of `1`, `x`, `x^2` over values up to each edge but zeros."""
+        """`[3, bins + 1]`: sums of `1`, `x`, `x^2` over nonzero values up to each edge."""
         a, b = self.edges[:-1], self.edges[1:]
         parts = np.stack([np.ones_like(a), (a + b) / 2, (a * a + a * b + b * b) / 3])
         return np.concatenate([np.zeros((3, 1)), np.cumsum(parts * self.counts, axis=1)], axis=1)
@@ -65,9 +65,9 @@ class Bars:
         return float(self.moments[2, -1])
 
     def up_to(self, t: Floats) -> Floats:
-        """`[3, ...]`: the moments of the values up to `t` (zeros left out)."""
+        """`[3, ...]`: the moments of the nonzero values up to `t`."""
         bins = self.counts.size
-        # clipped before the cast: a level may lie anywhere
+        # clipped before the cast: a level may be of any size
         k = np.clip(np.floor(t / self.width) + bins // 2, 0, bins - 1).astype(np.int64)
         a, b = self.edges[k], self.edges[k + 1]
         end = np.clip(t, a, b)
@@ -79,7 +79,7 @@ class Bars:
 
 
 def bars(state: Mapping[str, Any], index: tuple[int, ...] = ()) -> Bars:
-    """The histogram of one channel of a state that `histogram` and its like made.
+    """The histogram of one channel, from a state of `histogram` or a subclass.
 
     >>> from jaxquant.observers import histogram
     >>> state = histogram().update(histogram().init(jnp.ones(1)), jnp.array([0.0, 1.5]))
@@ -96,11 +96,11 @@ def bars(state: Mapping[str, Any], index: tuple[int, ...] = ()) -> Bars:
 
 
 def noise(seen: Bars, low: Floats, high: Floats, spec: QSpec) -> Floats:
-    """The expected sum of squared errors under each of several ranges.
+    """The expected sum of squared errors for each of several ranges.
 
     `sum_j integral over cell j of (x - r_j)^2`, where the cells of the levels `r_j` meet halfway
-    and the outermost have no end. Integers of more than 8 bits are taken to make an error of
-    `S^2 / 12` for each value within the range, floating-point formats of more than 8 bits none.
+    and the outermost are unbounded. Within the range, integers of more than 8 bits are assumed to
+    have an error of `S^2 / 12` per value, floating-point formats of more than 8 bits none.
 
     Args:
       seen: the histogram.
@@ -123,20 +123,20 @@ def noise(seen: Bars, low: Floats, high: Floats, spec: QSpec) -> Floats:
     m0, m1, m2 = np.diff(np.concatenate([below, cuts, above], axis=-1), axis=-1)
     error = np.sum(m2 - 2 * levels * m1 + levels * levels * m0, axis=-1)
     at_zero = np.min(levels * levels, axis=-1) * seen.zeros
-    # differences of sums: what is left of them may fall below zero by rounding
+    # differences of sums may fall below zero by rounding
     return np.maximum(error, 0) + at_zero
 
 
 def scales(low: Floats, high: Floats, spec: QSpec) -> tuple[Floats, Floats]:
     """Scales and zero points of several ranges, float64 `[ranges]`."""
-    made = Range(jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32))
-    scale, zero = range_to_scale(made, spec)
+    ranges = Range(jnp.asarray(low, jnp.float32), jnp.asarray(high, jnp.float32))
+    scale, zero = range_to_scale(ranges, spec)
     wide = np.asarray(scale, np.float64)
     return wide, np.zeros_like(wide) if zero is None else np.asarray(zero, np.float64)
 
 
 def clip_points(scale: Floats, zero: Floats, fmt: Format) -> tuple[Floats, Floats]:
-    """Beyond which values codes are clipped: half a step outside the extreme codes of integers."""
+    """The values beyond which codes clip: for integers half a step outside the extreme codes."""
     half = 0.5 if fmt.is_integer else 0.0
     one, other = scale * (fmt.min - half - zero), scale * (fmt.max + half - zero)
     return np.minimum(one, other), np.maximum(one, other)

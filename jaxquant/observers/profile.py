@@ -1,4 +1,4 @@
-"""All that a report on an activation needs, from one capture."""
+"""Everything a report on an activation needs, from one capture."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Profile(Histogram):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.axis is not None:
-            raise ValueError(f"profile: is per tensor, got axis={self.axis!r}")
+            raise ValueError(f"profile: expected axis=None (per tensor), got axis={self.axis!r}")
 
     def init(self, aval: Any) -> State:
         """See `Observer.init`."""
         return {**super().init(aval), "channels": jnp.zeros(aval.shape[-1:], jnp.float32)}
 
     def update(self, state: State, x: Array) -> State:
-        """Counts the values and widens the ranges."""
+        """Counts the values and updates the ranges."""
         new = super().update(state, x)
         rows = tuple(range(x.ndim - 1))
         channels = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=rows, initial=0.0)
@@ -41,7 +41,7 @@ class Profile(Histogram):
         return {**new, "channels": jnp.where(finite, channels, state["channels"])}
 
     def merge(self, a: State, b: State) -> State:
-        """Both merged."""
+        """Merges the histograms and takes the larger absmax of each channel."""
         channels = jnp.maximum(a["channels"], b["channels"])
         return {**super().merge(a, b), "channels": channels}
 
@@ -49,7 +49,7 @@ class Profile(Histogram):
 def profile(bins: int = 2048) -> Profile:
     """Observes a histogram, both ends and the absmax of each channel of the last axis at once.
 
-    Its range is that of `minmax`. `score` and `suggest` read the rest.
+    `finish` gives the range of `minmax`; `score` and `suggest` read the rest.
 
     Args:
       bins: a power of two; see `histogram`.

@@ -1,7 +1,7 @@
-"""Observers that keep nothing but ranges: absmax, min-max, moving average.
+"""Observers that store only ranges: absmax, min-max, moving average.
 
-Plain `jnp.min` and `jnp.max`: one variadic `lax.reduce` for both ends is up to 15 times slower on
-XLA's CPU backend, which does not vectorize it. A table of times is in `histogram.py`.
+They use `jnp.min` and `jnp.max`: one variadic `lax.reduce` for both ends is up to 15 times slower
+on XLA's CPU backend, which does not vectorize it. A table of times is in `histogram.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jaxquant.qtensor import QSpec, magnitude
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class AbsMax(Axis):
-    """The observer that `absmax` makes. State: `amax`, float32 of the shape of the axes kept."""
+    """The observer that `absmax` makes. State: `amax`, float32 in the shape of the kept axes."""
 
     name: ClassVar[str] = "absmax"
 
@@ -49,15 +49,15 @@ class AbsMax(Axis):
         return {"amax": amax, **counted(state, finite)}
 
     def merge(self, a: State, b: State) -> State:
-        """The larger of both."""
+        """The larger `amax`."""
         return {"amax": jnp.maximum(a["amax"], b["amax"]), **counted_both(a, b)}
 
     def range(self, state: State) -> Range:
-        """`[-amax, amax]` so far; may be traced."""
+        """`[-amax, amax]` so far; traceable."""
         return Range(-state["amax"], state["amax"])
 
     def finish(self, state: State, spec: QSpec) -> Range:
-        """`[-amax, amax]`, whatever the spec."""
+        """`[-amax, amax]`, for every spec."""
         require_seen(state)
         amax = np.asarray(state["amax"])
         return as_range(-amax, amax)
@@ -65,7 +65,7 @@ class AbsMax(Axis):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class MinMax(Axis):
-    """The observer that `minmax` makes. State: `min` and `max`, float32 of the axes kept."""
+    """The observer that `minmax` makes. State: `min` and `max`, float32, shaped as kept axes."""
 
     name: ClassVar[str] = "minmax"
 
@@ -84,12 +84,12 @@ class MinMax(Axis):
         }
 
     def merge(self, a: State, b: State) -> State:
-        """The wider of both, at each end."""
+        """The union of both ranges."""
         low, high = jnp.minimum(a["min"], b["min"]), jnp.maximum(a["max"], b["max"])
         return {"min": low, "max": high, **counted_both(a, b)}
 
     def range(self, state: State) -> Range:
-        """`[min, max]` so far; may be traced."""
+        """`[min, max]` so far; traceable."""
         return Range(state["min"], state["max"])
 
     def finish(self, state: State, spec: QSpec) -> Range:
@@ -100,7 +100,7 @@ class MinMax(Axis):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class MovingAverage(Axis):
-    """The observer that `moving_average` makes. State: averages `low` and `high`, not corrected.
+    """The observer that `moving_average` makes. State: uncorrected averages `low` and `high`.
 
     Attributes:
       decay: `d`, at least 0 and less than 1.
@@ -125,7 +125,7 @@ class MovingAverage(Axis):
         low, high, finite = ends(x.astype(jnp.float32), other_axes(self.axis, x.shape))
         new = {"low": low, "high": high}
         for name, end in new.items():
-            # apart: for d = 1/2 XLA would add first and multiply then, which may overflow
+            # barrier: for d = 1/2 XLA would add before it multiplies, which may overflow
             faded, end = lax.optimization_barrier(
                 (self.decay * state[name], (1 - self.decay) * end)
             )
@@ -133,7 +133,7 @@ class MovingAverage(Axis):
         return {**new, **counted(state, finite)}
 
     def merge(self, a: State, b: State) -> State:
-        """`v <- d^n_b v_a + v_b`, `n_b` the finite updates that `b` has seen."""
+        """`v <- d^n_b v_a + v_b`, `n_b` the number of finite updates of `b`."""
         later = (b["updates"] - b["bad"]).astype(jnp.float32)
         faded = jnp.power(jnp.float32(self.decay), later)
         faded = faded.reshape(later.shape + (1,) * (a["low"].ndim - later.ndim))
@@ -141,11 +141,11 @@ class MovingAverage(Axis):
         return {**new, **counted_both(a, b)}
 
     def range(self, state: State) -> Range:
-        """`v / (1 - d^n)` at each end so far, `n` the finite updates; may be traced."""
-        seen = (state["updates"] - state["bad"]).astype(jnp.float32)
-        weight = 1 - jnp.power(jnp.float32(self.decay), seen)
-        weight = jnp.where(seen > 0, weight, 1.0)
-        weight = weight.reshape(seen.shape + (1,) * (state["low"].ndim - seen.ndim))
+        """`v / (1 - d^n)` at each end so far, `n` the number of finite updates; traceable."""
+        count = (state["updates"] - state["bad"]).astype(jnp.float32)
+        weight = 1 - jnp.power(jnp.float32(self.decay), count)
+        weight = jnp.where(count > 0, weight, 1.0)
+        weight = weight.reshape(count.shape + (1,) * (state["low"].ndim - count.ndim))
         return Range(state["low"] / weight, state["high"] / weight)
 
     def finish(self, state: State, spec: QSpec) -> Range:
@@ -185,11 +185,11 @@ def minmax(axis: int | tuple[int, ...] | None = None) -> MinMax:
 
 
 def moving_average(decay: float = 0.9, axis: int | tuple[int, ...] | None = None) -> MovingAverage:
-    """Averages the ends of the batches, the later ones weighing more.
+    """Averages the ends of the batches, with more weight on later batches.
 
     After batches `1 ... n`, `low = (1 - d) sum_i d^(n - i) min(x_i) / (1 - d^n)`, and `high`
-    likewise: an exponential moving average, corrected for its start as in Adam. Shards that are
-    merged count in the order given; the result is that of one pass up to float rounding.
+    likewise: an exponential moving average, corrected for its start as in Adam. Shards count in
+    the order of merging; the result is that of one pass up to float rounding.
 
     Args:
       decay: `d`, at least 0 (the last batch alone) and less than 1.
@@ -198,8 +198,8 @@ def moving_average(decay: float = 0.9, axis: int | tuple[int, ...] | None = None
     Raises:
       ValueError: `decay` outside that interval.
 
-    Source: the correction is that of Kingma and Ba, "Adam" (2015), section 3; ranges averaged over
-    batches, Jacob et al. (arXiv 1712.05877), section 3.1.
+    Sources: the correction, Kingma and Ba, "Adam" (2015), section 3; ranges averaged over batches,
+    Jacob et al. (arXiv 1712.05877), section 3.1.
 
     >>> observer = moving_average(decay=0.5)
     >>> state = observer.init(jnp.zeros(1))

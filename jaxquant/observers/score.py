@@ -1,4 +1,4 @@
-"""How well a range serves, and what would serve better, judged from a histogram."""
+"""Scores a range against a histogram, and suggests better ones."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from jaxquant.qtensor import QSpec
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How well a range represents what was seen.
+    """How well a range represents the observed values.
 
     Attributes:
-      clipped: the fraction of the values beyond what the spec can represent.
+      clipped: the fraction of the values outside the representable range.
       sqnr_db: signal to quantization noise ratio, `10 log10(sum x^2 / sum (x - x_hat)^2)`;
         `inf` without noise, `nan` without signal.
       signal: mean of `x^2`.
@@ -37,8 +37,8 @@ class Suggestion:
 
     Attributes:
       what: `"asymmetric"`, `"per channel"`, or an observer: `"mse"`, `"percentile(99.99)"`.
-      sqnr_db: the ratio it is expected to give.
-      gain_db: how much that is above the one in use.
+      sqnr_db: expected signal to quantization noise ratio.
+      gain_db: gain over the ratio of the range in use.
     """
 
     what: str
@@ -47,15 +47,14 @@ class Suggestion:
 
 
 def score(state: Mapping[str, Any], range: Range, spec: QSpec) -> Score:
-    """Judges a range for what a histogram has seen: clipped fraction and SQNR.
+    """Scores a range against a histogram: clipped fraction and SQNR.
 
-    Rounding and clipping noise are those of values spread evenly within each bin. So the clipped
+    Rounding and clipping noise assume values spread evenly within each bin. So the clipped
     fraction is wrong by at most the mass of the two bins in which clipping begins. The ratio of
-    smooth data is within 0.3 dB of the true one, as tested; data that lie on a grid of their own
-    are judged as if they did not.
+    smooth data is within 0.3 dB of the true one, as tested; it ignores that data may lie on a grid.
 
     Args:
-      state: of `histogram`, `profile` or another that keeps one, per tensor.
+      state: of `histogram`, `profile` or another observer with a histogram, per tensor.
       range: per tensor.
       spec: format and range rule.
 
@@ -75,7 +74,7 @@ def _score(seen: Bars, ends: Ends, spec: QSpec) -> Score:
     low, high = (np.array([end]) for end in ends)
     scale, zero = scales(low, high, spec)
     under, over = clip_points(scale, zero, spec.format)
-    # scales are float32: a range's own end must not count as beyond it
+    # scales are float32: the end of a range must not count as clipped
     under, over = (end * (1 + 1e-6) for end in (under, over))
     inside = seen.up_to(over)[0] - seen.up_to(under)[0]
     total = max(seen.total, 1.0)
@@ -99,19 +98,19 @@ def suggest(
 ) -> Suggestion | None:
     """The best of a few alternatives to a range, if it gains enough.
 
-    They are: an asymmetric spec over `[min, max]`, for integers; the range that `mse` or
-    `percentile` at 99.99 or 99.9 would choose; a scale for each channel, for integers, without
-    zero points, as `w8a8_static(per_channel=True)` has them: its noise is taken to be `S_c^2 / 12`
-    for values other than zero, `S_c` from the channel's absmax or `2^-8` of the largest one. That
-    is the noise of the activation; what the weights, which take these scales over, lose is not in
-    it.
+    Alternatives: an asymmetric spec over `[min, max]`, for integers; the range that `mse` or
+    `percentile` at 99.99 or 99.9 chooses; for integers, a scale per channel without zero points,
+    as in `w8a8_static(per_channel=True)`. The noise per channel is assumed to be `S_c^2 / 12` for
+    nonzero values, `S_c` from the channel's absmax or, if larger, `2^-8` of the largest absmax.
+    This is the noise of the activation; the error of the weights, which absorb these scales, is
+    not included.
 
     Args:
-      state: of `histogram`, `profile` or another that keeps one, per tensor.
+      state: of `histogram`, `profile` or another observer with a histogram, per tensor.
       range: in use, per tensor.
       spec: in use.
-      channels: `[features]`, the absmax of each channel; by default the state's own, if it has one.
-      min_gain_db: what a suggestion must gain at least.
+      channels: `[features]`, the absmax of each channel; by default that of the state, if any.
+      min_gain_db: the least gain of a suggestion.
 
     >>> import jax
     >>> from jaxquant.observers import histogram
@@ -125,7 +124,7 @@ def suggest(
     now = _score(seen, (float(range.low), float(range.high)), spec).sqnr_db
     if not math.isfinite(now):
         return None
-    found = {
+    sqnrs = {
         "mse": _score(seen, mse_range(seen, spec), spec).sqnr_db,
         **{
             f"percentile({q})": _score(seen, percentile_range(seen, q, spec), spec).sqnr_db
@@ -135,20 +134,20 @@ def suggest(
     if spec.format.is_integer:
         if spec.symmetric:
             other = dataclasses.replace(spec, symmetric=False)
-            found["asymmetric"] = _score(seen, (seen.low, seen.high), other).sqnr_db
+            sqnrs["asymmetric"] = _score(seen, (seen.low, seen.high), other).sqnr_db
         channels = state.get("channels") if channels is None else channels
         if channels is not None:
             error = _channel_noise(seen, np.asarray(channels, np.float64), spec)
-            found["per channel"] = _decibels(seen.signal, error)
-    what = max(found, key=lambda name: found[name])
-    gain = found[what] - now
-    return Suggestion(what, found[what], gain) if gain >= min_gain_db else None
+            sqnrs["per channel"] = _decibels(seen.signal, error)
+    best = max(sqnrs, key=lambda name: sqnrs[name])
+    gain = sqnrs[best] - now
+    return Suggestion(best, sqnrs[best], gain) if gain >= min_gain_db else None
 
 
 def _channel_noise(seen: Bars, amax: Floats, spec: QSpec) -> float:
-    """The noise of scales for each channel that move into the weights: signed, no zero points."""
-    # as these scales are made: none is less than 2^-8 of the largest
+    """The noise of per-channel scales that are folded into weights: signed, no zero points."""
+    # as in the folded scales: none is less than 2^-8 of the largest
     used = np.maximum(amax, np.max(amax, initial=0.0) * 2.0**-8)
     scale, _ = scales(-used, used, QSpec(spec.format.name.removeprefix("u"), range=spec.range))
-    # what is always zero makes no noise
+    # channels that are always zero make no noise
     return float(np.mean(np.where(amax > 0, scale, 0.0) ** 2) / 12 * seen.counts.sum())

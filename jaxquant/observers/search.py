@@ -1,7 +1,7 @@
 """Observers that choose a range from a histogram: percentile, mean squared error, entropy.
 
-A choice takes a few milliseconds on the host for each histogram, so `axis=` with many channels
-takes as many times that.
+A search takes a few milliseconds on the host per histogram, so the time grows with the number of
+channels of `axis=`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ Ends = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Search(Histogram):
-    """A histogram whose range is chosen for each channel by itself."""
+    """A histogram observer that chooses the range of each channel separately."""
 
     def choose(self, seen: Bars, spec: QSpec) -> Ends:
-        """The range of one histogram."""
+        """The range for one histogram."""
         return seen.low, seen.high
 
     def finish(self, state: State, spec: QSpec) -> Range:
-        """The range that `choose` finds, for each channel."""
+        """The range from `choose` for each channel."""
         require_seen(state)
         host = {name: np.asarray(value) for name, value in state.items()}
         shape = host["exponent"].shape
-        found = np.zeros((2, *shape), np.float32)
+        ranges = np.zeros((2, *shape), np.float32)
         for index in np.ndindex(*shape):
-            found[(slice(None), *index)] = self.choose(bars(host, index), spec)
-        return as_range(found[0], found[1])
+            ranges[(slice(None), *index)] = self.choose(bars(host, index), spec)
+        return as_range(ranges[0], ranges[1])
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -43,7 +43,7 @@ class Percentile(Search):
     """The observer that `percentile` makes.
 
     Attributes:
-      q: percent of the values that are to lie within the range.
+      q: percentage of the values within the range.
     """
 
     name: ClassVar[str] = "percentile"
@@ -96,13 +96,13 @@ def percentile(
 
     For a symmetric spec `[-t, t]`, with `t` the `q`-th percentile of `|x|`; for an asymmetric one
     each tail loses half of the rest, `(100 - q) / 2` percent. An end is the outer edge of the bin
-    that holds the percentile, so at most `100 - q` percent of the values lie outside, and it
-    exceeds the exact percentile (a value that was seen) by at most one bin, `4 max|x| / bins`.
+    that contains the percentile. So at most `100 - q` percent of the values are outside, and the
+    end exceeds the exact percentile (an observed value) by at most one bin, `4 max|x| / bins`.
 
     Args:
-      q: in percent, at least 1, at most 100, which is the range of `minmax`.
+      q: in percent, from 1 to 100; 100 gives the range of `minmax`.
       bins: a power of two; see `histogram`.
-      axis: axes that have ranges of their own; `None`: one range per tensor.
+      axis: axes with separate ranges; `None`: one range per tensor.
 
     Raises:
       ValueError: `q` or `bins` outside their range.
@@ -117,16 +117,16 @@ def percentile(
 
 
 def mse(bins: int | None = None, axis: int | tuple[int, ...] | None = None) -> MeanSquaredError:
-    """The range with the least mean squared error: rounding within it, clipping beyond.
+    """The range with the least mean squared error from rounding inside and clipping outside.
 
     `argmin E (x - S (q(x) - Z))^2` over ranges shrunk from `[min, max]` by factors down to 1/128
-    and then refined, one factor for a symmetric spec, one for each end for an asymmetric one.
-    The expectation is over the histogram, values spread evenly within a bin. Every format that
-    has a scale will do.
+    and then refined, with one factor for a symmetric spec, one per end for an asymmetric one.
+    The expectation is over the histogram, with values spread evenly within a bin. Every format
+    with a scale is supported.
 
     Args:
       bins: a power of two; see `histogram`.
-      axis: axes that have ranges of their own; `None`: one range per tensor.
+      axis: axes with separate ranges; `None`: one range per tensor.
 
     >>> import jax
     >>> x = jax.random.normal(jax.random.key(0), (10000,))
@@ -140,25 +140,25 @@ def mse(bins: int | None = None, axis: int | tuple[int, ...] | None = None) -> M
 def entropy(bins: int | None = None, axis: int | tuple[int, ...] | None = None) -> Entropy:
     """The range whose quantized distribution diverges least from the observed one.
 
-    For each candidate `t = i w` the reference `P` is the histogram of `|x|` up to `t`, what lies
-    beyond added to its last bin; `Q` merges the bins up to `t` to as many levels as the spec has
-    for magnitudes (128 for int8) and spreads each level evenly over its non-empty bins. The least
-    `sum P log(P / Q)` wins, the widest range where several are alike. A candidate whose last bin is
-    empty but receives outliers diverges infinitely. Exact zeros are left out: every spec has them.
+    For each candidate `t = i w` the reference `P` is the histogram of `|x|` up to `t`, with the
+    values beyond added to its last bin; `Q` merges the bins up to `t` into the spec's levels for
+    magnitudes (128 for int8) and spreads each level evenly over its non-empty bins. The least
+    `sum P log(P / Q)` wins; the widest range wins a tie. A candidate whose last bin is empty but
+    receives outliers has infinite divergence. Exact zeros are left out: every spec has them.
 
     `P` and `Q` are both divided by the number of all values. TensorRT divides `Q` by its own sum,
-    which forgives any number of outliers: of data far from zero a range that ends in the first
-    non-empty bin would win, where both are one bin. So a candidate costs `log(N / M)` more here,
-    where `M` of `N` values are inside: about the clipped fraction, as long as that is small.
+    so outliers cost nothing: for data far from zero a range that ends in the first non-empty bin
+    would win, as there `P` and `Q` are both one bin. A candidate with `M` of `N` values inside
+    therefore costs `log(N / M)` more here: about the clipped fraction, as long as that is small.
 
-    For an asymmetric spec each side of zero is searched by itself: with all `2^b` levels if
-    the data lie on one side, with half of them each otherwise. Formats with as many levels
-    as there are bins keep the whole range.
+    For an asymmetric spec the sides of zero are searched separately: with all `2^b` levels if
+    the data lie on one side, with half of the levels each otherwise. Formats with at least as many
+    levels as there are bins keep the full range.
 
     Args:
       bins: a power of two, half of it for either sign: by default 4096, for the usual 2048 of
         `|x|`, and 512 per channel.
-      axis: axes that have ranges of their own; `None`: one range per tensor.
+      axis: axes with separate ranges; `None`: one range per tensor.
 
     Source: Migacz, "8-bit Inference with TensorRT" (GTC 2017).
 
@@ -173,13 +173,13 @@ def entropy(bins: int | None = None, axis: int | tuple[int, ...] | None = None) 
 
 
 # --------------------------------------------------------------------------------------------------
-# The searches, on one histogram
+# Searches on one histogram
 
 
 def percentile_range(seen: Bars, q: float, spec: QSpec) -> Ends:
     """The range that holds `q` percent of the values; see `percentile`."""
     half = seen.counts.size // 2
-    # decimal q: 99.9 percent of 1000 values are 999, not 999.0000000000001
+    # decimal q: 99.9 percent of 1000 values are 999 values, not 999.0000000000001
     slack = min(1e-12 * seen.total, 0.5)
     if spec.symmetric:
         amax = max(-seen.low, seen.high)
@@ -195,18 +195,18 @@ def percentile_range(seen: Bars, q: float, spec: QSpec) -> Ends:
 
 
 def _first(ascending: Floats, at_least: float, strict: bool = False) -> int:
-    """How many entries there are up to the first that reaches a number (`strict`: exceeds it)."""
-    found = np.searchsorted(ascending, at_least, "right" if strict else "left")
-    return int(found) + 1
+    """The number of entries up to the first that reaches `at_least` (`strict`: exceeds it)."""
+    index = np.searchsorted(ascending, at_least, "right" if strict else "left")
+    return int(index) + 1
 
 
 def _magnitudes(seen: Bars) -> Floats:
-    """The histogram of `|x|`, zeros left out, `[bins / 2]`."""
+    """The histogram of `|x|` without zeros, `[bins / 2]`."""
     half = seen.counts.size // 2
     return seen.counts[half:] + seen.counts[:half][::-1]
 
 
-# Factors by which a range is shrunk: coarse ones over seven octaves, finer ones about the best.
+# Factors on a range: coarse ones over seven octaves, finer ones around the best.
 _COARSE_1 = 2.0 ** -(np.arange(8 * 7 + 1) / 8)
 _FINE_1 = 2.0 ** -(np.arange(-8, 9) / 64)
 _COARSE_2 = 2.0 ** -(np.arange(3 * 7 + 1) / 3)
@@ -217,12 +217,12 @@ def mse_range(seen: Bars, spec: QSpec) -> Ends:
     """The range with the least expected squared error; see `mse`."""
     low, high = seen.low, seen.high
     if spec.symmetric:
-        # the signed rule looks at which end is larger, so both are shrunk alike
+        # the signed rule depends on which end is larger, so both shrink by one factor
         for grid in (_COARSE_1, _FINE_1):
             low, high = _best(seen, grid * low, grid * high, spec)
         return low, high
     for grid in (_COARSE_2, _FINE_2):
-        # an end of 0 is one candidate; the widest first, which wins where several are alike
+        # an end of 0 is one candidate; the widest range comes first, which wins a tie
         lows, highs = np.unique(grid * low), np.unique(grid * high)[::-1]
         pairs = np.meshgrid(lows, highs, indexing="ij")
         low, high = _best(seen, pairs[0].ravel(), pairs[1].ravel(), spec)
@@ -239,7 +239,7 @@ def entropy_range(seen: Bars, spec: QSpec) -> Ends:
     """The range whose quantized distribution diverges least; see `entropy`."""
     bits, half = spec.format.bits, seen.counts.size // 2
     if spec.symmetric:
-        # a signed format has one level fewer above zero than below: 128 of 256, as is usual
+        # signed formats have one level fewer above zero than below; 128 of 256 is usual
         levels = 2 ** (bits - 1) if spec.format.signed else 2**bits
         amax = max(-seen.low, seen.high)
         t = min(_least_divergent(_magnitudes(seen), levels) * seen.width, amax)
@@ -251,11 +251,11 @@ def entropy_range(seen: Bars, spec: QSpec) -> Ends:
 
 
 def _least_divergent(counts: Floats, levels: int) -> int:
-    """How many of the bins (`[bins]`, from zero outwards) the best range holds.
+    """The number of bins (of `[bins]`, from zero outwards) in the best range.
 
     With `P`, `Q` as in `entropy`, times the number `N` of values, and `q_g` the value of `Q` on the
     non-empty bins of level `g`, `N` times the divergence is `sum P log P - sum_g P_g log q_g`.
-    Sums over bins are differences of running sums, so a candidate costs as much as its levels.
+    Sums over bins are differences of running sums, so a candidate costs `O(levels)`.
     """
     occupied = np.flatnonzero(counts)
     last = int(occupied[-1]) + 1 if occupied.size else 0
@@ -268,10 +268,10 @@ def _least_divergent(counts: Floats, levels: int) -> int:
     sizes = np.arange(levels, last + 1)
     # bin b of i belongs to level floor(b levels / i), so level g starts at ceil(g i / levels)
     starts = -(-np.arange(levels + 1) * sizes[:, None] // levels)
-    masses, held = np.diff(running[starts]), np.diff(filled[starts])
+    masses, occupied_bins = np.diff(running[starts]), np.diff(filled[starts])
     outside, final = running[-1] - running[sizes], counts[sizes - 1]
     self_term = logs[sizes] - _xlogx(final) + _xlogx(final + outside)
-    log_q = np.log(np.where(masses > 0, masses / np.maximum(held, 1), 1.0))
+    log_q = np.log(np.where(masses > 0, masses / np.maximum(occupied_bins, 1), 1.0))
     cross_term = np.sum(masses * log_q, axis=1) + outside * log_q[:, -1]
     divergence = np.where((final == 0) & (outside > 0), np.inf, self_term - cross_term)
     best = divergence <= np.min(divergence) + 1e-12 * running[-1]

@@ -1,4 +1,4 @@
-"""Params trees: quantized by a recipe, dequantized, split for training."""
+"""Params trees: quantize by a recipe, dequantize, split for training."""
 
 from jaxquant.params.leaf import Encoded, encode_leaf
 from jaxquant.params.placement import derive

@@ -1,4 +1,4 @@
-"""From the axes of a whole parameter to those of its core, which is what encoders see."""
+"""Maps axes of a parameter to axes of its core, the array that encoders take."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ def localize(
     """The spec with every axis named, counted from the end within the core axes.
 
     Args:
-      spec: a rule's spec; the axes it names count in the whole parameter.
-      contracted: axes that are summed over, `None` where nothing says.
-      ndim: rank of the whole parameter.
-      batch: how many leading axes are batch axes; a scale is never shared over those.
+      spec: a rule's spec; the axes it names are those of the parameter.
+      contracted: contracting axes, `None` if unknown.
+      ndim: rank of the parameter.
+      batch: number of leading batch axes; a scale is never shared over those.
       where: names leaf and rule in errors.
 
     Raises:
-      ValueError: an axis out of range or named twice; groups along a batch axis; axes left open
-        without a contraction that says them.
+      ValueError: an axis out of range or named twice; groups along a batch axis; unnamed axes
+        without a contraction that determines them.
 
     >>> localize(QSpec("int4", PerGroup(64)), (1,), 3, 1, "w").granularity
     PerGroup(size=64, axis=(-2,))

@@ -1,4 +1,4 @@
-"""Leaves that are deleted as they are quantized, and how little is in memory meanwhile."""
+"""Donated leaves: deleted as soon as they are quantized, to bound peak memory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from jaxquant.report import shown
 
 
 def wait_for(infos: Sequence[Info | None]) -> None:
-    """Waits for the last leaf that was encoded, so that the next does not run beside it."""
+    """Waits for the last encoded leaf, so that the next one does not run concurrently."""
     last = next((info for info in reversed(infos) if info is not None), None)
     if last is not None and not isinstance(last.error, jax.core.Tracer):
         jax.block_until_ready(last.error)
 
 
 def rehearse(planned: Sequence[tuple[Plan, Any]], key: Array | None) -> None:
-    """Encodes shapes alone, so that what an encoder refuses is known before an array is deleted.
+    """Encodes abstractly, so that encoders raise before an array is deleted.
 
     Raises:
-      ValueError: what `encode_leaf` raises; an array is traced.
+      ValueError: as `encode_leaf`; an array is traced.
     """
     for plan, leaf in planned:
         if isinstance(leaf, jax.core.Tracer):
@@ -35,12 +35,12 @@ def rehearse(planned: Sequence[tuple[Plan, Any]], key: Array | None) -> None:
                 "jax.jit use its own donate_argnums"
             )
         require_no_inputs(plan)
-        like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        encode_leaf(like, plan, plan.encoder or rtn(), key)
+        abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        encode_leaf(abstract, plan, plan.encoder or rtn(), key)
 
 
 def last_uses(plans: Sequence[Plan], leaves: Sequence[tuple[str, Any]]) -> dict[Any, int]:
-    """Where each array that may be deleted is quantized last; none that is kept somewhere."""
+    """The index of the last leaf that quantizes each array; arrays kept by a leaf are left out."""
     kept, last = set(), dict[Any, int]()
     for n, (plan, (path, leaf)) in enumerate(zip(plans, leaves, strict=True)):
         array = identity(path, leaf)
@@ -51,7 +51,7 @@ def last_uses(plans: Sequence[Plan], leaves: Sequence[tuple[str, Any]]) -> dict[
 
 
 def consume(leaf: Any, made: Sequence[QTensor]) -> None:
-    """Deletes an array that has been quantized, unless a result holds that very array."""
+    """Deletes a quantized array, unless a result contains the same array."""
     if not isinstance(leaf, jax.Array):
         return
     jax.block_until_ready(made)

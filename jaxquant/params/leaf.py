@@ -1,4 +1,4 @@
-"""One leaf encoded: its `QTensor`, how far off it is, and what the encoder has to say."""
+"""Encodes one leaf: its `QTensor`, its error, and the encoder's remarks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from jaxquant.report import Found, shown
 
 
 class Encoded(NamedTuple):
-    """A leaf that is encoded already.
+    """The result of encoding a leaf.
 
     Attributes:
-      q: the result.
-      info: what its encoder said.
+      q: the quantized leaf.
+      info: the encoder's error measures; `None` under a trace and for shapes.
       notes: remarks for the report.
     """
 
@@ -35,50 +35,50 @@ class Encoded(NamedTuple):
 
 
 def require_no_inputs(plan: Plan) -> None:
-    """Refuses a leaf whose encoder or rewrite looks at inputs, where there are none.
+    """Refuses a leaf whose encoder or rewrite needs input statistics.
 
     Raises:
       ValueError: it does.
     """
     if plan.gathers is not None:
-        what = plan.encoder if plan.rewrite is None else plan.rewrite
+        owner = plan.encoder if plan.rewrite is None else plan.rewrite
         raise ValueError(
-            f"{shown(plan.path)}: {what!r} needs statistics of what the parameter is contracted "
-            "with, and there are none; use jaxquant.ptq(fn, params, recipe, batches=...)"
+            f"{shown(plan.path)}: {owner!r} needs statistics of the parameter's inputs, and there "
+            "are none; use jaxquant.ptq(fn, params, recipe, batches=...)"
         )
 
 
 def encode_leaf(
     leaf: Any, plan: Plan, encoder: Encoder, key: Array | None, stats: InputStats | None = None
 ) -> Encoded:
-    """One leaf quantized, laid out over devices as it was, and how far off it is.
+    """Quantizes one leaf and measures its error; the sharding is derived from the leaf's.
 
     Raises:
-      ValueError: what the encoder refuses, naming the leaf.
+      ValueError: as the encoder, naming the leaf.
     """
-    own = None if key is None else jax.random.fold_in(key, zlib.crc32(plan.path.encode()))
+    leaf_key = None if key is None else jax.random.fold_in(key, zlib.crc32(plan.path.encode()))
 
     def run(w: Array, k: Array | None, stats: InputStats | None) -> tuple[QTensor, Info]:
         assert plan.spec is not None
-        more = {} if stats is None else {"stats": stats}
+        inputs = {} if stats is None else {"stats": stats}
         return encoder(
             w,
             plan.spec,
             key=k,
             storage_last_axes=plan.storage_last_axes,
             batch_axes=plan.batch_axes,
-            **more,
+            **inputs,
         )
 
     try:
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            return Encoded(_abstract(leaf, stats, lambda w, s: run(w, own, s)[0]), None)
+            return Encoded(_abstract(leaf, stats, lambda w, s: run(w, leaf_key, s)[0]), None)
         if isinstance(leaf, jax.core.Tracer):
-            return Encoded(run(leaf, own, stats)[0], None)
+            return Encoded(run(leaf, leaf_key, stats)[0], None)
         if isinstance(leaf, np.ndarray):
             leaf = jnp.asarray(leaf)
         with automatic(leaf) as w:
-            q, info = run(w, own, stats)
+            q, info = run(w, leaf_key, stats)
         if isinstance(leaf.sharding, NamedSharding):
             q = jax.device_put(q, derive(leaf.sharding, leaf.shape, q))
         return Encoded(q, info, _notes(q, info, encoder))
@@ -98,7 +98,7 @@ def _abstract(leaf: jax.ShapeDtypeStruct, stats: InputStats | None, run: Any) ->
 
 
 def _notes(q: QTensor, info: Info, encoder: Encoder) -> tuple[str | Found, ...]:
-    """What one should know of how an encoder fared."""
+    """Remarks of the encoder, and a better encoder where there is one."""
     notes, fmt = encoder.notes(info.details or {}), q.spec.format
     if q.codebook is None and fmt.is_codebook and fmt == palette(fmt.bits).format:
         return (*notes, "rounded to evenly spaced values: the encoder kmeans() finds better ones")

@@ -1,4 +1,4 @@
-"""Where the arrays of a `QTensor` live, derived from where the weight lives."""
+"""Shardings of a `QTensor`'s arrays, derived from that of the weight."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Entry = tuple[str, ...]
 def derive(sharding: NamedSharding, shape: tuple[int, ...], q: QTensor) -> QTensor:
     """A `QTensor` of shardings for `q`, which was made from an array of `shape`.
 
-    Codes are laid out as the weight is. Scales follow where they have an axis to follow with;
-    axes of size 1, and those that the mesh does not divide, are not split.
+    Codes are sharded as the weight is. Scales are sharded along the axes they share with it; axes
+    of size 1, and axes whose size the mesh does not divide, are not sharded.
     """
     spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
     entries = [_entry(e) for e in spec]
@@ -30,19 +30,19 @@ def derive(sharding: NamedSharding, shape: tuple[int, ...], q: QTensor) -> QTens
     def place(array: Any) -> NamedSharding | None:
         if array is None:
             return None
-        # a codebook or a global scale may have other axes after the batch than the codes have
+        # after the batch axes, a codebook or a global scale may have other axes than the codes
         if array is q.codebook:
-            own = q.grouped_codebook
+            along_codes = q.grouped_codebook
         else:
-            own = len(array.shape) == len(q.batch) + len(q.axes)
-        wanted = batch + (storage if own else [])
+            along_codes = len(array.shape) == len(q.batch) + len(q.axes)
+        wanted = batch + (storage if along_codes else [])
         wanted += [()] * (len(array.shape) - len(wanted))
         fitted = [_fit(e, n, sharding.mesh) for e, n in zip(wanted, array.shape, strict=True)]
         return NamedSharding(sharding.mesh, PartitionSpec(*fitted))
 
     names = ("codes", "scale", "zero_point", "codebook", "global_scale")
     placed: dict[str, Any] = {name: place(getattr(q, name)) for name in names}
-    if q.nested is not None:  # blocks of scales run over all of a core array
+    if q.nested is not None:  # blocks of scales run across all axes of a core array
         storage = [()] * len(q.axes)
         placed["scale"] = place(q.scale)
         placed["nested"] = jax.tree.map(place, q.nested)
@@ -56,7 +56,7 @@ def _entry(entry: Any) -> Entry:
 
 
 def _fit(entry: Entry, size: int, mesh: Any) -> Entry | None:
-    """The mesh axes that divide `size`, the later ones given up first."""
+    """The longest prefix of the mesh axes whose size divides `size`."""
     while entry and (size <= 1 or size % math.prod(mesh.shape[name] for name in entry)):
         entry = entry[:-1]
     return entry or None
@@ -64,10 +64,10 @@ def _fit(entry: Entry, size: int, mesh: Any) -> Entry | None:
 
 @contextlib.contextmanager
 def automatic(tree: Any) -> Iterator[Any]:
-    """The same arrays with a mesh whose axes are automatic, current within the context.
+    """The same arrays on a mesh with automatic axes, set as the mesh within the context.
 
-    With explicit axes every reshape of a split axis must say how its result is split; here the
-    compiler may find out. No data moves. `restore` brings results back.
+    With explicit axes every reshape of a sharded axis must name the sharding of its result; with
+    automatic ones the compiler infers it. No data moves. `restore` undoes it for results.
     """
     mesh = _explicit_mesh(tree)
     if mesh is None:

@@ -1,4 +1,4 @@
-"""What to do with every leaf, decided and checked before any work: pure facts, no arithmetic."""
+"""The plan for every leaf, decided and checked before any array is computed."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from jaxquant.report import shown
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to do with one leaf.
+    """The plan for one leaf.
 
     Attributes:
       path: key path.
-      rule: the rule that decided; `None` where none matches.
+      rule: the rule that decides; `None` if none matches.
       action: in words, as reports print it.
-      spec: how to encode, axes named within the core; `None` keeps the leaf.
+      spec: the spec to encode with, axes named within the core; `None` keeps the leaf.
       storage_last_axes: core axes to store last.
-      batch_axes: how many leading axes are encoded one by one.
+      batch_axes: number of leading batch axes; core arrays are encoded one by one.
       sites: the sites that use the leaf.
       notes: remarks for the report.
-      table: whether `spec` is the rule's `lookup`, for tables in a format of their own: its encoder
-        and its rewrite are for `weights`, and do not apply.
+      table: whether `spec` is the rule's `lookup`, for tables; the rule's encoder and rewrite are
+        for `weights` and do not apply.
     """
 
     path: str
@@ -50,42 +50,42 @@ class Plan:
 
     @property
     def encoder(self) -> Encoder | None:
-        """What chooses the codes; `None` rounds to nearest."""
+        """The encoder of the leaf; `None` rounds to nearest."""
         return None if self.rule is None or self.table else self.rule.encoder
 
     @property
     def rewrite(self) -> Rewrite | None:
-        """What moves scale before."""
+        """The rewrite that is applied before encoding."""
         return None if self.rule is None or self.table else self.rule.rewrite
 
     @property
     def gathers(self) -> Inputs | None:
-        """The observer of what has to be known of inputs, if anything."""
+        """The observer of the leaf's inputs; `None` if no statistics are needed."""
         return None if self.rule is None or self.table else self.rule.gathers
 
 
 def make_plans(
     leaves: Sequence[tuple[str, Any]], recipe: Recipe, sites: Sites | None, *, again: bool = False
 ) -> tuple[list[Plan], list[str]]:
-    """A plan for every leaf, and notes on the whole.
+    """A plan for every leaf, and notes for the report.
 
-    With `again`, nothing need be left to quantize.
+    With `again`, a tree in which everything is already quantized is no error.
 
     Raises:
       ValueError: sites of another model; a rule that matches nothing, or only leaves that are not
-        float arrays; an axis that is not known or out of range; nothing to quantize.
+        float arrays; an axis unknown or out of range; nothing to quantize.
     """
     if sites is not None:
         _check_sites(leaves, sites)
     _check_rules(leaves, recipe, sites)
     uses = _uses(leaves, sites)
     plans = [_plan(path, leaf, recipe.match(path), sites, uses[path]) for path, leaf in leaves]
-    done = [path for path, leaf in leaves if is_qtensor(leaf)]
-    if not any(p.spec is not None for p in plans) and not (again and done):
+    quantized = [path for path, leaf in leaves if is_qtensor(leaf)]
+    if not any(p.spec is not None for p in plans) and not (again and quantized):
         words = "quantizes no parameter"
-        if done:
-            words = "quantizes nothing: all that it could is quantized already"
-        if done and len(done) == len(leaves):
+        if quantized:
+            words = "quantizes nothing: every leaf it could quantize is quantized already"
+        if quantized and len(quantized) == len(leaves):
             words = "quantizes nothing: all leaves are quantized already"
         reasons = "; ".join(f"{shown(p.path)}: {p.action}" for p in plans[:8])
         more = f"; and {len(plans) - 8} more" if len(plans) > 8 else ""
@@ -141,28 +141,28 @@ def _check_rules(leaves: Sequence[tuple[str, Any]], recipe: Recipe, sites: Sites
                     )
                 raise ValueError(f"{rule!r} matches no parameter{_nearest(rule.key, keys)}")
         elif rule.weights is not None and not any(_is_float(leaf) for _, leaf in matched):
-            found = ", ".join(
+            wrong = ", ".join(
                 f"{shown(p)} {_dtype(x)}" for p, x in matched[:4] if not is_qtensor(x)
             )
-            if found:
+            if wrong:
                 raise ValueError(
-                    f"{rule!r}: expected float arrays to quantize, got {found}; "
+                    f"{rule!r}: expected float arrays to quantize, got {wrong}; "
                     "leave them out or use skip=True"
                 )
 
 
 def _uses(leaves: Sequence[tuple[str, Any]], sites: Sites | None) -> Mapping[str, tuple[Site, ...]]:
-    """Sites by path; an array that stands at several paths has the sites of all of them."""
+    """Sites by path; an array at several paths (tied leaves) has the sites of all of them."""
     if sites is None:
         return {path: () for path, _ in leaves}
-    together: dict[Any, list[Site]] = {}
+    by_array: dict[Any, list[Site]] = {}
     for path, leaf in leaves:
-        together.setdefault(identity(path, leaf), []).extend(sites.of(path))
-    return {path: tuple(together[identity(path, leaf)]) for path, leaf in leaves}
+        by_array.setdefault(identity(path, leaf), []).extend(sites.of(path))
+    return {path: tuple(by_array[identity(path, leaf)]) for path, leaf in leaves}
 
 
 def identity(path: str, leaf: Any) -> Any:
-    """What two leaves have in common if they are one array: tied leaves."""
+    """A key that is equal for tied leaves, which are one array."""
     return id(leaf) if isinstance(leaf, (jax.Array, np.ndarray)) else path
 
 
@@ -197,7 +197,7 @@ def _plan(
     ordered = (*contractions, *lookups)
     notes: tuple[str, ...] = ()
     if len({site.contracted for site in contractions}) > 1:
-        notes = (f"contracted over axes {_say(contractions)} at its sites; scales suit the first",)
+        notes = (f"contracted over axes {_say(contractions)} at its sites; scales fit the first",)
     ndim = len(leaf.shape)
     contracted = ordered[0].contracted if ordered else None
     batch = min((_prefix(site.scanned) for site in uses), default=0)
@@ -234,7 +234,7 @@ def _say(sites: Sequence[Site]) -> str:
 
 
 def _prefix(scanned: tuple[int, ...]) -> int:
-    """How many of the leading axes are all scanned over."""
+    """The number of leading axes that are all scanned over."""
     count = 0
     while count in scanned:
         count += 1
@@ -253,9 +253,9 @@ def _dtype(leaf: Any) -> str:
 
 
 def _nearest(key: str, keys: Iterable[str], kind: str = "parameters") -> str:
-    """The keys most like the one looked for, to show in an error.
+    """The keys nearest to an unmatched one, for an error message.
 
-    Those that share most parts of it come first, then those spelled alike.
+    Takes the keys that share most of its parts, ordered by similar spelling.
 
     >>> _nearest("**/mlp/kernels", ["kernel", "head/kernel", "a/mlp/kernel", "a/mlp/bias"])
     '; nearest: a/mlp/kernel, a/mlp/bias'

@@ -1,4 +1,4 @@
-"""Trees with quantized leaves: back to float, and apart from what is trained."""
+"""Trees with quantized leaves: dequantize, and split into trainable and quantized leaves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxquant.qtensor import QTensor, dequantize, is_qtensor
 
 
 def dequantize_params(qparams: Any) -> Any:
-    """The tree with every `QTensor` replaced by the float array that it stands for.
+    """The tree with every `QTensor` replaced by its dequantized array.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> rule = jq.Rule("**", weights=jq.QSpec("int8", jq.PerTensor(), range="qmax"))
@@ -35,9 +35,9 @@ def _dequantize(q: QTensor) -> Any:
 
 
 def partition(qparams: Any) -> tuple[Any, Any]:
-    """Splits a tree into what can be trained and everything else.
+    """Splits a tree into trainable leaves and all others.
 
-    Both trees have the structure of `qparams`, with `None` where the other one has the leaf.
+    Both trees have the structure of `qparams`, with `None` where the other tree has the leaf.
     Float and complex arrays can be trained; `QTensor`s, integers and PRNG keys cannot. `None` is
     an empty subtree to JAX, so the first tree is what `jax.grad` and optax take:
 

@@ -365,7 +365,7 @@ def test_mistakes_are_told_before_work() -> None:
     absmax = jq.capture(mlp, MLP, jq.observers.absmax(), batches=BATCHES)
     with pytest.raises(ValueError, match="looks at inputs, but there are no statistics of them"):
         jq.ptq(mlp, MLP, rules(), BATCHES[0], stats=absmax)
-    with pytest.raises(ValueError, match="needs statistics of what the parameter is contracted"):
+    with pytest.raises(ValueError, match="needs statistics of the parameter's inputs"):
         jq.quantize_params(MLP, rules(), sites=jq.trace(mlp, MLP, BATCHES[0]))
     with pytest.raises(ValueError, match="rewrite takes a value such as awq"):
         jq.Rule("**", weights=SPEC, rewrite=jq.awq)
