@@ -239,7 +239,7 @@ def test_attention_follows_the_rules_that_speak_of_it():
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_integer_specs(bits):
-    make = getattr(jq, f"int{bits}")
+    make = getattr(jq.recipe, f"int{bits}")
     assert make() == QSpec(f"int{bits}")
     assert make().granularity == PerChannel()
     assert make(group=32).granularity == PerGroup(32)
