@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxquant.numerics.rounding import count_below
+
 _ONE = 0x3F800000  # the bits of 1.0
 _MOST_STEPS = 300
-_COMPARE_ALL = 16  # up to this many levels, comparing with each bound beats a binary search
 
 
 class Points(NamedTuple):
@@ -183,13 +184,7 @@ def nearest(x: Array, centroids: Array) -> Array:
     Equal to `to_codebook` for finite values.
     """
     bounds = 0.5 * centroids[:-1] + 0.5 * centroids[1:]
-    if centroids.shape[0] > _COMPARE_ALL:
-        bounds, x = jnp.where(bounds == 0, 0.0, bounds), jnp.where(x == 0, 0.0, x)
-        return jnp.searchsorted(bounds, x, side="left", method="scan_unrolled").astype(jnp.uint8)
-    index = jnp.zeros(x.shape, jnp.uint8)
-    for i in range(centroids.shape[0] - 1):  # unrolled: a sum over a new axis takes 5 times more
-        index = index + (x > bounds[i]).astype(jnp.uint8)
-    return index
+    return count_below(bounds, x, or_equal=False).astype(jnp.uint8)
 
 
 def sums(index: Array, values: Array, levels: int) -> Array:

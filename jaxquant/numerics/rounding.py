@@ -117,8 +117,8 @@ def to_codebook(
     lower, upper = table[:-1], table[1:]
     if key is None:
         # Halves first: the sum of two large values would overflow.
-        return _count_below(0.5 * lower + 0.5 * upper, x, or_equal=False)
-    index = _count_below(upper, x, or_equal=True)
+        return count_below(0.5 * lower + 0.5 * upper, x, or_equal=False)
+    index = count_below(upper, x, or_equal=True)
     low = jnp.take(table, index, mode="clip")
     high = jnp.take(table, index + 1, mode="clip")
     inside = (x > low) & (x < high)
@@ -127,7 +127,7 @@ def to_codebook(
     return index + bernoulli(share, key).astype(jnp.int32)
 
 
-def _count_below(bounds: Array, x: Array, *, or_equal: bool) -> Array:
+def count_below(bounds: Array, x: Array, *, or_equal: bool) -> Array:
     """How many of the ascending `bounds` are below (or equal to) each element of `x`."""
     if bounds.shape[0] < _COMPARE_ALL:
         # unrolled: a sum over an axis of bounds is not vectorised, and takes 5 times as long

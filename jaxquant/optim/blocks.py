@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any, TypeGuard
 
 import jax
@@ -14,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxquant.numerics.dynamic_map import decode_dynamic, dynamic_map, encode_dynamic
+from jaxquant.qtensor.storage import axis_shardings, shard_count
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -131,7 +131,7 @@ def magnitudes(x: Array, tile: tuple[int, ...]) -> Array:
         bits = jnp.pad(bits, [(0, f - n) for f, n in zip(full, x.shape, strict=True)])
     bits = _reshape(bits, [(n, t) for n, t in zip(counts, tile, strict=True)])
     inner = tuple(range(1, bits.ndim, 2))
-    if tile and tile[-1] % 16 == 0 and tile[-1] > 16 and not _placed(bits):
+    if tile and tile[-1] % 16 == 0 and tile[-1] > 16 and not axis_shardings(bits):
         bits = bits.reshape(*bits.shape[:-1], tile[-1] // 16, 16)
         bits = jnp.max(bits, axis=inner)
         inner = (bits.ndim - 1,)
@@ -147,7 +147,7 @@ def _spread(s: Array, tile: tuple[int, ...], like: Array) -> Array:
 
 
 def _repeat(s: Array, size: int, axis: int, length: int) -> Array:
-    spec = _placed(s) or (None,) * s.ndim
+    spec = axis_shardings(s) or (None,) * s.ndim
     wide = (*s.shape[: axis + 1], size, *s.shape[axis + 1 :])
     dims = tuple(d for d in range(len(wide)) if d != axis + 1)
     sharding = P(*spec[: axis + 1], None, *spec[axis + 1 :]) if any(spec) else None
@@ -164,25 +164,14 @@ def _counts(shape: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ...]:
 def _reshape(x: Array, pairs: list[tuple[int, int]]) -> Array:
     """`[n0 t0, n1 t1, ...] -> [n0, t0, n1, t1, ...]`, with output sharding for explicit meshes."""
     shape = tuple(size for pair in pairs for size in pair)
-    spec = _placed(x)
+    spec = axis_shardings(x)
     if spec is None:
         return x.reshape(shape)
     mesh = jax.typeof(x).sharding.mesh
     fits = tuple(
-        s if s is None or n % _shards(mesh, s) == 0 else None
+        s if s is None or n % shard_count(mesh, s) == 0 else None
         for (n, _), s in zip(pairs, spec, strict=True)
     )
     if fits != spec:  # shards would split a tile
         x = jax.sharding.reshard(x, NamedSharding(mesh, P(*fits)))
     return lax.reshape(x, shape, out_sharding=P(*(s for name in fits for s in (name, None))))
-
-
-def _shards(mesh: Any, names: Any) -> int:
-    names = names if isinstance(names, tuple) else (names,)
-    return math.prod(mesh.shape[name] for name in names)
-
-
-def _placed(x: Array) -> tuple[Any, ...] | None:
-    """The sharding of each axis under a mesh with explicit axes, else `None`."""
-    spec = jax.typeof(x).sharding.spec
-    return None if all(s is None for s in spec) else (*spec, *(None,) * (x.ndim - len(spec)))

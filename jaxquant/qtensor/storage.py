@@ -40,12 +40,13 @@ def blocked(q: QTensor, x: Array) -> Array:
     lead = x.ndim - len(q.axes)
     pairs = (n for pair in zip(q.groups, q.blocks, strict=True) for n in pair)
     shape = (*x.shape[:lead], *pairs)
-    placed = _placed(x)
+    placed = axis_shardings(x)
     if placed is None:
         return x.reshape(shape)
     mesh = jax.typeof(x).sharding.mesh
     fits = [
-        g == 1 or g % _shards(mesh, s) == 0 for g, s in zip(q.groups, placed[lead:], strict=True)
+        g == 1 or g % shard_count(mesh, s) == 0
+        for g, s in zip(q.groups, placed[lead:], strict=True)
     ]
     if not all(fits):  # shards would split a group, which no sharding of the result can express
         shards = (s if ok else None for s, ok in zip(placed[lead:], fits, strict=True))
@@ -57,7 +58,8 @@ def blocked(q: QTensor, x: Array) -> Array:
     return lax.reshape(x, shape, out_sharding=P(*placed[:lead], *(s for h in halves for s in h)))
 
 
-def _shards(mesh: Any, names: Any) -> int:
+def shard_count(mesh: Any, names: Any) -> int:
+    """How many shards an axis has that is divided over these axes of a mesh."""
     names = names if isinstance(names, tuple) else () if names is None else (names,)
     return math.prod(mesh.shape[name] for name in names)
 
@@ -66,14 +68,14 @@ def unblocked(q: QTensor, x: Array) -> Array:
     """Inverse of `blocked`."""
     lead = x.ndim - 2 * len(q.axes)
     shape = (*x.shape[:lead], *q.padded)
-    placed = _placed(x)
+    placed = axis_shardings(x)
     if placed is None:
         return x.reshape(shape)
     pairs = zip(placed[lead::2], placed[lead + 1 :: 2], strict=True)
     return lax.reshape(x, shape, out_sharding=P(*placed[:lead], *(g or b for g, b in pairs)))
 
 
-def _placed(x: Array) -> tuple[Any, ...] | None:
+def axis_shardings(x: Array) -> tuple[Any, ...] | None:
     """The sharding of each axis under an explicit mesh, where reshapes need an `out_sharding`."""
     spec = jax.typeof(x).sharding.spec
     return None if all(s is None for s in spec) else (*spec, *(None,) * (x.ndim - len(spec)))

@@ -35,8 +35,8 @@ _DOC = """Integers of {bits} bits, {qmin} to {qmax}, by default one scale per ou
     Raises:
       ValueError: `group` with `granularity`, or `QSpec` raises.
 
-    >>> import jaxquant as jq
-    >>> jq.{name}(group=64).granularity
+    >>> from jaxquant.recipe import {name}
+    >>> {name}(group=64).granularity
     PerGroup(size=64, axis=None)
     """
 

@@ -74,10 +74,7 @@ class Absorbed:
         """The factors `[*layers, channels]`, tied ones replaced by their geometric mean."""
         if self.tied is None:
             return c
-        count = np.maximum(np.bincount(self.tied, minlength=self.channels), 1)
-        logs = jnp.zeros_like(c).at[..., self.tied].add(jnp.log(c))
-        means = logs / count.astype(np.float32).reshape((1,) * (c.ndim - 1) + (-1,))
-        return jnp.exp(means)[..., self.tied]
+        return jnp.exp(self._tied_mean(jnp.log(c)))
 
     def tie_stats(self, stats: InputStats) -> InputStats:
         """Statistics in which tied channels share their mean and largest magnitudes.
@@ -86,13 +83,18 @@ class Absorbed:
         """
         if self.tied is None:
             return stats
-        count = np.maximum(np.bincount(self.tied, minlength=self.channels), 1)
-        sums = jnp.zeros_like(stats.absmean).at[..., self.tied].add(stats.absmean)
-        count = count.astype(np.float32).reshape((1,) * (sums.ndim - 1) + (-1,))
         most = jnp.zeros_like(stats.absmax).at[..., self.tied].max(stats.absmax)
         return dataclasses.replace(
-            stats, absmean=(sums / count)[..., self.tied], absmax=most[..., self.tied]
+            stats, absmean=self._tied_mean(stats.absmean), absmax=most[..., self.tied]
         )
+
+    def _tied_mean(self, a: Array) -> Array:
+        """The mean of `[*layers, channels]` over tied channels."""
+        assert self.tied is not None
+        count = np.maximum(np.bincount(self.tied, minlength=self.channels), 1)
+        sums = jnp.zeros_like(a).at[..., self.tied].add(a)
+        means = sums / count.astype(np.float32).reshape((1,) * (a.ndim - 1) + (-1,))
+        return means[..., self.tied]
 
 
 def scaled_leaf(leaf: Any, absorber: Absorber, c: Array) -> Any:
