@@ -72,7 +72,7 @@ def dot_general(
 
     Returns:
       `[batch, free of lhs, free of rhs]`. Its gradient is that of the contraction with
-      `dequantize(q)`. A row with a non-finite value gives NaN.
+      `dequantize(q)`. A row with a non-finite value gives NaN, except on a calibrated grid.
 
     Raises:
       TypeError: the QTensor is differentiated.
@@ -101,9 +101,9 @@ def dot_general(
     else:
         return lax.dot_general(lhs, rhs, dimension_numbers, *rest[:2], out_sharding=out_sharding)
     spec = q.contraction.activations if activations is FROM_TENSOR else activations
-    found = q.contraction.outliers if activations is FROM_TENSOR and spec is not None else None
+    outliers = q.contraction.outliers if activations is FROM_TENSOR and spec is not None else None
     call = dataclasses.replace(
-        call, activations=spec, outliers=found, calibrated=activations is FROM_TENSOR
+        call, activations=spec, outliers=outliers, calibrated=activations is FROM_TENSOR
     )
     if q.calibration is not None and q.calibration.divisor is not None:
         call, x, q = _divided(call, jnp.asarray(x), q, q.calibration)
