@@ -63,8 +63,8 @@ def inference_only(x: Array) -> Array:
 def _inference_only_fwd(x: Any) -> tuple[Array, None]:
     if x.perturbed:
         raise TypeError(
-            "what is computed in integers throughout has no gradient; use a recipe without "
-            "requantize, whose contractions pass gradients straight through"
+            "activations that stay integers between contractions have no gradient; use a recipe "
+            "without requantize, whose contractions pass gradients straight through"
         )
     return x.value, None
 

@@ -112,7 +112,7 @@ def product(floats: Array, q: QTensor, at: Placement, columns: Columns) -> Array
     order = (*at.batch, *at.keep, *at.contract)
     nb, nk = len(at.batch), len(at.keep)
 
-    def taken(a: Array, sizes: Sequence[int], index: Array) -> Array:
+    def selected(a: Array, sizes: Sequence[int], index: Array) -> Array:
         """From `[storage]` to `[*batch, *kept, capacity]`; `sizes` are those of contracted axes."""
         a = jnp.transpose(a, order) if order != tuple(range(a.ndim)) else a
         a = a.reshape(*a.shape[: nb + nk], math.prod(sizes))
@@ -134,10 +134,10 @@ def product(floats: Array, q: QTensor, at: Placement, columns: Columns) -> Array
         group = jnp.zeros_like(columns.index)
         for i, s in zip(where, at.contract, strict=True):
             group = group * at.groups[s] + i // at.block(s)
-        return taken(a, sizes, group)
+        return selected(a, sizes, group)
 
     padded = [at.padded[s] for s in at.contract]
-    values = decode(taken(storage_codes(q), padded, columns.index), q.spec.format)
+    values = decode(selected(storage_codes(q), padded, columns.index), q.spec.format)
     if q.zero_point is not None:
         values = values - shared(q.zero_point.astype(jnp.float32))
     rows = values * shared(storage_scale(q))
