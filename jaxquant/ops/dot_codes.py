@@ -85,12 +85,12 @@ def evaluated(call: Call, x: Array, q: QTensor, key: Array | None = None) -> Arr
     """The result of one call; with a `key`, `x` is rounded stochastically."""
     at = place(q, call.w_contract, call.w_batch)
     spec, grid = call.activations, _grid(call, q)
-    together = at is not None and spec is not None and _same_kind(q, spec, at, call, x.ndim)
+    on_codes = at is not None and spec is not None and _same_kind(q, spec, at, call, x.ndim)
     # a scale that moves to the other operand would take it off its grid
-    together = together and not (grid is not None and at is not None and at.varies)
+    on_codes = on_codes and not (grid is not None and at is not None and at.varies)
     if call.outliers is not None and grid is None and at is not None:
         # rows of the weight are dequantized from its storage
-        together = together and not at.varies and call.out_sharding is None
+        on_codes = on_codes and not at.varies and call.out_sharding is None
 
     def rounded(x: Array) -> Array:
         if spec is None or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -102,11 +102,11 @@ def evaluated(call: Call, x: Array, q: QTensor, key: Array | None = None) -> Arr
             return fake_with_outliers(x, spec, *over, call.outliers, columns)
         return fake(x, spec, call.x_contract, key) if grid is None else fake_on_grid(x, grid, spec)
 
-    if not together:
+    if not on_codes:
         x = rounded(x)
-    if at is None or not _as_stored(call, x, q, at, together):
-        return call.reference(rounded(x) if together else x, dequantize(q))
-    if together and grid is not None and spec is not None:
+    if at is None or not _as_stored(call, x, q, at, on_codes):
+        return call.reference(rounded(x) if on_codes else x, dequantize(q))
+    if on_codes and grid is not None and spec is not None:
         over = call.x_contract, call.w_contract
         if not call.w_batch and call.out_sharding is None and not q.spec.format.packed:
             out = dot_static(on_grid(x, grid, spec), q, grid, over, call.flipped)
@@ -116,7 +116,7 @@ def evaluated(call: Call, x: Array, q: QTensor, key: Array | None = None) -> Arr
     if at.varies:
         scale = moving_scale(q, at, len(operand.free))
         operand = dataclasses.replace(operand, values=operand.values.astype(jnp.float32) * scale)
-    if spec is not None and together:
+    if spec is not None and on_codes:
         out = _quantized(call, operand, q, at, spec, grid, key)
     else:
         out = _weight_only(call, operand, q, at)
@@ -140,7 +140,7 @@ def _same_kind(q: QTensor, spec: QSpec, at: Placement, call: Call, ndim: int) ->
     return spec.format.is_integer and integer_range(spec.format) is not None and fits
 
 
-def _as_stored(call: Call, x: Array, q: QTensor, at: Placement, together: bool) -> bool:
+def _as_stored(call: Call, x: Array, q: QTensor, at: Placement, on_codes: bool) -> bool:
     """Whether codes can be contracted in storage order."""
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or q.spec.format.bits > 8:
         return False
@@ -149,7 +149,7 @@ def _as_stored(call: Call, x: Array, q: QTensor, at: Placement, together: bool) 
     if at.varies:
         # scales of contracted indices move to the other operand, which is rounded only after that
         changes_sides = at.uniform and q.zero_point is None
-        if not changes_sides or (call.activations is not None and not together):
+        if not changes_sides or (call.activations is not None and not on_codes):
             return False
     if call.out_sharding is not None:
         # axes of the result have to be storage axes, so that the sharding applies to them

@@ -103,8 +103,8 @@ def dot_general_dynamic(
     terms = [lhs.shape[a] for a in lc]
     total = math.prod(terms) if all(isinstance(n, int) for n in terms) else None
     empty = any(isinstance(n, int) and n == 0 for n in (*lhs.shape, *rhs.shape))
-    together = None not in shared and not empty and _same_kind(lhs_spec, rhs_spec, total)
-    if together:
+    on_codes = None not in shared and not empty and _same_kind(lhs_spec, rhs_spec, total)
+    if on_codes:
         return straight_through_both(codes, product, reference)(lhs, rhs)
     return straight_through_both(rounded, reference, reference)(lhs, rhs)
 

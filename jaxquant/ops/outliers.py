@@ -107,7 +107,7 @@ def split(
 def product(floats: Array, q: QTensor, at: Placement, columns: Columns) -> Array:
     """Outlier columns times the dequantized rows of a weight, `[*batch, *free, *kept]` float32.
 
-    Only these rows are dequantized.
+    Only the rows of these columns are dequantized.
     """
     order = (*at.batch, *at.keep, *at.contract)
     nb, nk = len(at.batch), len(at.keep)

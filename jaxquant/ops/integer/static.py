@@ -79,7 +79,7 @@ def _spread(a: Array, axis: int, size: int) -> Array:
 
 
 def zero_offset(q: QTensor, contracted: Sequence[int], zero_point: Array) -> Array | None:
-    """`-Z_x sum_k (q_w - Z_w)`, int32 `[*kept]`; `None` where `plain_place` gives none.
+    """`-Z_x sum_k (q_w - Z_w)`, int32 `[*kept]`; `None` where `plain_place` is.
 
     >>> import jaxquant as jq
     >>> spec = jq.QSpec("int8", jq.PerTensor(), range="qmax")
