@@ -1,4 +1,4 @@
-"""Dynamic quantization: activations become integers at run time, by the rules of weights."""
+"""Quantization of activations: by the rules of weights at run time, or on calibrated grids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jaxquant.qtensor import (
 
 
 def shared_axes(spec: QSpec, contracted: Sequence[int], ndim: int) -> tuple[int, ...] | None:
-    """Axes of an activation over which one scale is shared; `None` unless all contracted ones are.
+    """Axes of an activation that share one scale; `None` unless they include all contracted ones.
 
     `PerTensor()` shares over all, `PerChannel()` over those contracted: one scale for each row.
 
@@ -39,12 +39,12 @@ def shared_axes(spec: QSpec, contracted: Sequence[int], ndim: int) -> tuple[int,
     if gran.axes is None:
         return tuple(sorted(contracted))
     named = (gran.axes,) if isinstance(gran.axes, int) else gran.axes
-    kept = {a % ndim for a in named}
-    return None if kept & set(contracted) else tuple(a for a in range(ndim) if a not in kept)
+    scaled = {a % ndim for a in named}
+    return None if scaled & set(contracted) else tuple(a for a in range(ndim) if a not in scaled)
 
 
 def has_zero(spec: QSpec) -> bool:
-    """Whether codes of a spec have a zero point as int8."""
+    """Whether the int8 codes of a spec have a zero point."""
     return not spec.symmetric or (spec.format.is_integer and spec.format.qmax > 127)
 
 
@@ -54,14 +54,14 @@ def quantize_activation(
     """Codes, scale and zero point of an activation, the scale shared over the axes `shared`.
 
     `q = clip(round(x / S) + Z)`, computed in float32. Codes of integer formats are int8: unsigned
-    8-bit ones are shifted by 128, `Z = -128`. Float formats keep their own dtype, or are decoded
-    to float32 if they have none. Where `x` is not finite the scale is NaN, so that a product is.
+    8-bit ones are shifted by 128, `Z = -128`. Codes of float formats have the format's dtype, or
+    are decoded to float32 if it has none. A non-finite value makes its scale NaN, and so products.
 
     Args:
       x: float array.
-      spec: format and range rule; its granularity is not looked at.
-      shared: axes that one scale serves, as `shared_axes` gives them.
-      key: PRNG key to round at random without bias; `None` rounds to nearest.
+      spec: format and range rule; its granularity is ignored.
+      shared: axes that share one scale, as `shared_axes` returns them.
+      key: PRNG key for stochastic rounding; `None` rounds to nearest.
 
     Returns:
       `(codes, scale, zero)`, the last two of rank `x.ndim`, `zero` int32 or `None`.
@@ -77,7 +77,7 @@ def quantize_activation(
 def _quantized(
     x: Array, key: Array | None, spec: QSpec, inner: tuple[int, ...]
 ) -> tuple[Array, Array, Array | None]:
-    """Traced once for activations that are alike, and one function of the lowered program."""
+    """Activations with equal shapes and specs share one trace and one lowered function."""
     x, fmt = x.astype(jnp.float32), spec.format
     scale, zero, total = scales_over(x, inner, spec)
     scale = scale.astype(jnp.float32)
@@ -95,26 +95,26 @@ def _quantized(
 def on_grid(x: Array, grid: QuantParams, spec: QSpec) -> Array:
     """Codes of an activation on a calibrated grid: `q = clip(round(x (1 / S)) + Z)`, int8.
 
-    Integer formats only, 8-bit unsigned codes shifted as in `quantize_activation`; 8-bit floats
-    keep their dtype. Values beyond the grid, infinite ones too, take its ends; NaN becomes 0.
+    8-bit unsigned codes are shifted as in `quantize_activation`; 8-bit float codes have the
+    format's dtype. Values outside the grid, also infinite ones, are clipped to it; NaN becomes 0.
 
     >>> grid = QuantParams(jnp.float32(0.5), jnp.int32(-128))
     >>> on_grid(jnp.array([0.0, 1.0, 1000.0]), grid, QSpec("uint8", PerTensor())).tolist()
     [-128, -126, 127]
     """
-    # by the reciprocal: of a division XLA may make this, or not, and results would differ
+    # not by a division: XLA may replace it by this or not, and results would differ
     v, fmt = x.astype(jnp.float32) * (1.0 / grid.scale), spec.format
     if not fmt.is_integer:
         return encode(v, fmt)
     low, high = int8_limits(fmt)
-    # within int32 first; on a CPU its way to int8 is faster than that of float32
+    # by way of int32, which a CPU converts to int8 faster than float32
     codes = clamp(-512.0, nearest_even(v), 512.0).astype(jnp.int32)
     codes = codes if grid.zero_point is None else codes + grid.zero_point
     return clamp(low, codes, high).astype(jnp.int8)
 
 
 def grid_of(scale: Array, zero_point: Array | None, spec: QSpec, source: str = "") -> QuantParams:
-    """The grid of a scale and a zero point in the format's own codes.
+    """The grid of a scale and a zero point, the latter in the format's own codes.
 
     >>> int(grid_of(jnp.float32(1.0), jnp.int32(3), QSpec("uint8", symmetric=False)).zero_point)
     -125
@@ -165,13 +165,13 @@ def int8_limits(fmt: Format) -> tuple[int, int]:
 
 
 def fake(x: Array, spec: QSpec, contracted: Sequence[int], key: Array | None = None) -> Array:
-    """An activation rounded to what `spec` can hold: quantized and dequantized, in its own dtype.
+    """An activation quantized by `spec` and dequantized, in its own dtype.
 
     Args:
       x: float array.
-      spec: any granularity; axes left open follow from `contracted`.
+      spec: any granularity; axes that it leaves open follow from `contracted`.
       contracted: axes of `x` that will be summed over.
-      key: PRNG key to round at random without bias; `None` rounds to nearest.
+      key: PRNG key for stochastic rounding; `None` rounds to nearest.
 
     >>> fake(jnp.array([[1.0, -127.0]]), QSpec("int8", range="qmax"), (1,)).tolist()
     [[1.0, -127.0]]

@@ -19,7 +19,7 @@ from jaxquant.qtensor import QTensor, dequantize
 @functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("like",))
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """Facts that ride along with the residuals."""
+    """A static value among the residuals."""
 
     like: Any
 
@@ -38,7 +38,7 @@ def _refuse(q: Any) -> None:
 
 @jax.custom_vjp
 def constant(q: Any) -> Any:
-    """A pytree of QTensors as it is, that refuses to be differentiated."""
+    """The identity on a pytree of QTensors; differentiating it raises `TypeError`."""
     return q
 
 
@@ -56,15 +56,15 @@ constant.defvjp(_constant_fwd, _constant_bwd, symbolic_zeros=True)
 
 @jax.custom_vjp
 def inference_only(x: Array) -> Array:
-    """An array as it is, that refuses to be differentiated: integers have no gradient."""
+    """The identity on an array computed in integers; differentiating it raises `TypeError`."""
     return x
 
 
 def _inference_only_fwd(x: Any) -> tuple[Array, None]:
     if x.perturbed:
         raise TypeError(
-            "what is computed in integers throughout has no gradient; use a recipe without "
-            "requantize, whose contractions pass gradients straight through"
+            "activations that stay integers between contractions have no gradient; use a recipe "
+            "without requantize, whose contractions pass gradients straight through"
         )
     return x.value, None
 
@@ -77,8 +77,8 @@ def straight_through(
 ) -> Callable[[Array, QTensor], Array]:
     """`forward(x, q)` with the gradient in `x` of `reference(x, dequantize(q))`, linear in `x`.
 
-    `dx = reference(., dequantize(q))^T g`. What is kept for the backward pass is the codes.
-    Asking for the gradient of `q` raises `TypeError`.
+    `dx = reference(., dequantize(q))^T g`. The residuals are the codes. Differentiating with
+    respect to `q` raises `TypeError`.
     """
 
     @jax.custom_vjp
@@ -92,8 +92,8 @@ def straight_through(
         like = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=_explicit(aval))
         return forward(x.value, q), (q, _Static(like))
 
-    def bwd(kept: Any, g: Any) -> tuple[Any, None]:
-        q, like = kept[0], kept[1].like
+    def bwd(residuals: Any, g: Any) -> tuple[Any, None]:
+        q, like = residuals[0], residuals[1].like
         if isinstance(g, SymbolicZero):
             return jnp.zeros(like.shape, like.dtype), None
         w = dequantize(q)
@@ -117,8 +117,8 @@ def straight_through_both(
 ) -> Callable[[Array, Array], Array]:
     """`product(*prepare(a, b))` with the gradients of `reference` at the rounded operands.
 
-    `da = reference(., b')^T g`, `db = reference(a', .)^T g`, where `a'` and `b'` are what
-    `prepare` made of `a` and `b`: arrays, or operands that are kept as codes.
+    `da = reference(., b')^T g`, `db = reference(a', .)^T g`, with `a', b' = prepare(a, b)`: arrays,
+    or operands, whose residuals are codes.
     """
 
     @jax.custom_vjp
@@ -129,10 +129,10 @@ def straight_through_both(
         ready = prepare(a, b)
         return product(*ready), (*ready, _Static(a.dtype), _Static(b.dtype))
 
-    def bwd(kept: Any, g: Array) -> tuple[Array, Array]:
+    def bwd(residuals: Any, g: Array) -> tuple[Array, Array]:
         a, b = (
             v.astype(d.like) if isinstance(v, Array) else dequantized(v).astype(d.like)
-            for v, d in zip(kept[:2], kept[2:], strict=True)
+            for v, d in zip(residuals[:2], residuals[2:], strict=True)
         )
         return jax.vjp(reference, a, b)[1](g)
 

@@ -28,11 +28,11 @@ def contract(
 ) -> Array:
     """`sum_k s_x (q_x - z_x) s_w (q_w - z_w)`, float32 `[batch, free of x, free of w]`.
 
-    With int8 values each group's sum is an int32, exact, zero points included:
-    `sum q_x q_w - z_w sum q_x - z_x sum q_w + n z_x z_w`. What a float `z_w` has beyond an integer
-    is taken off in float32. Then come the scales, and the sum over groups. Float values are summed
-    in float32. `on_cpu` says that the platform is a CPU already, `narrow` that `w` is stored in
-    less than a byte.
+    With int8 values each group's sum is an exact int32, zero points included:
+    `sum q_x q_w - z_w sum q_x - z_x sum q_w + n z_x z_w`. The term of the remainder of a float
+    `z_w`, rounded to int8, is subtracted in float32. Scales and the sum over groups follow. Float
+    values are summed in float32. `on_cpu`: the caller is in a branch for CPUs; `narrow`: codes of
+    `w` are stored in less than a byte each.
     """
     for op in (x, w):
         chex.assert_rank([a for a in (op.scale, op.zero) if a is not None], op.values.ndim)
@@ -71,7 +71,7 @@ def contract(
 
 
 def form_of(x: Operand, w: Operand, rows: int, narrow: bool) -> str:
-    """How a CPU sums, as far as the operands allow it; `"plain"` is one product without groups."""
+    """The form of the sum on a CPU for these operands; `"plain"` is one product without groups."""
     whole = lowering.undivided(x.values, w.values)
     if whole and lowering.fused_wins(rows, bool(x.groups), narrow) and fuses(x, w):
         return "fused"
@@ -83,15 +83,15 @@ def form_of(x: Operand, w: Operand, rows: int, narrow: bool) -> str:
 
 
 def _on_cpu(cpu: Callable[[], Array], default: Callable[[], Array]) -> Array:
-    """The choice where the platform is known already."""
+    """`lowering.by_platform` inside a branch for CPUs."""
     return cpu()
 
 
 def integer_sums(x: Operand, w: Operand) -> Array:
     """`sum_k q_x (q_w - z_w)` of int8 codes without groups or batch: int32, exact.
 
-    `w` is not packed. Zero points of `x` are the caller's matter: `-z_x sum_k (q_w - z_w)` depends
-    on the weight alone and is known beforehand.
+    `w` is not packed. The caller adds `-z_x sum_k (q_w - z_w)`, which does not depend on the codes
+    of `x` and can be computed beforehand.
     """
     count = lowering.static_size(x.values.shape, x.free)
     fused = lowering.fused_wins(count, False, False) and fuses(x, w)
@@ -116,15 +116,15 @@ def integer_sums(x: Operand, w: Operand) -> Array:
 
 
 def first_free(x: Operand) -> int:
-    """Where a new axis has to go to come before the other free ones, in results too."""
+    """The position at which a new axis precedes the free axes, in results too."""
     return min(x.free, default=len(x.batch))
 
 
 def new_axis(x: Operand) -> Operand:
-    """A new first free axis of size 1."""
+    """Adds a free axis of size 1, the first one."""
     at = first_free(x)
 
-    def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+    def renumbered(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(a + (a >= at) for a in axes)
 
     def new(a: Array | None) -> Array | None:
@@ -134,22 +134,22 @@ def new_axis(x: Operand) -> Operand:
         jnp.expand_dims(x.values, at),
         new(x.scale),
         new(x.zero),
-        moved(x.batch),
-        (at, *moved(x.free)),
-        moved(x.groups),
-        moved(x.inner),
+        renumbered(x.batch),
+        (at, *renumbered(x.free)),
+        renumbered(x.groups),
+        renumbered(x.inner),
     )
 
 
 def _two_rows(x: Operand) -> Operand:
-    """A row of zeros added: on a CPU a single row takes 20 times as long."""
+    """Adds a row of zeros: on a CPU a single row takes 20 times as long."""
     one = new_axis(x)
     pad = [(0, int(a == one.free[0])) for a in range(one.values.ndim)]
     return dataclasses.replace(one, values=jnp.pad(one.values, pad))
 
 
 def is_integer(x: Operand) -> bool:
-    """Whether sums are exact."""
+    """Whether values are int8, whose sums are exact."""
     return x.values.dtype == jnp.int8
 
 
@@ -164,7 +164,7 @@ def dequantized(x: Operand) -> Array:
 def batched(
     x: Operand, w: Operand, precision: Any = None, sharding: Sharding | None = None
 ) -> Array:
-    """Groups as batch dimensions of one `dot_general`."""
+    """One `dot_general` with groups as batch dimensions."""
     return _scaled(product(x, w, precision, sharding), x, w)
 
 
@@ -175,11 +175,11 @@ def product(
     sharding: Sharding | None = None,
     left: bool = False,
 ) -> Array:
-    """Products of the values, summed: `[batch, groups, free of x, free of w]`.
+    """The contraction of the values, `[batch, groups, free of x, free of w]`.
 
-    With the weight on the `left`, its free axes come before those of `x`.
+    With `left` the weight is the left operand, and its free axes come before those of `x`.
     """
-    assert sharding is None or not left  # it names axes in the other order
+    assert sharding is None or not left  # a sharding names the free axes of x first
     a, b = (w, x) if left else (x, w)
     return lax.dot_general(
         a.values,
@@ -192,13 +192,13 @@ def product(
 
 
 def swapped(total: Array, first: int, outs: int) -> Array:
-    """`outs` axes from `first` on moved behind all others."""
+    """Moves `outs` axes, from `first` on, to the end."""
     rest = range(first + outs, total.ndim)
     return total.transpose((*range(first), *rest, *range(first, first + outs)))
 
 
 def _scaled(total: Array, x: Operand, w: Operand, left: bool = False) -> Array:
-    """Zero points taken off a product, then scales, then the sum over groups, in its own order."""
+    """Subtracts zero points from a product, scales it and sums groups; keeps its axis order."""
     kind = total.dtype
 
     def of_x(a: Array) -> Array:
@@ -235,7 +235,7 @@ def _scaled(total: Array, x: Operand, w: Operand, left: bool = False) -> Array:
 
 
 def _split_zero(w: Operand) -> tuple[Array | None, Array | None]:
-    """A zero point as an int8 number that sums stay exact with, and what it has beyond."""
+    """A zero point as an int32 within int8, which keeps sums exact, and a float remainder."""
     if w.zero is None or jnp.issubdtype(w.zero.dtype, jnp.integer):
         return w.zero, None
     whole = jnp.clip(jnp.round(w.zero), -128, 127)
@@ -243,20 +243,20 @@ def _split_zero(w: Operand) -> tuple[Array | None, Array | None]:
 
 
 def by_halves(x: Operand, w: Operand) -> Array:
-    """Packed codes as they lie: a product for either half of the bytes."""
+    """Contracts packed codes in storage order: one product for each half of the bytes."""
     (x0, w0), (x1, w1) = halves(x, w)
     return batched(x0, w0) + batched(x1, w1)
 
 
 def loop(x: Operand, w: Operand) -> Array:
-    """Groups one after the other: each product is a plain matrix product of few terms.
+    """Contracts one group after the other, each by a plain matrix product.
 
-    The weight is on the left, and the scales of `x`, which groups share, come last.
+    The weight is the left operand, and the scale of `x`, which groups share, is applied last.
     """
     first = len(x.batch)
     bare = dataclasses.replace(x, scale=None)
     if w.packed is not None:
-        # what makes the codes is small, and not to be made again for each group
+        # keeps XLA from computing the codes again for each group
         values = reordered(lax.optimization_barrier(x.values))
         bare = dataclasses.replace(bare, values=values)
 
@@ -274,15 +274,15 @@ def loop(x: Operand, w: Operand) -> Array:
 
 def _last_scale(x: Operand, scale: Array, w: Operand) -> Array:
     """The scale of `x`, the same for all groups, laid out for the result."""
-    whole = dataclasses.replace(x, groups=(), inner=(*x.groups, *x.inner))
-    return align(scale, whole, 0, len(w.free))
+    ungrouped = dataclasses.replace(x, groups=(), inner=(*x.groups, *x.inner))
+    return align(scale, ungrouped, 0, len(w.free))
 
 
 def _group(op: Operand, index: Array | int) -> Operand:
     """One group of an operand."""
     (at,) = op.groups
 
-    def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
+    def renumbered(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(a - (a > at) for a in axes)
 
     def one(a: Array) -> Array:
@@ -296,27 +296,27 @@ def _group(op: Operand, index: Array | int) -> Operand:
         one(op.values),
         None if op.scale is None else one(op.scale),
         None if op.zero is None else one(op.zero),
-        moved(op.batch),
-        moved(op.free),
+        renumbered(op.batch),
+        renumbered(op.free),
         (),
-        moved(op.inner),
+        renumbered(op.inner),
         op.packed,
     )
 
 
 def in_float(x: Operand, w: Operand, precision: Any = None) -> Array:
-    """One float product of what the codes stand for; the scale of `x` still goes last."""
+    """One float product of the dequantized operands; the scale of `x` is applied last."""
     dtype = jnp.float32 if is_integer(x) else x.values.dtype
     bare = dequantized(dataclasses.replace(x, scale=None)).astype(dtype)
     values, x_over = _joined(bare, (*x.groups, *x.inner))
-    whole = dequantized(w)
-    if dtype == jnp.float16:  # a scale rounded up may lead beyond what float16 holds
+    dense = dequantized(w)
+    if dtype == jnp.float16:  # with a scale rounded up, values may exceed float16's range
         top = float(jnp.finfo(dtype).max)
-        whole = jnp.clip(whole, -top, top)
-    weights, w_over = _joined(whole.astype(dtype), (*w.groups, *w.inner))
+        dense = jnp.clip(dense, -top, top)
+    weights, w_over = _joined(dense.astype(dtype), (*w.groups, *w.inner))
     if len(x_over) != len(w_over):
         values, x_over = bare, (*x.groups, *x.inner)
-        weights, w_over = whole.astype(dtype), (*w.groups, *w.inner)
+        weights, w_over = dense.astype(dtype), (*w.groups, *w.inner)
     a = Operand(values, None, None, x.batch, x.free, (), x_over)
     b = Operand(weights, None, None, w.batch, w.free, (), w_over)
     out = batched(a, b, precision)
@@ -324,7 +324,7 @@ def in_float(x: Operand, w: Operand, precision: Any = None) -> Array:
 
 
 def _joined(a: Array, over: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
-    """Neighbouring last axes as one: a CPU takes one contracted axis several times faster."""
+    """Merges the last axes, `over`: a CPU contracts a single axis several times faster."""
     first = a.ndim - len(over)
     if over != tuple(range(first, a.ndim)):
         return a, over

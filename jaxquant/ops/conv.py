@@ -60,9 +60,9 @@ def conv_general_dilated(
     products of the same integers in float32, exactly, which is many times faster there.
 
     With `activations=None` the image is convolved with the codes and the result is scaled. The
-    QTensor is dequantized first if its scale varies over more than output channels (groups along
-    the input), if it is padded, on the left-hand side, with `batch_group_count`, and where an
-    operand is empty; activations are rounded to `activations` all the same.
+    QTensor is dequantized first if its scale varies along other axes than output channels, if its
+    storage is padded, if it is the left operand, with a `batch_group_count`, and if an operand is
+    empty. Activations are rounded to `activations` in every case.
 
     Args:
       lhs: image `[batch, in, *spatial]`, or as `dimension_numbers` says.
@@ -103,7 +103,7 @@ def conv_general_dilated(
     if isinstance(lhs, QTensor):
         other = dequantize(rhs) if isinstance(rhs, QTensor) else rhs
         spec = lhs.contraction.activations if activations is FROM_TENSOR else activations
-        # of a kernel, an index of the output keeps a scale of its own
+        # an activation that is the kernel has a scale for each output channel
         over = conv.numbers.rhs_spec[1:]
 
         def left(x: Array, q: QTensor) -> Array:
@@ -114,7 +114,7 @@ def conv_general_dilated(
         return conv(lhs, rhs)
     spec = rhs.contraction.activations if activations is FROM_TENSOR else activations
     conv = dataclasses.replace(conv, activations=spec)
-    if activations is not FROM_TENSOR:  # the spec does not go with the grid that the kernel carries
+    if activations is not FROM_TENSOR:  # the kernel's calibrated grid is for its own spec
         rhs = dataclasses.replace(rhs, calibration=None)
     return straight_through(functools.partial(_forward, conv), conv)(lhs, rhs)
 
@@ -130,7 +130,7 @@ def _forward(conv: Conv, x: Array, q: QTensor) -> Array:
         x, spec = fake_on_grid(x, grid, spec), None
         if out is not None and not q.spec.format.packed:
             return out.astype(result_dtype(x.dtype, q.dtype, conv.preferred))
-        if at is not None and out is not None:  # as below, of a kernel not in its own order
+        if at is not None and out is not None:  # a packed kernel, see below
             integer, rounded = out.astype(result_dtype(x.dtype, q.dtype, conv.preferred)), x
             return lowering.by_platform(
                 cpu=lambda: _on_codes(conv, rounded, q, at, None), default=lambda: integer
@@ -140,8 +140,9 @@ def _forward(conv: Conv, x: Array, q: QTensor) -> Array:
     if at is None:
         return conv(x, dequantize(q))
     if spec is not None and q.spec.format.packed:
-        # The kernel is not stored in its own order, and a CPU that must transpose it does an
-        # integer convolution 100 times slower (3 x 3, 8 x 28 x 28 x 128, JAX 0.10 and 0.12).
+        # A packed kernel is stored in another order of axes. With the transpose that it needs, an
+        # integer convolution is 100 times slower on a CPU (3 x 3, 8 x 28 x 28 x 128, JAX 0.10 and
+        # 0.12).
         dynamic = spec
         return lowering.by_platform(
             cpu=lambda: _on_codes(conv, fake(x, dynamic, window), q, at, None),
@@ -178,7 +179,7 @@ def _on_codes(conv: Conv, x: Array, q: QTensor, at: Placement, spec: QSpec | Non
 
 
 def _placed(conv: Conv, x: Array, q: QTensor) -> Placement | None:
-    """Where the kernel's axes lie, if one scale belongs to each output channel or to all."""
+    """The kernel's placement; `None` if scales vary along other axes than output channels."""
     at = place(q, conv.numbers.rhs_spec[1:], ())
     if at is None or conv.batch_groups != 1 or q.spec.format.bits > 8 or len(at.keep) != 1:
         return None
@@ -187,13 +188,13 @@ def _placed(conv: Conv, x: Array, q: QTensor) -> Placement | None:
     if 0 in q.shape or any(isinstance(n, int) and n == 0 for n in x.shape):
         return None
     (channel,) = at.keep
-    one = all(at.groups[s] == 1 for s in at.contract)
-    own = at.groups[channel] == 1 or at.block(channel) == 1
-    return at if one and own and at.padded == at.size else None
+    ungrouped = all(at.groups[s] == 1 for s in at.contract)
+    per_channel = at.groups[channel] == 1 or at.block(channel) == 1
+    return at if ungrouped and per_channel and at.padded == at.size else None
 
 
 def _same_kind(q: QTensor, spec: QSpec, at: Placement, window: Sequence[int], ndim: int) -> bool:
-    """Whether codes of both operands can be multiplied, and scales taken out of the sum."""
+    """Whether codes of both operands can be multiplied, and scales applied after the sum."""
     shared = shared_axes(spec, window, ndim)
     if shared is None or len(shared) not in (ndim, ndim - 1) or q.codebook is not None:
         return False
@@ -210,8 +211,8 @@ def _integer(conv: Conv, x: Array, codes: Array, zero: Array | None, spec: QSpec
     numbers = conv.numbers
     crop = None
     if has_zero(spec):
-        # padding is the value 0, not the code 0: quantized with the rest, it becomes the zero
-        # point; what is cropped counts for the range all the same
+        # padded before it is quantized: the value 0 becomes the zero point, not the code 0;
+        # cropped values still count for the range
         pads, conv = padding(conv, x, codes)
         x = pad(x, [(max(low, 0), max(high, 0), inner) for low, high, inner in pads])
         crop = [(min(low, 0), min(high, 0), 0) for low, high, _ in pads]

@@ -1,4 +1,4 @@
-"""A convolution of arrays: its static part, and integer sums of it."""
+"""Convolutions of arrays: their static parameters, and sums in float32 or int32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxquant.qtensor import QSpec
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """The static part of one call."""
+    """The static parameters of one convolution."""
 
     strides: tuple[int, ...]
     padding: Any
@@ -32,7 +32,7 @@ class Conv:
     activations: QSpec | None
 
     def __call__(self, x: Array, w: Array) -> Array:
-        """The convolution; operands of two float dtypes become one."""
+        """The convolution, both operands in their common dtype."""
         if x.dtype != w.dtype:
             dtype = result_dtype(x.dtype, w.dtype, None)
             x, w = x.astype(dtype), w.astype(dtype)
@@ -42,11 +42,11 @@ class Conv:
         )  # fmt: skip
 
     def per_batch(self, s: Array) -> Array:
-        """`[n]` or `[1]` of the image's batch, laid out for the result."""
+        """`[n]` or `[1]` along the image's batch, expanded to broadcast with the result."""
         return self._expand(s, self.numbers.out_spec[0])
 
     def per_channel(self, s: Array) -> Array:
-        """`[out]` or `[1]` of the kernel, laid out for the result."""
+        """`[out]` or `[1]` of the kernel, expanded to broadcast with the result."""
         return self._expand(s, self.numbers.out_spec[1])
 
     def _expand(self, s: Array, axis: int) -> Array:
@@ -64,7 +64,7 @@ def conv_of(
     precision: Any,
     preferred_element_type: Any,
 ) -> Conv:
-    """The static part of a `lax.conv_general_dilated`, by its own names."""
+    """The static parameters of a `lax.conv_general_dilated`, whose argument names these are."""
     return Conv(
         tuple(window_strides),
         padding if isinstance(padding, str) else tuple(map(tuple, padding)),
@@ -80,10 +80,10 @@ def conv_of(
 
 
 def window_sum(conv: Conv, x: Array, w: Array) -> Array:
-    """The convolution in float32, of integers exactly: GPU kernels have no other result."""
-    whole = jnp.issubdtype(x.dtype, jnp.integer)
-    kind = jnp.dtype(jnp.int32 if whole else jnp.float32)
-    exact = dataclasses.replace(conv, preferred=kind, precision=None if whole else conv.precision)
+    """The convolution in float32, the only result of GPU kernels; integers are summed exactly."""
+    integer = jnp.issubdtype(x.dtype, jnp.integer)
+    kind = jnp.dtype(jnp.int32 if integer else jnp.float32)
+    exact = dataclasses.replace(conv, preferred=kind, precision=None if integer else conv.precision)
 
     def direct() -> Array:
         return exact(x, w).astype(jnp.float32)
@@ -98,10 +98,10 @@ def window_sum(conv: Conv, x: Array, w: Array) -> Array:
 def window_sum_int32(
     conv: Conv, x: Array, w: Array, zero_point: Array | None, windows: bool
 ) -> tuple[Array, Array | None]:
-    """The convolution of int8 codes in int32, padded with `zero_point`, so that 0 stays 0.
+    """The convolution of int8 codes in int32, padded with `zero_point`, the code of 0.
 
-    With `windows`, also the sum of `x` over each window, laid out as the result: by a
-    `reduce_window`, so that a zero point of the kernel costs no second convolution.
+    With `windows`, also the sum of `x` over each window, in the result's axes: by `reduce_window`,
+    so that a zero point of the kernel costs no second convolution.
     """
     if zero_point is not None or windows:
         pads, conv = padding(conv, x, w)
@@ -120,7 +120,7 @@ def window_sum_int32(
 
 
 def _windows(conv: Conv, x: Array, w: Array) -> Array:
-    """The sum of `x`, padded already, over each window and group of input channels."""
+    """The sum of the padded `x` over each window and group of input channels."""
     image, spec, out = conv.numbers.lhs_spec, conv.numbers.rhs_spec, conv.numbers.out_spec
     groups = conv.groups
     shape = list(x.shape)
@@ -138,7 +138,7 @@ def _windows(conv: Conv, x: Array, w: Array) -> Array:
 
 
 def _taps(conv: Conv, x: Array, w: Array, kind: Any = jnp.float32) -> Array:
-    """A depthwise convolution as one shifted product for each window position, summed."""
+    """A depthwise convolution as a sum of shifted products, one for each window position."""
     pads, conv = padding(conv, x, w)
     x = pad(x, pads)
     image, kernel = conv.numbers.lhs_spec, conv.numbers.rhs_spec
@@ -163,7 +163,7 @@ def _taps(conv: Conv, x: Array, w: Array, kind: Any = jnp.float32) -> Array:
 
 
 def padding(conv: Conv, x: Array, w: Array) -> tuple[list[tuple[int, int, int]], Conv]:
-    """For each axis of the image what `lax.pad` takes, and the convolution without padding."""
+    """The `lax.pad` configuration of the image, and the convolution without padding."""
     spatial = conv.numbers.lhs_spec[2:]
     dilation = conv.rhs_dilation or (1,) * len(spatial)
     kernel = [w.shape[a] for a in conv.numbers.rhs_spec[2:]]
@@ -179,5 +179,5 @@ def padding(conv: Conv, x: Array, w: Array) -> tuple[list[tuple[int, int, int]],
 
 
 def pad(x: Array, config: Sequence[tuple[int, int, int]], fill: Array | None = None) -> Array:
-    """`lax.pad`, with zeros unless told otherwise."""
+    """`lax.pad` with `fill`, by default zeros."""
     return lax.pad(x, jnp.zeros((), x.dtype) if fill is None else fill, config)

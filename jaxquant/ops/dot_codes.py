@@ -1,4 +1,4 @@
-"""A contraction of codes: what is multiplied as it is stored, and what is dequantized before."""
+"""Contractions of a QTensor: on its codes in storage order where possible, else dequantized."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Axes = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The static part of one call, with `x` the float operand and `w` the quantized one."""
+    """The static parameters of one call; `x` is the float operand, `w` the quantized one."""
 
     x_contract: Axes
     w_contract: Axes
@@ -63,7 +63,7 @@ class Call:
     preferred: Any
     out_sharding: Any
     activations: QSpec | None
-    calibrated: bool = True  # whether the spec goes with the grid that the QTensor carries
+    calibrated: bool = True  # whether the QTensor's calibrated grid applies
     outliers: Outliers | None = None  # which columns of `x` stay in float
 
     def reference(self, x: Array, w: Array) -> Array:
@@ -82,44 +82,44 @@ class Call:
 
 
 def evaluated(call: Call, x: Array, q: QTensor, key: Array | None = None) -> Array:
-    """The result of one call; with a `key`, `x` is rounded at random."""
+    """The result of one call; with a `key`, `x` is rounded stochastically."""
     at = place(q, call.w_contract, call.w_batch)
     spec, grid = call.activations, _grid(call, q)
-    together = at is not None and spec is not None and _same_kind(q, spec, at, call, x.ndim)
+    on_codes = at is not None and spec is not None and _same_kind(q, spec, at, call, x.ndim)
     # a scale that moves to the other operand would take it off its grid
-    together = together and not (grid is not None and at is not None and at.varies)
+    on_codes = on_codes and not (grid is not None and at is not None and at.varies)
     if call.outliers is not None and grid is None and at is not None:
-        # rows of the weight are dequantized where they lie
-        together = together and not at.varies and call.out_sharding is None
+        # rows of the weight are dequantized from its storage
+        on_codes = on_codes and not at.varies and call.out_sharding is None
 
     def rounded(x: Array) -> Array:
         if spec is None or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         if call.outliers is not None and grid is None:
-            own = _fixed(call, q)
-            columns = None if own is None else in_order(*own, q, call.w_contract)
+            fixed = _fixed(call, q)
+            columns = None if fixed is None else in_order(*fixed, q, call.w_contract)
             over = call.x_contract, call.x_batch
             return fake_with_outliers(x, spec, *over, call.outliers, columns)
         return fake(x, spec, call.x_contract, key) if grid is None else fake_on_grid(x, grid, spec)
 
-    if not together:
+    if not on_codes:
         x = rounded(x)
-    if at is None or not _as_stored(call, x, q, at, together):
-        return call.reference(rounded(x) if together else x, dequantize(q))
-    if together and grid is not None and spec is not None:
+    if at is None or not _as_stored(call, x, q, at, on_codes):
+        return call.reference(rounded(x) if on_codes else x, dequantize(q))
+    if on_codes and grid is not None and spec is not None:
         over = call.x_contract, call.w_contract
         if not call.w_batch and call.out_sharding is None and not q.spec.format.packed:
             out = dot_static(on_grid(x, grid, spec), q, grid, over, call.flipped)
             if out is not None:
                 return out.astype(result_dtype(x.dtype, q.dtype, call.preferred))
-    moved = arranged(x, call.x_contract, call.x_batch, at, call.w_contract)
+    operand = arranged(x, call.x_contract, call.x_batch, at, call.w_contract)
     if at.varies:
-        scale = moving_scale(q, at, len(moved.free))
-        moved = dataclasses.replace(moved, values=moved.values.astype(jnp.float32) * scale)
-    if spec is not None and together:
-        out = _quantized(call, moved, q, at, spec, grid, key)
+        scale = moving_scale(q, at, len(operand.free))
+        operand = dataclasses.replace(operand, values=operand.values.astype(jnp.float32) * scale)
+    if spec is not None and on_codes:
+        out = _quantized(call, operand, q, at, spec, grid, key)
     else:
-        out = _weight_only(call, moved, q, at)
+        out = _weight_only(call, operand, q, at)
     return finish(call, x, q, at, out)
 
 
@@ -128,31 +128,31 @@ def _limits(q: QTensor) -> tuple[int, int, float] | None:
 
 
 def _same_kind(q: QTensor, spec: QSpec, at: Placement, call: Call, ndim: int) -> bool:
-    """Whether codes of both operands can be multiplied, and scales taken out of the sum."""
+    """Whether codes of both operands can be multiplied, and scales applied after the sum."""
     shared = shared_axes(spec, call.x_contract, ndim)
     if shared is None or len(shared) not in (len(call.x_contract), ndim):
         return False
     if _limits(q) is None:
-        # two float8 numbers of one format
+        # both operands in one float8 format
         return spec.format == q.spec.format and spec.format.is_float and spec.format.bits == 8
     terms = math.prod(at.block(s) if s in at.split else at.padded[s] for s in at.contract)
     fits = lowering.fits_int32(terms, has_zero(spec), q.zero_point is not None or has_zero(q.spec))
     return spec.format.is_integer and integer_range(spec.format) is not None and fits
 
 
-def _as_stored(call: Call, x: Array, q: QTensor, at: Placement, together: bool) -> bool:
-    """Whether codes can be contracted as they lie."""
+def _as_stored(call: Call, x: Array, q: QTensor, at: Placement, on_codes: bool) -> bool:
+    """Whether codes can be contracted in storage order."""
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) or q.spec.format.bits > 8:
         return False
     if 0 in q.shape or any(isinstance(n, int) and n == 0 for n in x.shape):
         return False
     if at.varies:
-        # the scale of each contracted index goes to the other operand, which only rounds after
+        # scales of contracted indices move to the other operand, which is rounded only after that
         changes_sides = at.uniform and q.zero_point is None
-        if not changes_sides or (call.activations is not None and not together):
+        if not changes_sides or (call.activations is not None and not on_codes):
             return False
     if call.out_sharding is not None:
-        # a sharding can be carried over where axes of the result are storage axes
+        # axes of the result have to be storage axes, so that the sharding applies to them
         return not at.split and all(
             len(at.members[s]) == 1 and at.padded[s] == at.size[s] for s in at.keep
         )
@@ -179,16 +179,16 @@ def _quantized(
     grid: QuantParams | None,
     key: Array | None,
 ) -> Array:
-    """Codes of both operands multiplied."""
+    """Contracts the codes of both operands."""
     everything = isinstance(spec.granularity, PerTensor)
     shared = tuple(range(x.values.ndim)) if everything else (*x.groups, *x.inner)
     if grid is None and call.outliers is not None:
-        own = _fixed(call, q)
-        columns = None if own is None else in_storage(*own, q, at)
-        left, floats, found = split(x, spec, call.outliers, columns)
+        fixed = _fixed(call, q)
+        positions = None if fixed is None else in_storage(*fixed, q, at)
+        left, floats, columns = split(x, spec, call.outliers, positions)
         right = int8_operand(q, at, x.values)
-        whole = contract(left, right, call.precision, None, narrow=q.spec.format.packed)
-        return whole + product(floats, q, at, found)
+        total = contract(left, right, call.precision, None, narrow=q.spec.format.packed)
+        return total + product(floats, q, at, columns)
     if grid is None:
         codes, scale, zero = quantize_activation(x.values, spec, shared, key)
     else:
@@ -203,17 +203,17 @@ def _quantized(
 
 
 def _fixed(call: Call, q: QTensor) -> tuple[Array, Axes] | None:
-    """The outlier columns that calibration fixed, if it did so for this contraction."""
-    held = q.calibration
-    if held is None or held.outliers is None or held.outliers.ndim != 1:
+    """The calibrated outlier columns and their axes, if these are contracted here."""
+    calibration = q.calibration
+    if calibration is None or calibration.outliers is None or calibration.outliers.ndim != 1:
         return None
-    if {a + q.ndim for a in held.over} != set(call.w_contract):
+    if {a + q.ndim for a in calibration.over} != set(call.w_contract):
         return None
-    return held.outliers, held.over
+    return calibration.outliers, calibration.over
 
 
 def _weight_only(call: Call, x: Operand, q: QTensor, at: Placement) -> Array:
-    """Float activations, unscaled codes; the dequantized matrix is never made."""
+    """Contracts float activations with unscaled codes."""
     sharding = sharding_of(call, x, at)
 
     def computed(dtype: Any) -> Array:
@@ -239,7 +239,7 @@ def _weight_only(call: Call, x: Operand, q: QTensor, at: Placement) -> Array:
 
 
 def int8_operand(q: QTensor, at: Placement, x: Array) -> Operand:
-    """The operand of int8 codes that a QTensor is to `x`, packed where 4-bit codes can stay so."""
+    """A QTensor as an operand of int8 codes; 4-bit codes stay packed if the form allows it."""
     limits = _limits(q)
     assert limits is not None
     if nibbles.fits(q, at) and lowering.undivided(x, q.codes):
@@ -248,11 +248,11 @@ def int8_operand(q: QTensor, at: Placement, x: Array) -> Operand:
     return weight(q, at, codes, limits[2], shift)
 
 
-def sharding_of(call: Call, moved: Operand, at: Placement) -> Sharding | None:
-    """The sharding asked for, in the order `[batch, free of x, kept storage axes]`."""
-    free, kept = len(moved.free), len(at.keep)
+def sharding_of(call: Call, x: Operand, at: Placement) -> Sharding | None:
+    """The requested sharding, in the order `[batch, free of x, kept storage axes]`."""
+    free, kept = len(x.free), len(at.keep)
     first, second = (kept, free) if call.flipped else (free, kept)
-    asked = Sharding.asked(call.out_sharding, len(moved.batch), first, second)
+    asked = Sharding.asked(call.out_sharding, len(x.batch), first, second)
     if asked is None:
         return None
     of_x, of_w = (asked.w, asked.x) if call.flipped else (asked.x, asked.w)
@@ -275,5 +275,5 @@ def finish(call: Call, x: Array, q: QTensor, at: Placement, out: Array) -> Array
     middle = list(range(nb, lead))
     order = [*range(nb), *(tail + middle if call.flipped else middle + tail)]
     out = jnp.transpose(out, order).astype(result_dtype(x.dtype, q.dtype, call.preferred))
-    # scales that are sharded along kept axes spread their sharding to what they multiply
+    # the product takes the sharding of scales that are sharded along kept axes
     return out if call.out_sharding is None else jax.sharding.reshard(out, call.out_sharding)

@@ -41,25 +41,24 @@ def dot_general(
     """`lax.dot_general` of a float array and a QTensor, on either side.
 
     `y[m, n] = s_x[m] s_w[n] sum_k (q_x[m, k] - z_x[m]) (q_w[k, n] - z_w[n])`, `x` `[m, k]`, `w`
-    `[k, n]`, the sum int8 x int8 -> int32; a weight in groups along `k` has one such sum and scale
-    for each group. Values of 4- and 6-bit floats are integers times a power of two, and go the
-    same way. Two float8 operands of one format are summed in float32.
+    `[k, n]`, the sum int8 x int8 -> int32; a weight in groups along `k` has one sum and one scale
+    per group. Values of 4- and 6-bit floats are integers times a power of two and use the same
+    sum. Two float8 operands of one format are summed in float32.
 
-    Where the QTensor's use names `Outliers`, columns of `x` that hold some are contracted in float
-    with the rows of the weight that they meet, dequantized.
+    If `q.contraction.outliers` is set, the outlier columns of `x` stay in float and are contracted
+    with the corresponding rows of the weight, dequantized.
 
-    Where the QTensor carries a calibrated grid, activations are quantized by that instead of by a
-    scale of their own.
+    If the QTensor carries a calibrated grid, activations are quantized on that grid, not with a
+    scale computed at run time.
 
-    With `activations=None` the codes are contracted with `x` itself and the result is scaled. On a
-    CPU `x` becomes integers of 15 bits where that is faster: each result is then within
-    `2^-15 max_k |x_k| sum_k |w_k|`.
+    With `activations=None` the codes are contracted with the float `x` and the result is scaled.
+    On a CPU `x` is rounded to 15-bit integers where that is faster: the error of a result is then
+    at most about `2^-15 max_k |x_k| sum_k |w_k|`.
 
-    The QTensor is dequantized first if the contraction takes a part of axes that are stored as
-    one, if scales vary along a contracted axis and a kept one as well, for codebooks (decoded;
-    the scale still goes last), and where an operand is empty. On a CPU few rows of floats meet
-    weights that are dequantized a tile at a time. Activations are rounded to `activations` all the
-    same.
+    The QTensor is dequantized first if the contraction covers some but not all axes of one storage
+    axis, if each index of a contracted axis has a scale and scales vary along a kept axis too, and
+    if an operand is empty. Codebooks are decoded first; their scale is still applied last.
+    Activations are rounded to `activations` in every case.
 
     Args:
       lhs: float array or QTensor.
@@ -73,7 +72,7 @@ def dot_general(
 
     Returns:
       `[batch, free of lhs, free of rhs]`. Its gradient is that of the contraction with
-      `dequantize(q)`. A row that is not finite gives NaN.
+      `dequantize(q)`. A row with a non-finite value gives NaN, except on a calibrated grid.
 
     Raises:
       TypeError: the QTensor is differentiated.
@@ -102,9 +101,9 @@ def dot_general(
     else:
         return lax.dot_general(lhs, rhs, dimension_numbers, *rest[:2], out_sharding=out_sharding)
     spec = q.contraction.activations if activations is FROM_TENSOR else activations
-    found = q.contraction.outliers if activations is FROM_TENSOR and spec is not None else None
+    outliers = q.contraction.outliers if activations is FROM_TENSOR and spec is not None else None
     call = dataclasses.replace(
-        call, activations=spec, outliers=found, calibrated=activations is FROM_TENSOR
+        call, activations=spec, outliers=outliers, calibrated=activations is FROM_TENSOR
     )
     if q.calibration is not None and q.calibration.divisor is not None:
         call, x, q = _divided(call, jnp.asarray(x), q, q.calibration)
@@ -112,45 +111,50 @@ def dot_general(
 
 
 def _sourceless(q: QTensor) -> QTensor:
-    """The tensor without sources of grids, by which layers would differ that compute alike."""
-    held = q.calibration
-    if held is not None:
-        grid = None if held.input is None else dataclasses.replace(held.input, source="")
-        held = Calibration(input=grid, offset=held.offset, outliers=held.outliers, over=held.over)
-    return dataclasses.replace(q, contraction=ContractionConfig(), calibration=held)
+    """Drops metadata that would keep equal layers from sharing one trace."""
+    c = q.calibration
+    if c is not None:
+        grid = None if c.input is None else dataclasses.replace(c.input, source="")
+        c = Calibration(input=grid, offset=c.offset, outliers=c.outliers, over=c.over)
+    return dataclasses.replace(q, contraction=ContractionConfig(), calibration=c)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _quantized_dot(call: Call, x: Array, q: QTensor) -> Array:
-    """Traced once for layers that are alike, and one function of the lowered program."""
+    """Layers with equal shapes and specs share one trace and one lowered function."""
     return straight_through(functools.partial(evaluated, call), call.reference)(x, q)
 
 
-def _divided(call: Call, x: Array, q: QTensor, held: Calibration) -> tuple[Call, Array, QTensor]:
-    """The float operand over the divisor, and the weight times it."""
-    bare = dataclasses.replace(q, calibration=dataclasses.replace(held, divisor=None))
+def _divided(
+    call: Call, x: Array, q: QTensor, calibration: Calibration
+) -> tuple[Call, Array, QTensor]:
+    """`x` over the divisor `c`, and the QTensor of `w c` without a divisor."""
+    bare = dataclasses.replace(q, calibration=dataclasses.replace(calibration, divisor=None))
     spec = call.activations
     if spec is not None and spec.granularity in (PerChannel(-1), PerChannel((-1,))):
-        # a scale for each channel was asked for, which the divisor is: what is left has one
+        # the divisor already scales each channel, so one scale is left
         spec = dataclasses.replace(spec, granularity=PerTensor())
     divided = over_divisor(x, q, call.x_contract, call.w_contract)
     return dataclasses.replace(call, activations=spec), divided, bare
 
 
 def over_divisor(x: Array, q: QTensor, x_contract: Axes, w_contract: Axes) -> Array:
-    """What a QTensor with a divisor meets, divided by it: `x_k / c_k`, in the dtype of `x`.
+    """Divides the float operand by the divisor of a QTensor: `x_k / c_k`, in the dtype of `x`.
 
     Raises:
-      ValueError: the contraction is not over the axes of the divisor.
+      ValueError: the contraction does not cover the axes of the divisor, or these include batch
+        axes of the QTensor.
     """
-    held = q.calibration
-    if held is None or held.divisor is None:
+    calibration = q.calibration
+    if calibration is None or calibration.divisor is None:
         return x
-    axes = tuple(q.ndim + a for a in held.axis)
-    if held.divisor.ndim > len(axes) or not {*axes} <= {*w_contract}:
+    axes = tuple(q.ndim + a for a in calibration.axis)
+    if calibration.divisor.ndim > len(axes) or not {*axes} <= {*w_contract}:
         raise ValueError(
-            "dot_general: a QTensor with a divisor is contracted over the axes of its divisor "
-            "alone, without batch axes of its own; dequantize it first"
+            "dot_general: a QTensor with a divisor must be contracted over all axes of the "
+            "divisor, which must have no batch axes; dequantize it first"
         )
-    met = tuple(x_contract[w_contract.index(a)] - x.ndim for a in axes)
-    return (x.astype(jnp.float32) * along(1.0 / held.divisor, met, x.ndim)).astype(x.dtype)
+    x_axes = tuple(x_contract[w_contract.index(a)] - x.ndim for a in axes)
+    return (x.astype(jnp.float32) * along(1.0 / calibration.divisor, x_axes, x.ndim)).astype(
+        x.dtype
+    )

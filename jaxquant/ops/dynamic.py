@@ -54,14 +54,14 @@ def dot_general_dynamic(
       lhs_spec: `PerChannel()`, one scale for each row (non-contracted index), or `PerTensor()`;
         unsigned formats suit softmax outputs.
       rhs_spec: the same for `rhs`.
-      lhs_grid: the calibrated grid of `lhs`, for a `PerTensor()` spec; by default its range is
-        found at run time.
+      lhs_grid: the calibrated grid of `lhs`, for a `PerTensor()` spec; by default its scale is
+        computed at run time.
       rhs_grid: the same for `rhs`.
       out_sharding: sharding of the result, under an explicit mesh.
 
     Returns:
       `[batch, free of lhs, free of rhs]`. Gradients are those of the contraction with the other
-      operand as rounded. A row that is not finite gives NaN.
+      operand rounded. A row with a non-finite value gives NaN, except on a calibrated grid.
 
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference" (2018), section 2.
@@ -103,18 +103,18 @@ def dot_general_dynamic(
     terms = [lhs.shape[a] for a in lc]
     total = math.prod(terms) if all(isinstance(n, int) for n in terms) else None
     empty = any(isinstance(n, int) and n == 0 for n in (*lhs.shape, *rhs.shape))
-    together = None not in shared and not empty and _same_kind(lhs_spec, rhs_spec, total)
-    if together:
+    on_codes = None not in shared and not empty and _same_kind(lhs_spec, rhs_spec, total)
+    if on_codes:
         return straight_through_both(codes, product, reference)(lhs, rhs)
     return straight_through_both(rounded, reference, reference)(lhs, rhs)
 
 
 def _same_kind(a: QSpec, b: QSpec, terms: int | None) -> bool:
-    """Whether codes can be multiplied with each other."""
+    """Whether codes of both specs can be multiplied."""
     if a.format.is_float:
         return a.format == b.format and a.format.bits == 8
-    whole = all(s.format.is_integer and integer_range(s.format) is not None for s in (a, b))
-    return whole and lowering.fits_int32(terms, has_zero(a), has_zero(b))
+    integer = all(s.format.is_integer and integer_range(s.format) is not None for s in (a, b))
+    return integer and lowering.fits_int32(terms, has_zero(a), has_zero(b))
 
 
 def _operand(
@@ -125,7 +125,7 @@ def _operand(
     contract_: Sequence[int],
     batch: Sequence[int],
 ) -> Operand:
-    """The codes of `x`, axes as they lie."""
+    """The codes of `x`, in the order of its axes."""
     if grid is None:
         values, scale, zero = quantize_activation(x, spec, shared)
     else:

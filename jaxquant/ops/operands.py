@@ -1,4 +1,4 @@
-"""An operand of a contraction as integers (or floats) with scales, and where its axes go."""
+"""Operands of a contraction: integers or floats, their scales, and the roles of their axes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _META = ("batch", "free", "groups", "inner", "packed")
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_DATA, meta_fields=_META)
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """`scale * (values - zero)` with each axis given its part in a contraction.
+    """`scale * (values - zero)`, and the role of each axis in a contraction.
 
     Attributes:
       values: int8, or float; contracted axes with groups are split in two, `[.., g, b, ..]`.
@@ -30,10 +30,10 @@ class Operand:
       zero: int32 shaped like `scale`, or float32 where it need not be an integer; `None` is 0.
       batch: axes shared with the other operand, in the result's order.
       free: axes of the result, ascending, as `lax.dot_general` gives them.
-      groups: contracted axes that partial sums are kept apart for, since scales differ.
+      groups: contracted axes along which scales vary: each index has its own partial sum.
       inner: contracted axes that are summed first.
-      packed: the 4-bit format whose codes `values` holds packed along its last axis, which is
-        inner; `None` where `values` are numbers.
+      packed: the 4-bit format of codes that are packed along the last axis, which is inner; `None`
+        if `values` are not packed.
     """
 
     values: Array
@@ -48,7 +48,7 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """The part each storage axis of a QTensor plays, leading batch axes counted first.
+    """The role of each storage axis of a QTensor in a contraction, leading batch axes first.
 
     Attributes:
       batch: storage axes that are batch dimensions, in the order of the dimension numbers.
@@ -57,7 +57,7 @@ class Placement:
       members: for each storage axis, the QTensor's axes (from 0) flattened into it.
       size: sizes of the storage axes before padding.
       padded: sizes of the storage axes.
-      groups: how many scales each has.
+      groups: numbers of scales along the storage axes.
     """
 
     batch: tuple[int, ...]
@@ -74,7 +74,7 @@ class Placement:
 
     @property
     def split(self) -> tuple[int, ...]:
-        """Contracted axes in groups: partial sums, each with its own scale."""
+        """Contracted axes in groups: each group has a partial sum and a scale."""
         if self.varies:
             return ()
         return tuple(s for s in self.contract if self.groups[s] > 1 and self.block(s) > 1)
@@ -86,7 +86,7 @@ class Placement:
 
     @property
     def uniform(self) -> bool:
-        """Whether the scale is the same for everything kept, so that it can change sides."""
+        """Whether scales are constant along kept axes and so can move to the other operand."""
         return all(self.groups[s] <= 1 for s in self.keep)
 
 
@@ -99,22 +99,22 @@ def members(q: QTensor) -> tuple[tuple[int, ...], ...]:
 
 
 def place(q: QTensor, contract: Sequence[int], batch: Sequence[int]) -> Placement | None:
-    """Maps a contraction over axes of `q` to its storage; `None` where a storage axis is mixed.
+    """Maps a contraction over axes of `q` to its storage; `None` if a storage axis mixes roles.
 
-    A batch dimension must be a storage axis of its own, without padding.
+    A batch dimension must be a separate storage axis without padding.
     """
-    held = members(q)
+    parts = members(q)
     size, padded, groups = q.batch + q.storage, q.batch + q.padded, q.batch + q.groups
     keep, summed = [], []
-    for s, merged in enumerate(held):
+    for s, merged in enumerate(parts):
         if merged and all(a in contract for a in merged):
             summed.append(s)
         elif not any(a in contract or a in batch for a in merged):
             keep.append(s)
         elif not (len(merged) == 1 and merged[0] in batch and size[s] == padded[s]):
             return None
-    order = tuple(held.index((a,)) for a in batch)
-    return Placement(order, tuple(keep), tuple(summed), held, size, padded, groups)
+    order = tuple(parts.index((a,)) for a in batch)
+    return Placement(order, tuple(keep), tuple(summed), parts, size, padded, groups)
 
 
 def integer_range(fmt: Format) -> tuple[int, int, float] | None:
@@ -135,7 +135,7 @@ def integer_range(fmt: Format) -> tuple[int, int, float] | None:
 
 
 def int8_codes(codes: Array, fmt: Format) -> tuple[Array, int]:
-    """Integer codes as int8, and what was taken from them (128 for 8-bit unsigned ones)."""
+    """Codes as int8 integers, and the shift subtracted from them (128 for unsigned 8-bit codes)."""
     if fmt.is_float:
         limits = integer_range(fmt)
         assert limits is not None
@@ -148,7 +148,7 @@ def int8_codes(codes: Array, fmt: Format) -> tuple[Array, int]:
 def align(a: Array, op: Operand, before: int, after: int) -> Array:
     """Lays a scale of `op` out for the result `[batch, groups, free of x, free of w]`.
 
-    `before` and `after` are the ranks of the other operand's free axes on either side.
+    `before` and `after` are the numbers of the other operand's free axes on either side.
     """
     lead = len(op.batch) + len(op.groups)
     rank = lead + len(op.free)
@@ -168,10 +168,10 @@ def weight(
     shift: int = 0,
     packed: Format | None = None,
 ) -> Operand:
-    """The operand that a QTensor is: `values` are its storage codes in the form to contract.
+    """The operand of a QTensor: `values` are its storage codes in the form to contract.
 
-    Codes stay as they lie: contracted axes with groups are only split, `[k] -> [g, b]`. A scale
-    that varies along contracted axes is left out: it goes to the other operand.
+    Codes stay in storage order: contracted axes with groups are only split, `[k] -> [g, b]`. A
+    scale for each contracted index is left out: it moves to the other operand.
     """
     shape: list[int] = []
     where: list[int] = []
@@ -230,14 +230,14 @@ def moving_scale(q: QTensor, at: Placement, free: int) -> Array:
 def arranged(
     x: Array, contract: Sequence[int], batch: Sequence[int], at: Placement, order: Sequence[int]
 ) -> Operand:
-    """Brings the other, float operand to a QTensor's storage: `[batch, free, contracted]`.
+    """Lays the other operand out like a QTensor's storage: `[batch, free, contracted]`.
 
-    `contract[i]` of `x` meets axis `order[i]` of the QTensor. Contracted axes are permuted,
-    merged, padded with zeros and split in groups as the codes are.
+    Axis `contract[i]` of `x` is contracted with axis `order[i]` of the QTensor. Contracted axes
+    are permuted, merged, padded with zeros and split in groups as the codes are.
     """
-    meets = dict(zip(order, contract, strict=True))
+    x_axis = dict(zip(order, contract, strict=True))
     free = [a for a in range(x.ndim) if a not in contract and a not in batch]
-    last = [meets[a] for s in at.contract for a in at.members[s]]
+    last = [x_axis[a] for s in at.contract for a in at.members[s]]
     x = jnp.transpose(x, [*batch, *free, *last])
     lead = x.shape[: len(batch) + len(free)]
     sizes = [at.size[s] for s in at.contract]
@@ -271,7 +271,7 @@ def arranged(
 
 
 def result_dtype(a: DTypeLike, b: DTypeLike, preferred: DTypeLike | None) -> np.dtype:
-    """The dtype that `lax.dot_general` gives.
+    """The dtype of the result of `lax.dot_general`.
 
     >>> result_dtype("bfloat16", "float32", None).name
     'float32'

@@ -1,4 +1,4 @@
-"""Contractions whose outlier columns stay in float, found at run time or beforehand."""
+"""Contractions with outlier columns in float; calibration or each call finds the columns."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from jaxquant.qtensor import (
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Columns that are kept in float.
+    """Columns that stay in float.
 
     Attributes:
-      index: int32 `[*batch, capacity]`, along the contracted axes as one.
-      chosen: bool `[*batch, K]`, which of all columns these are.
-      valid: bool like `index`; places that are not taken are False.
+      index: int32 `[*batch, capacity]`, positions along the flattened contracted axes.
+      chosen: bool `[*batch, K]`, True for these columns.
+      valid: bool like `index`, False for unused places.
     """
 
     index: Array
@@ -44,9 +44,9 @@ def columns_of(x: Array, lead: int, outliers: Outliers, fixed: Array | None = No
 
     Args:
       x: float array.
-      lead: how many leading axes have columns of their own.
+      lead: number of leading axes, each index of which has its own columns.
       outliers: threshold and capacity.
-      fixed: int32 `[capacity]` the columns, -1 for none; `None` looks for them.
+      fixed: int32 `[capacity]`, the calibrated columns, -1 for none; `None` finds them in `x`.
 
     >>> found = columns_of(jnp.array([[1.0, -8.0, 2.0]]), 0, Outliers(6.0, capacity=2))
     >>> found.index.tolist(), found.valid.tolist(), found.chosen.tolist()
@@ -68,10 +68,10 @@ def columns_of(x: Array, lead: int, outliers: Outliers, fixed: Array | None = No
 def split(
     x: Operand, spec: QSpec, outliers: Outliers, fixed: Array | None = None
 ) -> tuple[Operand, Array, Columns]:
-    """Codes of an activation without its outlier columns, and these in float.
+    """Codes of an activation without its outlier columns, and these columns in float.
 
-    With `range="qmax"`, `q = round(x 127 / max |x|)` over each row, the values that are outliers
-    left out of the maximum: the codes of bitsandbytes' `int8_vectorwise_quant`.
+    With `range="qmax"`, `q = round(x 127 / max |x|)` over each row, the maximum without outlier
+    values: the codes of bitsandbytes' `int8_vectorwise_quant`.
 
     Args:
       x: float activation as `arranged` lays it out, `[*batch, *free, *contracted]`.
@@ -84,8 +84,8 @@ def split(
     """
     lead, rank = len(x.batch), len(x.batch) + len(x.free)
     v = x.values.astype(jnp.float32).reshape(*x.values.shape[:rank], -1)
-    found = columns_of(v, lead, outliers, fixed)
-    chosen = lax.expand_dims(found.chosen, range(lead, rank))
+    columns = columns_of(v, lead, outliers, fixed)
+    chosen = lax.expand_dims(columns.chosen, range(lead, rank))
     rest = jnp.where(chosen & (magnitude(v) >= outliers.threshold), 0.0, v)
     if spec.range == "qmax" and spec.format.qmax == 127:
         amax = largest_magnitude(rest, (rest.ndim - 1,))
@@ -98,22 +98,22 @@ def split(
         codes, scale, _ = quantize_activation(rest, spec, (v.ndim - 1,))
     codes = jnp.where(chosen, jnp.int8(0), codes).reshape(x.values.shape)
     scale = scale.reshape(*scale.shape[:rank], *(1,) * (x.values.ndim - rank))
-    index = lax.expand_dims(found.index, range(lead, rank))
+    index = lax.expand_dims(columns.index, range(lead, rank))
     picked = jnp.take_along_axis(v, jnp.broadcast_to(index, (*v.shape[:rank], index.shape[-1])), -1)
-    floats = jnp.where(lax.expand_dims(found.valid, range(lead, rank)), picked, 0.0)
-    return dataclasses.replace(x, values=codes, scale=scale, zero=None), floats, found
+    floats = jnp.where(lax.expand_dims(columns.valid, range(lead, rank)), picked, 0.0)
+    return dataclasses.replace(x, values=codes, scale=scale, zero=None), floats, columns
 
 
-def product(floats: Array, q: QTensor, at: Placement, found: Columns) -> Array:
+def product(floats: Array, q: QTensor, at: Placement, columns: Columns) -> Array:
     """Outlier columns times the dequantized rows of a weight, `[*batch, *free, *kept]` float32.
 
-    Only the rows that the columns meet are dequantized.
+    Only the rows of these columns are dequantized.
     """
     order = (*at.batch, *at.keep, *at.contract)
     nb, nk = len(at.batch), len(at.keep)
 
-    def taken(a: Array, sizes: Sequence[int], index: Array) -> Array:
-        """Of `[storage]`, `[*batch, *kept, capacity]`; `sizes` are those of what is contracted."""
+    def selected(a: Array, sizes: Sequence[int], index: Array) -> Array:
+        """From `[storage]` to `[*batch, *kept, capacity]`; `sizes` are those of contracted axes."""
         a = jnp.transpose(a, order) if order != tuple(range(a.ndim)) else a
         a = a.reshape(*a.shape[: nb + nk], math.prod(sizes))
 
@@ -125,19 +125,19 @@ def product(floats: Array, q: QTensor, at: Placement, found: Columns) -> Array:
         return take(a, index)
 
     def shared(a: Array) -> Array:
-        """The same of what groups share."""
+        """The same for an array with one value per group."""
         for s in (*at.batch, *at.keep):
             if at.groups[s] != at.padded[s]:
                 a = jnp.repeat(a, at.block(s), axis=s, total_repeat_length=at.padded[s])
-        where = jnp.unravel_index(found.index, [at.padded[s] for s in at.contract])
+        where = jnp.unravel_index(columns.index, [at.padded[s] for s in at.contract])
         sizes = [at.groups[s] for s in at.contract]
-        group = jnp.zeros_like(found.index)
+        group = jnp.zeros_like(columns.index)
         for i, s in zip(where, at.contract, strict=True):
             group = group * at.groups[s] + i // at.block(s)
-        return taken(a, sizes, group)
+        return selected(a, sizes, group)
 
     padded = [at.padded[s] for s in at.contract]
-    values = decode(taken(storage_codes(q), padded, found.index), q.spec.format)
+    values = decode(selected(storage_codes(q), padded, columns.index), q.spec.format)
     if q.zero_point is not None:
         values = values - shared(q.zero_point.astype(jnp.float32))
     rows = values * shared(storage_scale(q))
@@ -158,26 +158,26 @@ def fake_with_outliers(
     outliers: Outliers,
     fixed: Array | None = None,
 ) -> Array:
-    """An activation rounded to what `spec` can hold, its outlier columns as they are.
+    """An activation rounded to `spec`, except its outlier columns.
 
-    `fixed` are as for `columns_of`, counted along the axes `contracted` as one.
+    `fixed` is as for `columns_of`, positions along the flattened axes `contracted`.
     """
     free = [a for a in range(x.ndim) if a not in contracted and a not in batch]
     perm = [*batch, *free, *contracted]
-    moved = jnp.transpose(x, perm)
+    transposed = jnp.transpose(x, perm)
     lead = len(batch) + len(free)
-    flat = moved.reshape(*moved.shape[:lead], -1).astype(jnp.float32)
-    found = columns_of(flat, len(batch), outliers, fixed)
-    chosen = lax.expand_dims(found.chosen, range(len(batch), lead))
-    chosen = jnp.broadcast_to(chosen, flat.shape).reshape(moved.shape)
+    flat = transposed.reshape(*transposed.shape[:lead], -1).astype(jnp.float32)
+    columns = columns_of(flat, len(batch), outliers, fixed)
+    chosen = lax.expand_dims(columns.chosen, range(len(batch), lead))
+    chosen = jnp.broadcast_to(chosen, flat.shape).reshape(transposed.shape)
     chosen = jnp.transpose(chosen, [perm.index(a) for a in range(x.ndim)])
-    out = chosen & (magnitude(x) >= outliers.threshold)  # as `split` has it
+    out = chosen & (magnitude(x) >= outliers.threshold)  # as in `split`
     rest = jnp.where(out, jnp.zeros((), x.dtype), x)
     return jnp.where(chosen, x, fake(rest, spec, contracted))
 
 
 def in_order(fixed: Array, over: Sequence[int], q: QTensor, axes: Sequence[int]) -> Array:
-    """Columns counted along the core axes `over`, flattened in order, as `axes` count them."""
+    """Positions along the flattened core axes `over` as positions along the flattened `axes`."""
     place = _places(fixed, over, q)
     out = jnp.zeros_like(fixed)
     for a in axes:
@@ -192,7 +192,7 @@ def _places(fixed: Array, over: Sequence[int], q: QTensor) -> dict[int, Array]:
 
 
 def in_storage(fixed: Array, over: Sequence[int], q: QTensor, at: Placement) -> Array:
-    """Columns counted along the core axes `over`, flattened in order, as storage counts them."""
+    """Positions along the flattened core axes `over` as positions in storage."""
     place = _places(fixed, over, q)
     out = jnp.zeros_like(fixed)
     for s in at.contract:

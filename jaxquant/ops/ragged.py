@@ -35,12 +35,12 @@ def ragged_dot_general(
     out_sharding: Any = None,
     activations: QSpec | None = FROM_TENSOR,
 ) -> Array:
-    """`lax.ragged_dot_general`, where rows of `lhs` meet the matrix of their expert.
+    """`lax.ragged_dot_general` of float rows and a QTensor, one matrix for each expert.
 
     `y[m, :] = s_x[m] s_w[e(m), :] sum_k q_x[m, k] q_w[e(m), k, :]`, `lhs` `[m, k]`, `rhs`
-    `[experts, k, n]`, int8 x int8 -> int32, or in float with `activations=None`. Other modes than
-    a ragged dimension that is kept, scales that vary along `k`, zero points and an `out_sharding`
-    go through the dequantized `rhs`.
+    `[experts, k, n]`, int8 x int8 -> int32, or in float with `activations=None`. `rhs` is
+    dequantized first for a ragged contracting or batch dimension, scales that vary along `k`, zero
+    points, a `group_offset` and an `out_sharding`.
 
     Raises:
       TypeError: `rhs` is differentiated.
@@ -57,7 +57,7 @@ def ragged_dot_general(
     numbers = ragged_dot_dimension_numbers
     spec = rhs.contraction.activations if activations is FROM_TENSOR else activations
     ((xc, wc), (xb, _)) = numbers.dot_dimension_numbers
-    kept = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
+    ragged, group = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
 
     def reference(x: Array, w: Array) -> Array:
         return lax.ragged_dot_general(
@@ -66,8 +66,8 @@ def ragged_dot_general(
         )  # fmt: skip
 
     def forward(x: Array, q: QTensor) -> Array:
-        plain = kept == ((0,), (0,)) and tuple(xc) == (1,) and not xb and x.ndim == 2
-        at = place(q, tuple(wc), tuple(kept[1])) if plain and q.ndim == 3 else None
+        plain = ragged == group == (0,) and tuple(xc) == (1,) and not xb and x.ndim == 2
+        at = place(q, tuple(wc), group) if plain and q.ndim == 3 else None
         if at is None or group_offset is not None or out_sharding is not None or not _simple(q, at):
             if spec is not None:
                 x = fake(x, spec, xc)
@@ -78,20 +78,23 @@ def ragged_dot_general(
 
 
 def _simple(q: QTensor, at: Placement) -> bool:
-    """Whether one scale belongs to each expert and column, or to more."""
-    whole = all(at.padded[s] == at.size[s] for s in range(len(at.size)))
-    one = all(at.groups[s] == 1 for s in at.contract) and len(at.contract) == len(at.keep) == 1
+    """Whether scales are shared along `k`, with no zero point and no padding."""
+    unpadded = all(at.padded[s] == at.size[s] for s in range(len(at.size)))
+    shared = all(at.groups[s] == 1 for s in at.contract) and len(at.contract) == len(at.keep) == 1
     blocks = all(at.groups[s] == 1 or at.block(s) == 1 for s in range(len(at.size)))
-    return whole and one and blocks and q.zero_point is None and 0 not in q.shape
+    return unpadded and shared and blocks and q.zero_point is None and 0 not in q.shape
 
 
 def _same_kind(q: QTensor, spec: QSpec, at: Placement) -> bool:
-    """Whether codes can be multiplied with those of activations, without zero points."""
+    """Whether both have symmetric codes, activations integers, and an int32 holds their sums."""
     symmetric = not has_zero(spec) and not has_zero(q.spec)
-    whole = spec.format.is_integer and integer_range(spec.format) is not None
+    integer = spec.format.is_integer and integer_range(spec.format) is not None
     rows = shared_axes(spec, (1,), 2) in ((1,), (0, 1))
     return (
-        symmetric and whole and rows and lowering.fits_int32(at.size[at.contract[0]], False, False)
+        symmetric
+        and integer
+        and rows
+        and lowering.fits_int32(at.size[at.contract[0]], False, False)
     )
 
 
@@ -109,8 +112,8 @@ def _forward(
     shared = None if spec is None else shared_axes(spec, (1,), 2)
     scale = storage_scale(q)
     numbers = lax.RaggedDotDimensionNumbers((((1,), at.contract), ((), ())), (0,), at.batch)
-    whole = spec is not None and limits is not None and _same_kind(q, spec, at)
-    if whole and spec is not None and limits is not None:
+    integer = spec is not None and limits is not None and _same_kind(q, spec, at)
+    if integer and spec is not None and limits is not None:
         codes, x_scale, _ = quantize_activation(x, spec, shared or ())
         values, _ = int8_codes(storage_codes(q), fmt)
         total = lax.ragged_dot_general(
@@ -122,7 +125,7 @@ def _forward(
         total = lax.ragged_dot_general(
             x, storage_values(q).astype(x.dtype), group_sizes, numbers, precision, jnp.float32
         )
-    # rows beyond the last group are zero; any scale will do for them
+    # rows beyond the last group are zero, whatever their scale
     expert = jnp.sum(jnp.arange(x.shape[0])[:, None] >= jnp.cumsum(group_sizes)[None, :], axis=1)
     order = (*at.batch, *at.keep, *at.contract)
     columns = jnp.transpose(scale, order)[..., 0]

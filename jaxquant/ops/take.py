@@ -1,4 +1,4 @@
-"""Looking up rows of a QTensor: only the rows taken are dequantized."""
+"""Lookups of rows of a QTensor: only these rows are dequantized."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def gather(
     fill_value: Any = None,
     **_: Any,
 ) -> Array | None:
-    """`lax.gather` of whole slices of a QTensor, as embeddings are looked up.
+    """`lax.gather` of full slices of a QTensor, as in embedding lookups.
 
     `out[i, :] = S[index_i] (q[index_i, :] - Z[index_i])`: codes and scales of the rows are
     gathered, and nothing else is dequantized.
@@ -33,14 +33,13 @@ def gather(
       q: QTensor `[vocabulary, features]`, or any with leading batch axes and several core axes.
       indices: integers `[..., n]`, `n` indexed axes.
       dimension_numbers: as for `lax.gather`.
-      slice_sizes: 1 for each indexed axis, which must be collapsed, and whole for the others.
-      mode: as for `lax.gather`; what is out of bounds is filled with `fill_value` or NaN, or
-        clipped.
-      fill_value: what to fill with.
+      slice_sizes: 1 for each indexed axis, which must be collapsed, and the size of all others.
+      mode: as for `lax.gather`; rows out of bounds are filled, or indices are clipped.
+      fill_value: value of rows out of bounds; `None` is NaN.
 
     Returns:
-      The array, or `None` where the lookup is of another kind (slices of several rows, an indexed
-      axis in groups, merged with another or packed): then dequantize first.
+      The array, or `None` for other lookups (slices of several rows, an indexed axis that is in
+      groups, merged with another or packed): then dequantize first.
 
     Raises:
       TypeError: `q` is differentiated.
@@ -52,22 +51,22 @@ def gather(
     >>> gather(q, jnp.array([[7], [3]]), dimension_numbers=rows, slice_sizes=(1, 8)).shape
     (2, 8)
     """
-    taken = tuple(dimension_numbers.start_index_map)
-    held = members(q)
+    indexed = tuple(dimension_numbers.start_index_map)
+    parts = members(q)
     if not _rows_only(q, dimension_numbers, slice_sizes):
         return None
     lead = len(q.batch)
-    where = [held.index((a,)) for a in taken]
+    where = [parts.index((a,)) for a in indexed]
     rows = indices.shape[:-1]
-    limit = jnp.array([q.shape[a] for a in taken], indices.dtype)
+    limit = jnp.array([q.shape[a] for a in indexed], indices.dtype)
     limit = jnp.broadcast_to(limit, indices.shape)
     q = constant(with_plain_scales(q))
 
-    def take(a: Array, own: int) -> Array:
-        """Rows of one leaf, `[*rows, *other axes]`; `own` is how many storage axes it has."""
-        shared = [s for s in where if s < own and a.shape[s] == 1 and q.codes.shape[s] != 1]
+    def take(a: Array, count: int) -> Array:
+        """Rows of one leaf, `[*rows, *other axes]`; `count` is the number of its storage axes."""
+        shared = [s for s in where if s < count and a.shape[s] == 1 and q.codes.shape[s] != 1]
         a = lax.squeeze(a, shared)
-        columns = [i for i, s in enumerate(where) if s < own and s not in shared]
+        columns = [i for i, s in enumerate(where) if s < count and s not in shared]
         if not columns:
             return jnp.broadcast_to(a.reshape((1,) * len(rows) + a.shape), rows + a.shape)
         at = tuple(where[i] - sum(s < where[i] for s in shared) for i in columns)
@@ -82,11 +81,11 @@ def gather(
             picked = jnp.stack([indices[..., i] for i in columns], axis=-1)
         return lax.gather(a, picked, numbers, sizes, mode="clip")
 
-    total = len(held)
+    total = len(parts)
     rank = len(q.core)
-    gone = [a - lead for a in taken if a >= lead]  # core axes from 0
-    stay = [a for a in range(rank) if a not in gone]
-    renamed = {a - rank: i - len(stay) for i, a in enumerate(stay)}
+    collapsed = [a - lead for a in indexed if a >= lead]  # core axes from 0
+    remaining = [a for a in range(rank) if a not in collapsed]
+    renamed = {a - rank: i - len(remaining) for i, a in enumerate(remaining)}
     core = [s for s in range(len(q.axes)) if s + lead not in where]
     part = dataclasses.replace(
         q,
@@ -97,7 +96,7 @@ def gather(
         if q.codebook is None
         else take(q.codebook, total if q.grouped_codebook else lead),
         global_scale=None if q.global_scale is None else take(q.global_scale, lead),
-        core=tuple(q.core[a] for a in stay),
+        core=tuple(q.core[a] for a in remaining),
         axes=tuple(tuple(renamed[a] for a in q.axes[s]) for s in core),
         blocks=tuple(q.blocks[s] for s in core),
     )
@@ -115,20 +114,20 @@ def gather(
 
 
 def _rows_only(q: QTensor, numbers: lax.GatherDimensionNumbers, slice_sizes: Sequence[int]) -> bool:
-    taken = tuple(numbers.start_index_map)
+    indexed = tuple(numbers.start_index_map)
     if getattr(numbers, "operand_batching_dims", ()) or not q.axes or 0 in q.shape:
         return False
-    if set(taken) != set(numbers.collapsed_slice_dims):
+    if set(indexed) != set(numbers.collapsed_slice_dims):
         return False
-    held, lead = members(q), len(q.batch)
+    parts, lead = members(q), len(q.batch)
     for a, size in enumerate(slice_sizes):
-        if a not in taken:
+        if a not in indexed:
             if size != q.shape[a]:
                 return False
-        elif (a,) not in held or size != 1:
+        elif (a,) not in parts or size != 1:
             return False
-    for a in taken:
-        s = held.index((a,)) - lead
+    for a in indexed:
+        s = parts.index((a,)) - lead
         if s < 0:
             continue
         shared = q.groups[s] == 1 and q.padded[s] == q.storage[s]

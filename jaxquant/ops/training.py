@@ -1,4 +1,4 @@
-"""Contractions in training: computed on codes as served, differentiated with respect to floats."""
+"""Contractions in training: on codes as in inference, differentiated with respect to floats."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jaxquant.qtensor import Gradients, PerTensor, QSpec, QTensor, dequantize, e
 
 
 def with_gradients_of(
-    forward: Callable[[Any], Any], reference: Callable[..., Any], held: Any, floats: Any
+    forward: Callable[[Any], Any], reference: Callable[..., Any], inputs: Any, floats: Any
 ) -> Any:
-    """`forward(held)`, differentiated as if it were `reference(*floats)`.
+    """`forward(inputs)`, differentiated as if it were `reference(*floats)`.
 
-    No gradient goes to `held`, whatever it holds.
+    `inputs` get no gradient.
 
     >>> twice = with_gradients_of(jnp.round, lambda x: 2 * x, jnp.float32(1.6), (jnp.ones(()),))
     >>> float(twice)
@@ -31,23 +31,23 @@ def with_gradients_of(
     """
 
     @jax.custom_vjp
-    def call(held: Any, floats: Any) -> Any:
-        return forward(held)
+    def call(inputs: Any, floats: Any) -> Any:
+        return forward(inputs)
 
-    def fwd(held: Any, floats: Any) -> tuple[Any, Any]:
-        return forward(held), floats
+    def fwd(inputs: Any, floats: Any) -> tuple[Any, Any]:
+        return forward(inputs), floats
 
     def bwd(floats: Any, g: Any) -> tuple[None, Any]:
         return None, jax.vjp(lambda *f: reference(*f), *floats)[1](g)
 
     call.defvjp(fwd, bwd)
-    return call(held, floats)
+    return call(inputs, floats)
 
 
 def with_rounded_gradient(
     y: Array, spec: QSpec | None, key: Array | None, over: tuple[int, ...]
 ) -> Array:
-    """`y`, whose gradient is rounded to `spec` on its way back, a scale shared over axes `over`."""
+    """The identity on `y`; its gradient is quantized by `spec` with one scale over axes `over`."""
 
     @jax.custom_vjp
     def call(y: Array, key: Any) -> Array:
@@ -57,8 +57,8 @@ def with_rounded_gradient(
         if spec is None:
             return g, None
         one, _ = _keys(key, g)
-        own = None if one is None else jax.random.wrap_key_data(one, impl="threefry2x32")
-        return fake(g, spec, over, own), None
+        prng_key = None if one is None else jax.random.wrap_key_data(one, impl="threefry2x32")
+        return fake(g, spec, over, prng_key), None
 
     call.defvjp(lambda y, key: (y, key), bwd)
     return call(y, key)
@@ -75,55 +75,55 @@ def dot_trained(
     params: dict[str, Any],
     flipped: bool,
 ) -> Array:
-    """`forward(x, q)`, whose gradients come from contractions on codes as well.
+    """`forward(x, q)`, whose gradients are contractions of codes too.
 
     For `y[m, n] = sum_k x[m, k] w[k, n]` and `g = dL/dy`:
     `dx[m, k] = sum_n Q(g s_w)[m, n] q_w[k, n]` and `dw[k, n] = sum_m q_x[m, k] Q(s_x g)[m, n]`:
-    scales along the contracted axis move to `g`, which then is quantized with a scale for each
-    index that is kept. What is kept for the backward pass are the codes of `x` and `w`.
+    scales along the contracted axis move to `g`, which is then quantized with one scale for each
+    kept index. The residuals are the codes of `x` and `w`.
 
     Args:
-      forward: the contraction, as served.
-      x: float array.
-      rounded: what `x` is rounded to, where its gradient goes; `x` itself gets none.
-      q: codes of the parameter, of the shape that is contracted.
-      values: `dequantize(q)`, where the parameter's gradient goes.
+      forward: the contraction, as in inference.
+      x: float array, which gets no gradient.
+      rounded: `x` after rounding, which gets its gradient.
+      q: codes of the parameter, in the shape that is contracted.
+      values: `dequantize(q)`, which gets the parameter's gradient.
       key: PRNG key data, uint32 `[2]`; `None` rounds `g` to nearest.
       gradients: specs of `g`.
       params: parameters of the `dot_general` equation.
       flipped: whether `q` is the left operand.
 
-    Source: gradients rounded at random, Gupta et al. (2015); all three contractions on integers,
+    Source: stochastic rounding of gradients, Gupta et al. (2015); all three contractions in 8 bits,
     Wang et al., "Training Deep Neural Networks with 8-bit Floating Point Numbers" (2018).
     """
     numbers = params["dimension_numbers"]
     rest = params.get("precision"), params.get("preferred_element_type")
-    (own, others), (own_batch, others_batch) = (
+    (x_contract, w_contract), (x_batch, w_batch) = (
         (numbers[0][::-1], numbers[1][::-1]) if flipped else (numbers[0], numbers[1])
     )
     spec = q.contraction.activations
 
-    w_side = _Side(tuple(others), tuple(others_batch), q.ndim)
-    x_side = _Side(tuple(own), tuple(own_batch), x.ndim)
+    w_side = _Side(tuple(w_contract), tuple(w_batch), q.ndim)
+    x_side = _Side(tuple(x_contract), tuple(x_batch), x.ndim)
 
     @jax.custom_vjp
     def call(x: Array, rounded: Array, q: QTensor, values: Array, key: Any) -> Array:
         return forward(x, q)
 
     def fwd(x: Array, rounded: Array, q: QTensor, values: Array, key: Any) -> tuple[Array, Any]:
-        kept: Any = rounded
+        residual: Any = rounded
         if gradients.weight is not None and spec is not None:
-            kept = _kept(x, rounded, q, spec, x_side)
-        return forward(x, q), (kept, q, key)
+            residual = _activation_codes(x, rounded, q, spec, x_side)
+        return forward(x, q), (residual, q, key)
 
     def bwd(residuals: Any, g: Array) -> tuple[Any, ...]:
-        kept, q, key = residuals
+        residual, q, key = residuals
         to_x, to_w = _keys(key, g) if gradients.stochastic else (None, None)
         dx = _product(g, q, gradients.input, to_x, w_side, x_side, flipped, rest)
-        if isinstance(kept, Operand) and gradients.weight is not None:
-            dw = _weight_gradient(g, kept, q, gradients.weight, to_w, w_side, flipped)
+        if isinstance(residual, Operand) and gradients.weight is not None:
+            dw = _weight_gradient(g, residual, q, gradients.weight, to_w, w_side, flipped)
         else:
-            dw = _product(g, kept, gradients.weight, to_w, x_side, w_side, not flipped, rest)
+            dw = _product(g, residual, gradients.weight, to_w, x_side, w_side, not flipped, rest)
         return None, dx.astype(rounded.dtype), None, dw.astype(values.dtype), None
 
     call.defvjp(fwd, bwd)
@@ -155,9 +155,9 @@ def _product(
     flipped: bool,
     rest: tuple[Any, Any],
 ) -> Array:
-    """The gradient of the operand `outside`: `g` contracted with the other one, `q`.
+    """The gradient of the operand `outside`: `g` contracted with the other operand, `q`.
 
-    `flipped`: whether `inside` came first in the forward pass.
+    `flipped`: whether `inside` was the left operand of the forward pass.
     """
     nb = len(inside.batch)
     first, second = (inside, outside) if flipped else (outside, inside)
@@ -188,11 +188,11 @@ def _product(
     return jnp.transpose(out, [place[a] for a in range(out.ndim)])
 
 
-def _kept(x: Array, rounded: Array, q: QTensor, spec: QSpec, side: _Side) -> Any:
-    """The codes that the contraction is computed with, for the gradient of the weight.
+def _activation_codes(x: Array, rounded: Array, q: QTensor, spec: QSpec, side: _Side) -> Any:
+    """The codes of `x` in the contraction, for the gradient of the weight.
 
-    As an operand `[rows, contracted]` where codes are integers whose zero point all rows share;
-    else as a `QTensor`, made anew of a dynamic activation, or as floats.
+    An operand `[rows, contracted]` if codes are integers and all rows share the zero point; else a
+    `QTensor` of a dynamically quantized activation, or floats.
     """
     grid = None if q.calibration is None else q.calibration.input
     x2, over = side.matrix(x)
@@ -202,50 +202,50 @@ def _kept(x: Array, rounded: Array, q: QTensor, spec: QSpec, side: _Side) -> Any
                 None if a is None else a.reshape(1, 1) for a in (grid.scale, grid.zero_point)
             )
             return Operand(on_grid(x2, grid, spec), scale, zero, (), (0,), (), (1,))
-        whole = spec.granularity == PerTensor()
-        if spec.symmetric or whole:
-            codes, scale, zero = quantize_activation(x2, spec, (0, 1) if whole else (1,))
+        per_tensor = spec.granularity == PerTensor()
+        if spec.symmetric or per_tensor:
+            codes, scale, zero = quantize_activation(x2, spec, (0, 1) if per_tensor else (1,))
             return Operand(codes, scale, zero, (), (0,), (), (1,))
     if grid is not None or shared_axes(spec, side.contract, x.ndim) is None:
         return rounded
     return encode_array(x2, spec.at(over, x2.ndim))
 
 
-# Products of int8 codes whose sum an int32 holds in any case.
+# An int32 always holds the sum of this many products of int8 codes.
 _ROWS = 2**16
 
 
 def _weight_gradient(
     g: Array,
-    kept: Operand,
+    x: Operand,
     q: QTensor,
     spec: QSpec,
     key: Array | None,
     w_side: _Side,
     flipped: bool,
 ) -> Array:
-    """`dw[k, n] = sum_m (q_x - z_x)[m, k] Q(s_x g)[m, n]` on matrices, laid out as the weight."""
+    """`dw[k, n] = sum_m (q_x - z_x)[m, k] Q(s_x g)[m, n]` on matrices, laid out like the weight."""
     sizes = [q.shape[a] for a in (*w_side.contract, *w_side.free)]
     columns = math.prod(q.shape[a] for a in w_side.free)
-    rows = kept.values.shape[0]
+    rows = x.values.shape[0]
     g = g.reshape(columns, rows).T if flipped else g.reshape(rows, columns)
-    scaled = g.astype(jnp.float32) * (1.0 if kept.scale is None else kept.scale)
-    own = None if key is None else jax.random.wrap_key_data(key, impl="threefry2x32")
+    scaled = g.astype(jnp.float32) * (1.0 if x.scale is None else x.scale)
+    prng_key = None if key is None else jax.random.wrap_key_data(key, impl="threefry2x32")
     if not spec.format.is_integer:
-        out = dequantized(dataclasses.replace(kept, scale=None)).T @ fake(scaled, spec, (0,), own)
+        out = dequantized(dataclasses.replace(x, scale=None)).T @ fake(scaled, spec, (0,), prng_key)
         return _laid_out(out, sizes, w_side, q.ndim)
-    # quantized as it lies, and the codes of x turned: XLA on a CPU folds that into a contraction
-    # along both first axes, which is slow there
+    # g keeps its axis order and the codes of x are transposed; without the barrier XLA folds this
+    # into a contraction of both first axes, which is slow on a CPU
     over = (0, 1) if spec.granularity == PerTensor() else (0,)
-    codes, scale, _ = quantize_activation(scaled, spec, over, own)
-    turned = lax.optimization_barrier(kept.values).T
+    codes, scale, _ = quantize_activation(scaled, spec, over, prng_key)
+    transposed = lax.optimization_barrier(x.values).T
     total = None
     for start in range(0, rows, _ROWS):
-        left = Operand(turned[:, start : start + _ROWS], None, kept.zero, (), (0,), (), (1,))
+        left = Operand(transposed[:, start : start + _ROWS], None, x.zero, (), (0,), (), (1,))
         right = Operand(codes[start : start + _ROWS], scale, None, (), (1,), (), (0,))
         part = contract(left, right)
         total = part if total is None else total + part
-    out = jnp.zeros((kept.values.shape[1], columns)) if total is None else total
+    out = jnp.zeros((x.values.shape[1], columns)) if total is None else total
     return _laid_out(out, sizes, w_side, q.ndim)
 
 
@@ -256,14 +256,14 @@ def _laid_out(out: Array, sizes: list[int], w_side: _Side, ndim: int) -> Array:
 
 
 def _keys(key: Array | None, g: Array) -> tuple[Array | None, Array | None]:
-    """Keys for both uses of `g`: of the given one and of what `g` holds.
+    """Keys for both uses of `g`, derived from `key` and the bits of `g`.
 
-    The steps of a loop, and the sites of one parameter, share its key; their gradients differ.
+    Steps of a loop and sites of one parameter share a key, but their gradients differ.
     """
     if key is None:
         return None, None
     bits = lax.bitcast_convert_type(g.astype(jnp.float32), jnp.uint32)
     word = jnp.sum(bits, dtype=jnp.uint32)  # modulo 2^32: the same on any number of devices
-    # by words of the key itself: any other key will do, and drawing keys takes long to compile
+    # by arithmetic on the words of the key: `jax.random.split` takes long to compile
     one = key + jnp.stack([word, jnp.uint32(0)])
     return one, one ^ jnp.asarray([0, 0x9E3779B9], jnp.uint32)

@@ -1,4 +1,4 @@
-"""What a weight is contracted with, as rows of a matrix."""
+"""The activation of a contraction as rows of a matrix."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ def unfold(
     weight_shape: tuple[int, ...],
     rest: Sequence[Array] = (),
 ) -> Array:
-    """The rows that an activation brings to a weight: the site computes `rows @ W`, `[K, N]`.
+    """The rows of an activation, with which the site computes `rows @ W`, `W` `[K, N]`.
 
     `K` runs over the weight's contracted axes, flattened in the order in which the equation names
     them (a kernel's: ascending); the leading axes are the weight's batch axes, in order, then its
-    axis of groups. For a convolution a row is what one window sees, for a ragged product the rows
-    of other groups are zeros.
+    group axis. Rows of a convolution are its windows; in a ragged product, rows of other groups
+    are zeros.
 
     Args:
       primitive: `"dot_general"`, `"conv_general_dilated"` or `"ragged_dot_general"`.
       params: the parameters of the equation.
       side: which operand `x` is, `"lhs"` or `"rhs"`.
       x: the activation, of any float dtype.
-      weight_shape: shape of the other operand, as the equation meets it.
+      weight_shape: shape of the other operand in the equation.
       rest: the equation's other operands: the group sizes of a ragged product.
 
     Returns:
       `[*batched, rows, K]` in the dtype of `x`.
 
     Raises:
-      ValueError: a contraction that is no product of rows and one matrix: a grouped convolution,
+      ValueError: the contraction is not a product of rows and one matrix: a grouped convolution,
         one whose kernel is the activation, a product with ragged contracted or batch axes.
 
     >>> numbers = (((1, 2), (0, 1)), ((), ()))
@@ -74,8 +74,8 @@ def _windows(
     for name in ("feature_group_count", "batch_group_count"):
         if params[name] != 1:
             raise ValueError(
-                f"a convolution with {name}={params[name]} is no product of rows and one matrix: "
-                "each of its groups of output channels sees other inputs"
+                f"unfold: a convolution with {name}={params[name]} is not a product of rows and "
+                "one matrix: each group of output channels has other inputs"
             )
     numbers = params["dimension_numbers"]
     kernel = tuple(numbers.rhs_spec)  # (out, in, *spatial)
@@ -120,7 +120,7 @@ def _ragged(
     groups = weight_shape[grouped[0]]
     ends = jnp.cumsum(rest[0])
     place = jnp.arange(x.shape[ragged])[None, :]
-    mine = (place >= (ends - rest[0])[:, None]) & (place < ends[:, None])  # [groups, ragged]
+    mask = (place >= (ends - rest[0])[:, None]) & (place < ends[:, None])  # [groups, ragged]
     shape = [groups, *(n if a == ragged else 1 for a, n in enumerate(x.shape))]
-    each = jnp.where(mine.reshape(shape), x[None], jnp.zeros((), x.dtype))
+    each = jnp.where(mask.reshape(shape), x[None], jnp.zeros((), x.dtype))
     return _rows(each, [a + 1 for a in contract[0]], [*(a + 1 for a in batch[0]), 0])

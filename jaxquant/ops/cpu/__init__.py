@@ -1,1 +1,1 @@
-"""Forms of contractions that a CPU is faster by; every other platform has the plain ones."""
+"""Forms of contractions that are faster on a CPU; other platforms use the plain ones."""

@@ -1,4 +1,4 @@
-"""Contractions of few rows as one loop over the weight that multiplies and sums as it reads."""
+"""Contractions of few rows: one loop reads the weight, multiplies and sums."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from jax import Array, lax
 from jaxquant.ops.cpu.nibbles import halves
 from jaxquant.ops.operands import Operand, integer_range
 
-# Sums run in so many lanes side by side: longer ones the compiler takes apart.
+# Partial sums per vector: XLA splits longer vectors.
 _LANES = 32
 
-# A loop of more steps is slow: at 4096 x 4096 one of 16 takes 2 to 4 times as long as a product.
-# A sum then has at most 2,304 terms: an int32 holds that of products of bytes, and of each lane's
-# products of 15 bits, but not always the total of the latter.
+# More steps are slow: at 4096 x 4096 a loop of 16 takes 2 to 4 times as long as a product. A sum
+# then has at most 2,304 terms. An int32 holds sums of products of bytes, and each lane's sum of
+# 15-bit codes times bytes, but not always the total of the latter.
 _STEPS = 9
 
-_WIDE = 16319  # the largest of the codes that hold 15 bits of an activation
+_WIDE = 16319  # the largest 15-bit code of an activation
 
 
 def fuses(x: Operand, w: Operand) -> bool:
-    """Whether `fused_sums` can be asked for: one contracted axis, at most in groups; no batch."""
+    """Whether `fused_sums` supports the operands: one contracted axis, grouped or not; no batch."""
     n, m, by_groups = x.values.ndim, w.values.ndim, len(w.groups)
     if x.batch or x.zero is not None or by_groups > 1 or len(x.groups) != by_groups:
         return False
@@ -38,8 +38,8 @@ def fuses(x: Operand, w: Operand) -> bool:
 def fused_sums(x: Operand, w: Operand) -> Array:
     """`contract` of few rows of int8 or int16: the weight is unpacked and multiplied as it is read.
 
-    No unpacked copy of the weight is made. A product of 16-bit numbers is summed in pairs by one
-    instruction, so that 15 bits of an activation cost no more than 7.
+    No unpacked copy of the weight is written. One instruction multiplies 16-bit numbers and sums
+    pairs of products, so that 15 bits of an activation cost no more than 7.
     """
     rows, outs = len(x.free), len(w.free)
 
@@ -50,8 +50,8 @@ def fused_sums(x: Operand, w: Operand) -> Array:
     out = fused_totals(x, w)
     if w.zero is not None:
         sums = jnp.sum(x.values, axis=-1, keepdims=True, dtype=jnp.int32)
-        whole = out.dtype == jnp.int32 and jnp.issubdtype(w.zero.dtype, jnp.integer)
-        kind = jnp.int32 if whole else jnp.float32
+        integer = out.dtype == jnp.int32 and jnp.issubdtype(w.zero.dtype, jnp.integer)
+        kind = jnp.int32 if integer else jnp.float32
         by = spread(sums, 0, outs).astype(kind) * spread(w.zero, rows, 0).astype(kind)
         out = out.astype(kind) - by
     out = out.astype(jnp.float32)
@@ -63,24 +63,24 @@ def fused_sums(x: Operand, w: Operand) -> Array:
 
 
 def fused_totals(x: Operand, w: Operand) -> Array:
-    """`sum_k q_x q_w`, `[free of x, free of w, groups]`: int32, or float32 if that cannot hold it.
+    """`sum_k q_x q_w`, `[free of x, free of w, groups]`: int32, or float32 if that may overflow.
 
-    With room for what a zero point of 8 bits takes off. The 32 sums of lanes are int32 always.
+    The term of an 8-bit zero point is included in that bound. The 32 lanes are always int32 sums.
     """
-    # what makes the codes would else be computed again for each row of the weight
+    # keeps XLA from computing the codes again for each row of the weight
     x = dataclasses.replace(x, values=lax.optimization_barrier(x.values))
     pairs = [(x, w)] if w.packed is None else halves(x, w, shifted=False)
     size = w.values.shape[-1]
-    found = _cut(size, w.packed is not None)
-    assert found is not None
-    steps, parts, lanes = found
+    cut = _cut(size, w.packed is not None)
+    assert cut is not None
+    steps, parts, lanes = cut
     rows, outs, groups = len(x.free), len(w.free), w.values.shape[-2] if w.groups else 1
 
     def parted(op: Operand, before: int, after: int) -> list[Array]:
         free = op.values.shape[: len(op.free)]
         shape = (*(1,) * before, *free, *(1,) * after, groups, steps, parts, lanes)
-        whole = op.values.reshape(shape)
-        each = (lax.index_in_dim(whole, i, whole.ndim - 2, keepdims=False) for i in range(parts))
+        split = op.values.reshape(shape)
+        each = (lax.index_in_dim(split, i, split.ndim - 2, keepdims=False) for i in range(parts))
         return [a.astype(jnp.int16).astype(jnp.int32) for a in each]
 
     products = [
@@ -89,7 +89,7 @@ def fused_totals(x: Operand, w: Operand) -> Array:
         for a, b in zip(parted(left, 0, outs), parted(right, rows, 0), strict=True)
     ]
     total = sum(products[1:], start=products[0])  # [free of x, free of w, groups, steps, lanes]
-    if steps > 1:  # the two sums are not to become one, which the compiler would not vectorise
+    if steps > 1:  # keeps XLA from merging the two sums into one that it would not vectorise
         total = lax.optimization_barrier(jnp.sum(total, axis=-2, dtype=jnp.int32))
     else:
         total = lax.squeeze(total, (total.ndim - 2,))
@@ -108,7 +108,7 @@ def _most(w: Operand) -> int:
 
 
 def _cut(size: int, packed: bool) -> tuple[int, int, int] | None:
-    """`size` as steps, parts and lanes: parts are added up in registers, eight products at most."""
+    """`size` as steps, parts and lanes: parts are summed in registers, at most eight products."""
     if size <= _LANES:
         return (1, 1, size)
     if size % _LANES:

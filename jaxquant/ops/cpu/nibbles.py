@@ -1,8 +1,8 @@
-"""Contractions of 4-bit codes as they are packed, without putting them in order first.
+"""Contractions of packed 4-bit codes, without unpacking them in order.
 
-`numerics.packing` keeps code `j` of a tile and code `j + tile / 2` in one byte. Unpacking has to
-put the halves side by side, which a CPU does at a fifth of the speed of plain arithmetic. So the
-halves stay apart, `sum_k x_k w_k = sum_j x_j low_j + sum_j x_{j + tile / 2} high_j`, and the small
+`numerics.packing` stores codes `j` and `j + tile / 2` of a tile in one byte. Unpacking has to
+concatenate the halves, at a fifth of the speed of plain arithmetic on a CPU. So the halves stay
+separate, `sum_k x_k w_k = sum_j x_j low_j + sum_j x_{j + tile / 2} high_j`, and the small
 activation is split instead of the weight.
 """
 
@@ -19,7 +19,7 @@ from jaxquant.qtensor import QTensor
 
 
 def fits(q: QTensor, at: Placement) -> bool:
-    """Whether codes have 4 bits, lie packed along a contracted axis, and tiles divide its groups.
+    """Whether codes have 4 bits, are packed along a contracted axis, and tiles divide its groups.
 
     >>> import jax, jaxquant as jq
     >>> from jaxquant.ops.operands import place
@@ -38,7 +38,7 @@ def fits(q: QTensor, at: Placement) -> bool:
 
 
 def unpacked(w: Operand) -> Operand:
-    """The operand of int8 codes in order; one that is not packed as it is."""
+    """The operand with int8 codes in order; unchanged if it is not packed."""
     fmt = w.packed
     if fmt is None:
         return w
@@ -52,7 +52,7 @@ def halves(
 ) -> tuple[tuple[Operand, Operand], tuple[Operand, Operand]]:
     """Two pairs of operands whose products add up to that of `x` and a packed `w`.
 
-    With `shifted`, signed codes come 16 times as large, and their scales 16 times as small.
+    With `shifted`, signed codes are multiplied by 16 and their scales divided by 16.
     """
     *lead, size = x.values.shape
     tile = tile_size(size)
@@ -87,7 +87,7 @@ def _parts(w: Operand, shifted: bool) -> tuple[Operand, Operand]:
 
 
 def reordered(values: Array) -> Array:
-    """Values that meet packed codes, in the order in which `low_then_high` puts those.
+    """Values in the order of the codes that `low_then_high` returns.
 
     >>> reordered(jnp.arange(8)).tolist() == list(range(8))  # one tile: its halves are in order
     True
@@ -103,7 +103,7 @@ def reordered(values: Array) -> Array:
 def low_then_high(w: Operand) -> Operand:
     """A packed operand as int8 codes, all low halves of its bytes before all high ones.
 
-    Signed codes come 16 times as large, and scales 16 times as small.
+    Signed codes are multiplied by 16 and their scales divided by 16.
     """
     if w.packed is None:
         return w

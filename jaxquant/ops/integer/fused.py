@@ -1,4 +1,4 @@
-"""Contractions whose results stay integers, and what is folded into them beforehand."""
+"""Contractions whose results stay integers, and vectors folded into them beforehand."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from jaxquant.qtensor import Folded, QTensor
 def dot_integer(
     codes: Array, q: QTensor, over: tuple[Sequence[int], Sequence[int]], flipped: bool, **about: Any
 ) -> Accumulator | None:
-    """The sums of int8 `codes` and a calibrated QTensor, with what is to become of them.
+    """The sums of int8 `codes` times a calibrated QTensor, with their scales and output grid.
 
     Args:
       codes: int8, on the grid `q.calibration.input`.
       q: integer weights `r = S_w (q - Z_w)`.
-      over: axes to sum over, of the codes and of the weights.
+      over: contracted axes of the codes and of the weights.
       flipped: whether the weights are the left operand.
       **about: `key` of the site, and `dtype` of its result.
 
     Returns:
-      `None` where the form has no integer sums: groups, codebooks, axes stored as one.
+      `None` if the form has no integer sums: groups, codebooks, merged storage axes.
     """
     return _accumulator(dot_sums(codes, q, over, flipped, MOST), q, over[1], about)
 
@@ -57,18 +57,18 @@ def folded(
     channels: tuple[int, ...],
     steps: tuple[str, ...],
 ) -> Folded | None:
-    """What `Accumulator.fold` will find, found beforehand, each vector `[*kept]`.
+    """Precomputes `Accumulator.fold`, each vector `[*kept]`.
 
     Args:
-      q: a QTensor that is calibrated.
-      contracted: its axes that are summed over.
-      gain: what its sums are multiplied by, laid out as the result; `None` is 1.
-      bias: what is added to them, likewise; `None` is 0.
-      channels: axes of the result that the tensor gives it.
+      q: a calibrated QTensor.
+      contracted: its contracted axes.
+      gain: factor of its sums, laid out as the result; `None` is 1.
+      bias: term added to them, likewise; `None` is 0.
+      channels: axes of the result that come from `q`.
       steps: the primitives that `gain` and `bias` come from.
 
     Returns:
-      `None` where the form has no integer sums, or a channel has nothing but a bias.
+      `None` if the form has no integer sums, or in a channel only the bias counts.
     """
     if q.calibration is None or plain_place(q, contracted) is None:
         return None
@@ -77,7 +77,7 @@ def folded(
     return by if bool(every) else None
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))  # one program for each layer, not dozens
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))  # one program per layer, not dozens
 def _fold(
     q: QTensor,
     gain: Array | None,
@@ -86,7 +86,7 @@ def _fold(
     channels: tuple[int, ...],
     steps: tuple[str, ...],
 ) -> tuple[Folded, Array]:
-    """What is folded, and whether sums matter in every channel."""
+    """The folded vectors, and whether sums count in every channel."""
 
     def vector(v: Array | None) -> Array | None:
         if v is None or not v.ndim:
@@ -95,12 +95,12 @@ def _fold(
 
     about = {"key": "", "dtype": "float32", "chain": steps}
     sums = Sums(jnp.zeros((), jnp.int32), lambda a: a, channels)
-    found, gain = _accumulator(sums, q, contracted, about), vector(gain)
-    assert found is not None
-    found = dataclasses.replace(found, gain=gain, bias=vector(bias), folded=None)
-    alone, full = found.alone, found.scale.shape
+    accumulator, gain = _accumulator(sums, q, contracted, about), vector(gain)
+    assert accumulator is not None
+    accumulator = dataclasses.replace(accumulator, gain=gain, bias=vector(bias), folded=None)
+    alone, full = accumulator.alone, accumulator.scale.shape
     every = jnp.array(True) if alone is None else ~jnp.any(alone)
-    return jax.tree.map(lambda a: jnp.broadcast_to(a, full), found.fold()), every
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, full), accumulator.fold()), every
 
 
 def _accumulator(
@@ -108,17 +108,17 @@ def _accumulator(
 ) -> Accumulator | None:
     if sums is None:
         return None
-    held = q.calibration
-    assert held is not None and held.input is not None
-    offset = sum_offset(q, held.input, contracted)
+    calibration = q.calibration
+    assert calibration is not None and calibration.input is not None
+    offset = sum_offset(q, calibration.input, contracted)
     return Accumulator(
         total=sums.total,
-        scale=sums.lay(sum_scale(q, held.input, contracted)),
+        scale=sums.lay(sum_scale(q, calibration.input, contracted)),
         offset=None if offset is None else sums.lay(offset),
         gain=None,
         bias=None,
-        folded=jax.tree.map(sums.lay, held.folded),
-        output=held.output,
+        folded=jax.tree.map(sums.lay, calibration.folded),
+        output=calibration.output,
         channels=sums.channels,
         requantize=q.contraction.requantize or "float32",
         **about,

@@ -1,4 +1,4 @@
-"""Contractions with calibrated activations: int32 sums, zero points folded beforehand."""
+"""Contractions with calibrated activations: int32 sums, with precomputed zero-point terms."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Lay = Callable[[Array], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Integer sums of a contraction and what lays vectors over its channels out for them.
+    """Integer sums of a contraction, and the layout of vectors over its channels.
 
     Attributes:
       total: int32 `sum q_x (q_w - Z_w)`, in the axes of the result.
-      lay: `[*kept]`, the weight's kept axes in their own order, to what broadcasts with `total`.
-      channels: axes of the result that the weight gives it, ascending.
+      lay: expands `[*kept]`, the weight's kept axes in order, to broadcast with `total`.
+      channels: axes of the result that come from the weight, ascending.
     """
 
     total: Array
@@ -44,42 +44,42 @@ class Sums:
 
 
 def plain_place(q: QTensor, contracted: Sequence[int]) -> Placement | None:
-    """Where storage axes lie, if sums over `contracted` have one scale for each channel kept.
+    """The placement of `q`, if sums over `contracted` have one scale for each kept channel.
 
     `None` for groups along contracted axes, padding, codes that are not integers of at most 8
-    bits, and where a storage axis holds both what is kept and what is summed.
+    bits, and a storage axis that merges kept and contracted axes.
     """
     at = place(q, contracted, ())
     if at is None or at.split or at.varies or at.padded != at.size or 0 in q.shape:
         return None
     if q.codebook is not None or not q.spec.format.is_integer:
         return None
-    if q.spec.zero_dtype is not None:  # zero points are no integers
+    if q.spec.zero_dtype is not None:  # float zero points
         return None
     return at if integer_range(q.spec.format) is not None else None
 
 
 def kept_vector(q: QTensor, at: Placement, a: Array) -> Array:
-    """An array of storage rank, size 1 along what is summed, as `[*kept]` in the axes' own order.
+    """An array of storage rank, size 1 along contracted axes, as `[*kept]`, axes ascending.
 
     Scales shared along kept axes are repeated.
     """
     for s in at.keep:
         a = _spread(a, s, at.size[s])
-    held = [m for s in at.keep for m in at.members[s]]
-    a = lax.squeeze(a, at.contract).reshape([q.shape[m] for m in held])
-    return jnp.transpose(a, [held.index(m) for m in sorted(held)])
+    axes = [m for s in at.keep for m in at.members[s]]
+    a = lax.squeeze(a, at.contract).reshape([q.shape[m] for m in axes])
+    return jnp.transpose(a, [axes.index(m) for m in sorted(axes)])
 
 
 def _spread(a: Array, axis: int, size: int) -> Array:
-    """What groups of indices share, for each index."""
+    """Repeats one value per group for each index."""
     if a.shape[axis] == size:
         return a
     return jnp.repeat(a, size // a.shape[axis], axis=axis, total_repeat_length=size)
 
 
 def zero_offset(q: QTensor, contracted: Sequence[int], zero_point: Array) -> Array | None:
-    """`-Z_x sum_k (q_w - Z_w)`, int32 `[*kept]`; `None` where `plain_place` gives none.
+    """`-Z_x sum_k (q_w - Z_w)`, int32 `[*kept]`; `None` where `plain_place` is.
 
     >>> import jaxquant as jq
     >>> spec = jq.QSpec("int8", jq.PerTensor(), range="qmax")
@@ -98,9 +98,9 @@ def zero_offset(q: QTensor, contracted: Sequence[int], zero_point: Array) -> Arr
 
 
 def with_fine_scales(q: QTensor, contracted: Sequence[int]) -> QTensor:
-    """The tensor with the least of its scales for channels that are zero throughout.
+    """The tensor, with its smallest scale for channels whose values are all zero.
 
-    Any scale will do for them, and biases are counted in units of it.
+    They allow any scale, and biases are rounded to multiples of it.
     """
     at = place(q, [a + len(q.batch) for a in contracted], ())
     if at is None or q.nested is not None or q.scale.ndim != len(q.padded) + len(q.batch):
@@ -109,7 +109,7 @@ def with_fine_scales(q: QTensor, contracted: Sequence[int]) -> QTensor:
         return q
     bare = dataclasses.replace(
         q, calibration=None, contraction=ContractionConfig()
-    )  # alike layers compile once
+    )  # equal layers compile once
     return dataclasses.replace(q, scale=_fine_scales(bare, at.contract))
 
 
@@ -122,7 +122,7 @@ def _fine_scales(q: QTensor, contract: tuple[int, ...]) -> Array:
 
 
 def _codes(q: QTensor, at: Placement) -> tuple[Array, Array | None]:
-    """Storage codes as int8, and the zero point that goes with them: one for all, or for each."""
+    """Storage codes as int8, and their zero point: one for all, or one for each kept index."""
     codes, shift = int8_codes(storage_codes(q), q.spec.format)
     if q.zero_point is None:
         return codes, jnp.full((1,) * codes.ndim, -shift, jnp.int32) if shift else None
@@ -139,10 +139,10 @@ def dot_sums(
     flipped: bool,
     spare: int = 0,
 ) -> Sums | None:
-    """Sums of int8 `codes` and a QTensor over `over`, axes of the former and of the latter.
+    """Sums of int8 `codes` times a QTensor over `over`, axes of the codes and of the QTensor.
 
-    `flipped`: the QTensor is the left operand; `spare`: what will yet be added to the sums. `None`
-    where the form has no integer sums, or an int32 might not hold them.
+    `flipped`: the QTensor is the left operand; `spare`: the largest magnitude that is added to the
+    sums later. `None` if the form has no integer sums, or an int32 may not hold them.
     """
     x_over, w_over = over
     at = plain_place(q, w_over)
@@ -153,10 +153,10 @@ def dot_sums(
     w = dataclasses.replace(weight(q, at, values), scale=None, zero=zero)
     total = integer_sums(x, w)
     free = len(x.free)
-    held = [m for s in at.keep for m in at.members[s]]
-    if len(held) != len(at.keep):
-        total = total.reshape(*total.shape[:free], *(q.shape[m] for m in held))
-    kept = [free + held.index(m) for m in sorted(held)]
+    axes = [m for s in at.keep for m in at.members[s]]
+    if len(axes) != len(at.keep):
+        total = total.reshape(*total.shape[:free], *(q.shape[m] for m in axes))
+    kept = [free + axes.index(m) for m in sorted(axes)]
     rows = list(range(free))
     total = jnp.transpose(total, kept + rows if flipped else rows + kept)
     channels = tuple(range(len(kept)) if flipped else range(free, free + len(kept)))
@@ -190,7 +190,7 @@ def dot_static(
     over: tuple[Sequence[int], Sequence[int]],
     flipped: bool,
 ) -> Array | None:
-    """`S_x S_w sum (q_x - Z_x)(q_w - Z_w)`, float32; scales and zero points act on vectors."""
+    """`S_x S_w sum (q_x - Z_x)(q_w - Z_w)`, float32, by vectors over channels."""
     sums = dot_sums(codes, q, over, flipped)
     return None if sums is None else _scaled(sums, q, grid, over[1])
 
@@ -215,11 +215,11 @@ def sum_scale(q: QTensor, grid: QuantParams, contracted: Sequence[int]) -> Array
 
 
 def sum_offset(q: QTensor, grid: QuantParams, contracted: Sequence[int]) -> Array | None:
-    """What zero points of the activation add to the sums: known beforehand, or found now."""
+    """The term of the activation's zero point in the sums, precomputed if calibration did so."""
     if grid.zero_point is None:
         return None
-    held = None if q.calibration is None else q.calibration.offset
-    return zero_offset(q, contracted, grid.zero_point) if held is None else held
+    offset = None if q.calibration is None else q.calibration.offset
+    return zero_offset(q, contracted, grid.zero_point) if offset is None else offset
 
 
 def _terms(at: Placement) -> int:

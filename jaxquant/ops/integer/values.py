@@ -1,8 +1,8 @@
 """Activations that stay integers from one contraction to the next.
 
-A contraction gives an `Accumulator`: int32 sums, and what has been done to them since by vectors
-over the channels (a bias, a normalisation with fixed statistics). On the grid of its consumer it
-becomes an `Activation`, int8 codes.
+A contraction returns an `Accumulator`: int32 sums, and the operations since by vectors over the
+channels (a bias, a normalisation with fixed statistics). On the grid of its consumer it becomes an
+`Activation`, int8 codes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxquant.ops.activations import int8_limits, on_grid
 from jaxquant.ops.integer.requantize import fixed_point, rescaled
 from jaxquant.qtensor import Folded, QuantParams
 
-MOST = 2**30  # a bias beyond would leave the sums no room in 32 bits
+MOST = 2**30  # with a larger bias the sums might not fit into 32 bits
 _PARTS = float(2**20)
 _LEAST = float(jnp.finfo(jnp.float32).tiny) * _PARTS
 
@@ -32,12 +32,12 @@ _LEAST = float(jnp.finfo(jnp.float32).tiny) * _PARTS
 )
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """`S (q - Z)` with one scale for the whole array.
+    """`S (q - Z)` with one scale per tensor.
 
     Attributes:
       codes: int8.
       grid: scale and zero point, scalars, and the format of the codes.
-      dtype: name of the float dtype it stands for.
+      dtype: name of the float dtype of the dequantized array.
       source: keys of the sites whose sums it comes from.
       added: keys of the sites whose codes were added to these sums; they may be on any grid.
     """
@@ -59,14 +59,14 @@ class Activation:
         return len(self.codes.shape)
 
     def floats(self) -> Array:
-        """The float array that it stands for."""
+        """The dequantized array."""
         values = self.codes.astype(jnp.float32)
         if self.grid.zero_point is not None:
             values = values - self.grid.zero_point.astype(jnp.float32)
         return (values * self.grid.scale).astype(self.dtype)
 
     def clamped(self, low: Any = None, high: Any = None) -> Activation:
-        """Values clipped to float scalars, which is clipping the codes to theirs."""
+        """Clips values to float scalars, by clipping codes to those of the scalars."""
         codes, spec = self.codes, self.grid.spec
         assert spec is not None
         if low is not None:
@@ -89,15 +89,15 @@ class Accumulator:
       total: int32 sums.
       scale: float32 `S_x S_w`, laid out to broadcast with `total`.
       offset: int32 likewise; `None` is 0.
-      gain: float32 likewise, what the sums have been multiplied by since; `None` is 1.
-      bias: float32 likewise, what has been added since; `None` is 0.
-      folded: bias, multiplier and shift that were worked out beforehand, laid out.
+      gain: float32 likewise, the factor of the sums so far; `None` is 1.
+      bias: float32 likewise, the term added so far; `None` is 0.
+      folded: precomputed bias, multiplier and shift, laid out likewise.
       output: grid that the result is requantized to; `None` where it becomes float.
       channels: axes that the vectors vary along.
       key: the site's key.
       requantize: `"float32"` or `"fixed_point"`.
-      dtype: name of the float dtype it stands for.
-      chain: what has been done since, as primitives; `folded` is of use where it holds the same.
+      dtype: name of the float dtype of the dequantized array.
+      chain: the primitives applied so far; `folded` is used if its `chain` is equal.
     """
 
     total: Array
@@ -123,16 +123,16 @@ class Accumulator:
         """Rank of the array."""
         return len(self.total.shape)
 
-    def scaled(self, factor: Array, what: str) -> Accumulator:
+    def scaled(self, factor: Array, step: str) -> Accumulator:
         """Times a vector over the channels, or a scalar."""
         gain = factor if self.gain is None else self.gain * factor
         bias = None if self.bias is None else self.bias * factor
-        return dataclasses.replace(self, gain=gain, bias=bias, chain=(*self.chain, what))
+        return dataclasses.replace(self, gain=gain, bias=bias, chain=(*self.chain, step))
 
-    def shifted(self, term: Array, what: str) -> Accumulator:
+    def shifted(self, term: Array, step: str) -> Accumulator:
         """Plus a vector over the channels, or a scalar."""
         bias = term if self.bias is None else self.bias + term
-        return dataclasses.replace(self, bias=bias, chain=(*self.chain, what))
+        return dataclasses.replace(self, bias=bias, chain=(*self.chain, step))
 
     @property
     def _known(self) -> bool:
@@ -140,9 +140,9 @@ class Accumulator:
 
     @property
     def alone(self) -> Array | None:
-        """Channels of which only the bias is left, `None` where there can be none.
+        """Mask of the channels in which only the bias counts; `None` if there can be none.
 
-        They have a gain of 0, or sums that are nothing beside a bias of 2^30 units or more.
+        Their gain is 0, or their bias is at least 2^30 units, beside which sums are negligible.
         """
         unit = self.scale if self.gain is None else self.scale * self.gain
         if self.bias is None:
@@ -151,7 +151,7 @@ class Accumulator:
 
     @property
     def _unit(self) -> Array:
-        """What one unit of the sums is worth; for a bias that is alone, a part of it."""
+        """The value of one unit of the sums; a fraction of the bias where only that counts."""
         unit, alone = self.scale if self.gain is None else self.scale * self.gain, self.alone
         if alone is None:
             return unit
@@ -167,7 +167,7 @@ class Accumulator:
         return total + self.fold().bias
 
     def fold(self) -> Folded:
-        """Bias, multiplier and shift for what has been done to the sums.
+        """The operations on the sums as bias, multiplier and shift.
 
         `bias = offset + round(bias / (gain S_x S_w))` in units of the sums, and
         `M = gain S_x S_w / S_y`, float32.
@@ -191,7 +191,7 @@ class Accumulator:
         return Folded(whole, multiplier, shift, self.chain)
 
     def floats(self) -> Array:
-        """The float array that it stands for."""
+        """The dequantized array."""
         return (self._sums().astype(jnp.float32) * self._unit).astype(self.dtype)
 
     def activation(self) -> Activation | None:
@@ -215,7 +215,7 @@ class Accumulator:
         assert self.output is not None and self.output.spec is not None
         low, high = int8_limits(self.output.spec.format)
         if self.output.zero_point is not None:
-            # within what codes can be first, so that nothing wraps around
+            # clipped first, so that the sum does not overflow
             values = jnp.clip(values, -512, 512) + self.output.zero_point.astype(values.dtype)
         codes = jnp.clip(values, low, high).astype(jnp.int8)
         return Activation(codes, self.output, self.dtype, source)
@@ -223,14 +223,14 @@ class Accumulator:
 
 Integers = Activation | Accumulator
 
-_FRACTION = 12  # bits after the point while two activations are added
+_FRACTION = 12  # fractional bits while two activations are added
 
 
 def added(a: Integers, b: Integers) -> Activation | None:
-    """The sum of two integer activations on the output grid of the first that are sums itself.
+    """The sum of two integer activations, on the output grid of the first `Accumulator`.
 
     `q = round((a' + b') / 2^12) + Z_y` with `a' = round(2^12 M_a total_a)`: each operand is
-    rescaled to the output with 12 bits after the point. `None` where there is no output grid.
+    rescaled to the output with 12 fractional bits. `None` if there is no output grid.
     """
     first, second = (a, b) if isinstance(a, Accumulator) else (b, a)
     if not isinstance(first, Accumulator) or first.output is None:
@@ -262,16 +262,16 @@ def _fine_codes(x: Activation, like: Accumulator) -> Array:
 
 
 def _quotient(a: Array, b: Array) -> Array:
-    """`a / b`, rounded once: of a `b` that is the same throughout XLA may take `1 / b` first."""
+    """`a / b`, rounded once: XLA might multiply by `1 / b` where `b` is a broadcast scalar."""
     a, b = jnp.broadcast_arrays(a, b)
     return a / lax.optimization_barrier(b)
 
 
 def _bounded(values: Array) -> Array:
-    """Far beyond what codes can be, yet within what two of may be added."""
+    """Values clipped far outside the range of codes, so that an int32 holds the sum of two."""
     return jnp.clip(values, -(1 << 24), 1 << 24).astype(jnp.int32)
 
 
 def is_integers(x: Any) -> TypeGuard[Integers]:
-    """Whether `x` is an activation that is kept as integers."""
+    """Whether `x` is an integer activation."""
     return isinstance(x, (Activation, Accumulator))

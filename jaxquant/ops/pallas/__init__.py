@@ -1,1 +1,1 @@
-"""Contractions by kernels of our own, for accelerators."""
+"""Contractions by Pallas kernels, for accelerators."""

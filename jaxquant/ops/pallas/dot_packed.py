@@ -1,4 +1,4 @@
-"""`lax.dot_general` of floats and packed 4-bit codes by a kernel of our own, for who asks."""
+"""`lax.dot_general` of floats and packed 4-bit codes by an opt-in Pallas kernel."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ def dot_general_packed(
     """`lax.dot_general` of a float array and a 4-bit QTensor, by a Pallas kernel on accelerators.
 
     `y[m, n] = sum_g s[g, n] sum_{k in g} x[m, k] (v(q[k, n]) - z[g, n])`, `x` `[m, k]`, `q`
-    `[k, n]`, groups `g` along `k`, `v` what a code stands for, the sum in float32. Packed bytes
-    and scales are read block by block, and no dequantized copy of the weight is written.
+    `[k, n]`, groups `g` along `k`, `v` the values of codes, the sum in float32. Packed bytes and
+    scales are read block by block, and no dequantized copy of the weight is written.
 
-    It has run in Pallas' interpret mode, and has been compiled for TPUs v4, v5e, v5p and
+    The kernel has run in Pallas' interpret mode, and has been compiled for TPUs v4, v5e, v5p and
     v6e and for CUDA compute capabilities 8.0 and 9.0. It has never run on an accelerator, so
-    nothing calls it by default: compare it with `dot_general` on yours first. On CUDA it goes
-    through Pallas' Triton backend, of which JAX warns from 0.11 on that it will be removed.
+    nothing calls it by default: compare it with `dot_general` on yours first. On CUDA it uses
+    Pallas' Triton backend, and JAX warns from 0.11 on that this will be removed.
 
-    It takes float32 and bfloat16, one axis kept of the QTensor as stored, whose codes are packed
-    along the contracted one, groups that are multiples of a tile (64 codes, where the axis is a
-    multiple of that) or divide half a tile, and formats of 4 bits with fixed values. On CUDA a
-    group has to be a multiple of 32, or of 16 where it divides half a tile, and the kept axis a
-    multiple of 16. Whatever does not suit, and every other platform, is computed by `dot_general`
-    with `activations=None`. Values of codebooks are rounded to the dtype of `x`.
+    The kernel takes float32 and bfloat16 activations; 4-bit formats with fixed values; one kept
+    and one contracted storage axis, with codes packed along the latter; groups that are multiples
+    of a tile (64 codes, if the axis is a multiple of 64) or divide half a tile. On CUDA a group
+    must be a multiple of 32, or of 16 if it divides half a tile, and the kept axis a multiple of
+    16. All other operands and platforms use `dot_general` with `activations=None`. Values of
+    codebook formats are rounded to the dtype of `x`.
 
-    A compiler cannot split a kernel: on several devices call it inside `jax.shard_map`, with
-    `check_vma=False`. Arrays sharded over an explicit mesh go to `dot_general`. An export with the
-    kernel is for one platform, since JAX lowers kernels for all of them and has none for a CPU.
+    XLA cannot partition a kernel: on several devices call it inside `jax.shard_map`, with
+    `check_vma=False`. Arrays sharded over an explicit mesh use `dot_general`. Export the kernel
+    for one platform only: JAX lowers it for all platforms of an export, and cannot for a CPU.
 
     Args:
       lhs: float array or QTensor.
       rhs: float array or QTensor, one of them.
       dimension_numbers: as for `lax.dot_general`.
-      precision: for `dot_general`; the kernel's products are those of full precision.
+      precision: for `dot_general`; the kernel multiplies in full precision.
       preferred_element_type: dtype of the result.
-      interpret: `"tpu"` or `"cuda"` runs that platform's kernel as ordinary JAX operations on
-        whatever platform this is.
+      interpret: `"tpu"` or `"cuda"` runs that platform's kernel as ordinary JAX operations, on any
+        platform.
 
     Returns:
       `[batch, free of lhs, free of rhs]`. Its gradient is that of the contraction with
@@ -123,11 +123,11 @@ def _forward(
 
 
 def _by_kernel(call: Call, x: Array, q: QTensor, blocks: Blocks, interpret: bool) -> Array:
-    """Rows of `x` in the order of the codes, the kernel, and axes as the result has them."""
+    """Lays `x` out like the codes, runs the kernel, and puts axes in the result's order."""
     at = place(q, call.w_contract, call.w_batch)
     assert at is not None
     keep, last = at.keep[0], at.contract[0]
-    moved = arranged(x, call.x_contract, call.x_batch, at, call.w_contract)
+    operand = arranged(x, call.x_contract, call.x_batch, at, call.w_contract)
     lead = [x.shape[a] for a in range(x.ndim) if a not in call.x_contract]
     shape = (at.padded[keep], max(at.groups[last], 1))
 
@@ -135,7 +135,7 @@ def _by_kernel(call: Call, x: Array, q: QTensor, blocks: Blocks, interpret: bool
         return jnp.broadcast_to(a.astype(jnp.float32), shape)
 
     out = packed_product(
-        moved.values.reshape(-1, at.padded[last]),
+        operand.values.reshape(-1, at.padded[last]),
         q.codes,
         full(storage_scale(q)),
         None if q.zero_point is None else full(q.zero_point),
@@ -148,7 +148,7 @@ def _by_kernel(call: Call, x: Array, q: QTensor, blocks: Blocks, interpret: bool
 
 
 def _blocks(call: Call, x: Array, q: QTensor) -> list[Blocks]:
-    """The blocks for each platform whose kernel suits."""
+    """The blocks for each platform whose kernel supports the operands."""
     at = place(q, call.w_contract, call.w_batch)
     if at is None or x.dtype not in (jnp.float32, jnp.bfloat16) or not _suits(q, at):
         return []
@@ -160,12 +160,12 @@ def _blocks(call: Call, x: Array, q: QTensor) -> list[Blocks]:
     if layout is None:
         return []
     args = (rows, at.padded[at.keep[0]], layout, x.dtype.itemsize)
-    found = (blocks_for(platform, *args) for platform in PLATFORMS)
-    return [blocks for blocks in found if blocks is not None]
+    choices = (blocks_for(platform, *args) for platform in PLATFORMS)
+    return [blocks for blocks in choices if blocks is not None]
 
 
 def _suits(q: QTensor, at: Placement) -> bool:
-    """Whether codes have 4 bits and fixed values, lie along a contracted axis, and keep one."""
+    """Whether codes have 4 bits, fixed values, one kept axis and one contracted, packed axis."""
     one_each = len(at.contract) == len(at.keep) == 1 and at.contract[0] == len(at.padded) - 1
     if not one_each or at.batch or at.varies or q.spec.format.bits != 4 or q.codebook is not None:
         return False
@@ -173,7 +173,7 @@ def _suits(q: QTensor, at: Placement) -> bool:
 
 
 def _spread(x: Any) -> bool:
-    """Whether an explicit mesh may hold the array in parts."""
+    """Whether an explicit mesh may shard the array."""
     mesh = jax.typeof(x).sharding.mesh
     explicit = [n for n, t in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
                 if t == AxisType.Explicit and n > 1]  # fmt: skip

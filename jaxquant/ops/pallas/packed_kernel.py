@@ -1,9 +1,9 @@
-"""A Pallas kernel that contracts float rows with 4-bit codes as they are packed.
+"""A Pallas kernel that contracts float rows with packed 4-bit codes.
 
-It reads packed bytes and scales block by block; neither the codes in order nor a dequantized
-weight are written to memory. One kernel body serves TPUs (Mosaic) and NVIDIA GPUs (Triton), which
-differ in their blocks alone. Triton, because Mosaic GPU needs a Hopper GPU and a body of its own;
-but JAX from 0.11 on warns that Pallas will drop Triton.
+It reads packed bytes and scales block by block; neither unpacked codes nor a dequantized weight
+are written to memory. One kernel body serves TPUs (Mosaic) and NVIDIA GPUs (Triton); only blocks
+differ. Mosaic GPU would need a Hopper GPU and another body; but JAX from 0.11 on warns that Pallas
+will drop Triton.
 
 It has run in Pallas' interpret mode and has been compiled for accelerators. It has not run on one.
 """
@@ -23,17 +23,17 @@ from jaxquant.numerics import Format, tile_size
 
 PLATFORMS = ("tpu", "cuda")
 
-_LANES = 128  # of a vector on a TPU
-_ROOM = 1 << 21  # bytes of one block there: of 16 MiB in all, and each block is there twice
+_LANES = 128  # of a TPU vector
+_ROOM = 1 << 21  # bytes of one block on a TPU: 16 MiB hold all blocks, each of them twice
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which scales the bytes of a packed row meet.
+    """Which bytes of a packed row share scales.
 
     Attributes:
       size: bytes of a row, half the number of codes.
-      run: how many bytes share their scales.
+      run: number of consecutive bytes that share scales.
       apart: whether the low and the high halves of a run belong to different groups.
     """
 
@@ -43,7 +43,7 @@ class Layout:
 
     @classmethod
     def of(cls, size: int, group: int) -> Layout | None:
-        """For rows of `size` codes in groups of `group`; `None` where groups cut halves of tiles.
+        """For rows of `size` codes in groups of `group`; `None` if a group ends inside half a tile.
 
         >>> Layout.of(256, 128), Layout.of(128, 32)
         (Layout(size=128, run=64, apart=False), Layout(size=64, run=32, apart=True))
@@ -56,7 +56,7 @@ class Layout:
         return cls(size // 2, group, True) if (tile // 2) % group == 0 else None
 
     def arranged(self, a: Array, tile: int) -> Array:
-        """Scales `[n, groups]` as `[1 or 2, runs, n]`: of both halves, or of low and high ones."""
+        """Scales `[n, groups]` as `[1, runs, n]`, or `[2, runs, n]` for low and high halves."""
         if not self.apart:
             return a.T[None]
         n, groups = a.shape
@@ -66,10 +66,10 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """What one step of the kernel takes.
+    """The block sizes of one step of the kernel.
 
     Attributes:
-      platform: whose compiler it is for.
+      platform: `"tpu"` or `"cuda"`.
       rows: rows of the activation.
       outs: rows of the weight, which are columns of the result.
       chunk: bytes of a row of the weight that are unpacked at a time.
@@ -82,10 +82,10 @@ class Blocks:
 
 
 def blocks_for(platform: str, rows: int, outs: int, layout: Layout, itemsize: int) -> Blocks | None:
-    """Blocks for `rows` rows of `itemsize` bytes a value; `None` where the shape does not suit.
+    """Blocks for `rows` rows of `itemsize` bytes a value; `None` if the shape is not supported.
 
-    Mosaic takes blocks of whole vectors, 128 wide, or whole axes. Triton takes powers of two, of
-    16 at least, which have to divide the axes, for it does not mask what lies beyond them.
+    Mosaic takes blocks of 128-wide vectors, or full axes. Triton takes powers of two, at least
+    16, which must divide the axes, since accesses beyond them are not masked.
 
     >>> blocks_for("tpu", 3, 512, Layout(1024, 64, False), 2)
     Blocks(platform='tpu', rows=16, outs=512, chunk=128)
@@ -93,14 +93,14 @@ def blocks_for(platform: str, rows: int, outs: int, layout: Layout, itemsize: in
     Blocks(platform='cuda', rows=16, outs=64, chunk=64)
     """
     if platform == "tpu":
-        whole = 4 * _LANES
+        limit = 4 * _LANES
         chunk = math.lcm(layout.run, _LANES) if layout.run % _LANES else _LANES
-        if chunk > whole or layout.size % chunk:
+        if chunk > limit or layout.size % chunk:
             chunk = layout.size
         fits = [n for n in (512, 256, 128) if outs % n == 0] or [outs]
         fits = [n for n in fits if n * layout.size <= _ROOM and n <= 1024]
         most = _ROOM // (2 * layout.size * itemsize) // 16 * 16
-        if chunk > whole or not fits or most == 0:
+        if chunk > limit or not fits or most == 0:
             return None
         steps = -(-rows // min(most, 256))
         return Blocks(platform, _up(-(-rows // steps), 16), fits[0], chunk)
@@ -121,22 +121,22 @@ def packed_product(
     dtype: Any,
     interpret: bool = False,
 ) -> Array:
-    """`y[m, n] = sum_g s[n, g] sum_{k in g} x[m, k] (v(c[n, k]) - z[n, g])`, `v` what codes mean.
+    """`y[m, n] = sum_g s[n, g] sum_{k in g} x[m, k] (v(c[n, k]) - z[n, g])`, `v` values of codes.
 
     Args:
       x: float32 or bfloat16 `[m, k]`.
       codes: uint8 `[n, k / 2]`, packed as by `numerics.pack`.
-      scale: float32 `[n, g]`, each of `k / g` neighbouring codes.
+      scale: float32 `[n, g]`, each for `k / g` consecutive codes.
       zero: float32 `[n, g]`, or `None`.
       fmt: any format of 4 bits.
-      blocks: of `blocks_for`.
+      blocks: from `blocks_for`.
       dtype: of the result.
       interpret: runs the kernel as ordinary JAX operations.
 
     Returns:
       `[m, n]`, summed in float32.
     """
-    # imported where it is used: it takes as long as half of jaxquant
+    # imported here, since it takes half as long as all of jaxquant
     from jax.experimental import pallas as pl
 
     rows, size = x.shape
@@ -144,7 +144,7 @@ def packed_product(
     tile = tile_size(size)
     layout = Layout.of(size, size // groups)
     assert layout is not None
-    # the halves of each byte are contracted apart, so the activation is split and not the weight
+    # halves of bytes are contracted separately, so the activation is split and not the weight
     split = x.reshape(rows, size // tile, 2, tile // 2).transpose(2, 0, 1, 3)
     split = split.reshape(2, rows, size // 2)
     split = jnp.pad(split, [(0, 0), (0, _up(rows, blocks.rows) - rows), (0, 0)])
@@ -154,7 +154,7 @@ def packed_product(
     out = pl.pallas_call(
         functools.partial(_body, layout=layout, chunk=blocks.chunk, fmt=fmt),
         out_shape=jax.ShapeDtypeStruct((split.shape[1], outs), dtype),
-        grid=grid,  # the same block of the weight for all rows: it is read once
+        grid=grid,  # rows vary fastest, so that each block of the weight is read once
         in_specs=[
             pl.BlockSpec((2, blocks.rows, layout.size), lambda n, m: (0, m, 0)),
             pl.BlockSpec((blocks.outs, layout.size), lambda n, m: (n, 0)),
@@ -169,13 +169,13 @@ def packed_product(
 
 
 def _body(x_ref: Any, codes_ref: Any, *refs: Any, layout: Layout, chunk: int, fmt: Format) -> None:
-    """One block of the result: chunks of the weight one after the other."""
+    """Computes one block of the result, chunk by chunk of the weight."""
     from jax.experimental import pallas as pl
 
     *grouped, out_ref = refs
     runs = max(1, chunk // layout.run)
     dtype = x_ref.dtype
-    # Mosaic would round float32 to bfloat16, and Triton to 19 bits
+    # by default Mosaic rounds float32 to bfloat16, and Triton to 19 bits
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     table = _table(fmt)
 
@@ -189,16 +189,16 @@ def _body(x_ref: Any, codes_ref: Any, *refs: Any, layout: Layout, chunk: int, fm
             first = c * runs + i if chunk >= layout.run else c // (layout.run // chunk)
             parts = []
             for half in (0, 1):
-                own = rows[half]
-                if runs > 1:  # a masked product costs no more than a part of a vector
-                    lane = lax.broadcasted_iota(jnp.int32, own.shape, 1)
-                    own = jnp.where(lane // layout.run == i, own, jnp.zeros_like(own))
+                masked = rows[half]
+                if runs > 1:  # a masked product costs no more than one of a slice of the vector
+                    lane = lax.broadcasted_iota(jnp.int32, masked.shape, 1)
+                    masked = jnp.where(lane // layout.run == i, masked, jnp.zeros_like(masked))
                 part = lax.dot_general(
-                    own, values[half], (((1,), (1,)), ((), ())),
+                    masked, values[half], (((1,), (1,)), ((), ())),
                     precision=precision, preferred_element_type=jnp.float32,
                 )  # fmt: skip
                 if len(grouped) == 2:
-                    ones = jnp.sum(own.astype(jnp.float32), axis=1, keepdims=True)
+                    ones = jnp.sum(masked.astype(jnp.float32), axis=1, keepdims=True)
                     part -= ones * grouped[1][half * layout.apart, pl.ds(first, 1), :]
                 parts.append(part)
             if not layout.apart:
@@ -213,32 +213,32 @@ def _body(x_ref: Any, codes_ref: Any, *refs: Any, layout: Layout, chunk: int, fm
 
 
 def _table(fmt: Format) -> tuple[float, ...]:
-    """What each of the 16 codes stands for."""
+    """The values of the 16 codes."""
     if fmt.codebook is not None:
         return fmt.codebook
     if fmt.is_integer:
         return tuple(float(c - 16 if c > fmt.qmax else c) for c in range(16))
     assert fmt.exponent_bits is not None and fmt.mantissa_bits is not None and fmt.bias is not None
-    found = []
+    values = []
     for code in range(16):
         exponent, mantissa = divmod(code & 7, 1 << fmt.mantissa_bits)
         size = (mantissa / (1 << fmt.mantissa_bits) + (exponent > 0)) * 2.0 ** (
             max(exponent, 1) - fmt.bias
         )
-        found.append(-size if code & 8 else size)
-    return tuple(found)
+        values.append(-size if code & 8 else size)
+    return tuple(values)
 
 
 def _values(codes: Array, table: tuple[float, ...]) -> Array:
-    """Values of codes 0 to 15 in float32: by arithmetic where that will do, else by selects."""
+    """Values of codes 0 to 15 in float32: of integers by arithmetic, else by selects."""
     if table[:8] == tuple(range(8)):
         signed = table[8] < 0
         return (((codes ^ 8) - 8) if signed else codes).astype(jnp.float32)
-    found: list[Any] = list(table)
+    values: list[Any] = list(table)
     for bit in range(4):
         odd = (codes & (1 << bit)) != 0
-        found = [jnp.where(odd, b, a) for a, b in zip(found[::2], found[1::2], strict=True)]
-    return found[0]
+        values = [jnp.where(odd, b, a) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
 
 
 def _compiler_params(platform: str) -> Any:
