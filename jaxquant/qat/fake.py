@@ -211,8 +211,10 @@ def _step(
 ) -> tuple[Any, QuantState]:
     """One step with a state: the result, and the next state."""
     recipe = state.layout.recipe
-    seen = {id(c): observations(c, recipe, "fake_quantized", part=True) for c in (call, frozen)}
-    for plan in seen.values():
+    observer_plans = {
+        id(c): observations(c, recipe, "fake_quantized", part=True) for c in (call, frozen)
+    }
+    for plan in observer_plans.values():
         unknown = [n for n in (plan.observed if plan else ()) if n not in state.ranges]
         if unknown:
             raise ValueError(
@@ -224,7 +226,7 @@ def _step(
         chosen = frozen if phase.frozen else call
 
         def run(state: QuantState) -> Any:
-            return _run(chosen, state.layout.plans, phase, state, seen[id(chosen)])
+            return _run(chosen, state.layout.plans, phase, state, observer_plans[id(chosen)])
 
         return run
 
@@ -267,7 +269,7 @@ def _run(
     plans: Sequence[Plan],
     phase: Phase,
     state: QuantState | None,
-    seen: Observations | None,
+    observer_plan: Observations | None,
 ) -> tuple[Any, dict[str, Any]]:
     """The result in one phase, and the states of its observers."""
     recipe = phase.recipe
@@ -280,11 +282,13 @@ def _run(
             if plan is not None and plan.spec is not None:
                 leaves[n] = trained(leaves[n], plan, recipe, state, phase.bits)
         inner = Train(recipe.attention, None if state is None else key_of(state))
-    if seen is None:
+    if observer_plan is None:
         return call.run(Interpreter(inner, call.param_paths), leaves), {}
-    slots = {name: statistics_slot(place.slot) for name, (place, _) in seen.observed.items()}
-    observers = {slots[name]: observer for name, (_, observer) in seen.observed.items()}
-    start = {name: entry.state for name, entry in seen.start().entries.items()}
+    slots = {
+        name: statistics_slot(place.slot) for name, (place, _) in observer_plan.observed.items()
+    }
+    observers = {slots[name]: observer for name, (_, observer) in observer_plan.observed.items()}
+    start = {name: entry.state for name, entry in observer_plan.start().entries.items()}
     values = SiteValues({slot: start[name] for name, slot in slots.items()}, updated=True)
     policy = Observe(inner, observers)
     out = call.run(Interpreter(policy, call.param_paths, values), leaves)

@@ -107,11 +107,11 @@ def state_for(
             constants[plan.path] = {k: v for k, v in arrays.items() if k in fixed}
 
     learned["activations"] = _activations(call, chosen, plans, where)
-    seen = observations(call, chosen, where, part=part)
+    observer_plan = observations(call, chosen, where, part=part)
     ranges: dict[str, Any] = {}
     sites: Seen = ()
     lead: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    if seen is not None:
+    if observer_plan is not None:
         stats = _observed(call, chosen, where, part=part)
         ranges = {name: entry.state for name, entry in stats.entries.items()}
         sites = stats.sites
@@ -119,8 +119,8 @@ def state_for(
         for plan in plans:
             if observes(plan):
                 keys = [site.key for site in plan.sites if site.primitive != "gather"]
-                seen_here = [entry for key in keys for entry in stats.get(key, {}).values()]
-                _require_layers(call, plan, {entry.lead for entry in seen_here}, where)
+                entries = [entry for key in keys for entry in stats.get(key, {}).values()]
+                _require_layers(call, plan, {entry.lead for entry in entries}, where)
     layout = Layout(chosen, plans, leaves_of(call), sites, lead, shapes_of(learned))
     return QuantState(
         learned, constants, ranges, jnp.zeros((), jnp.int32), _words(key, where), layout
@@ -137,7 +137,7 @@ def _observed(call: Call, recipe: Any, where: str, *, part: bool = False) -> Sta
         )
     plan = plan_of(call, recipe, where, part=part)
     start = plan.start()
-    states = {name: seen.state for name, seen in start.entries.items()}
+    states = {name: entry.state for name, entry in start.entries.items()}
     states = jax.jit(lambda s, leaves, consts: observed_call(plan, s, leaves, consts)[1])(
         states, call.leaves, call.consts
     )
@@ -145,7 +145,8 @@ def _observed(call: Call, recipe: Any, where: str, *, part: bool = False) -> Sta
         if not isinstance(state["bad"], jax.core.Tracer) and np.any(np.asarray(state["bad"])):
             raise ValueError(f"{where}: {name!r}: the example gives values that are not finite")
     entries = {
-        name: dataclasses.replace(seen, state=states[name]) for name, seen in start.entries.items()
+        name: dataclasses.replace(entry, state=states[name])
+        for name, entry in start.entries.items()
     }
     return dataclasses.replace(start, entries=entries, batches=jnp.ones((), jnp.int32))
 

@@ -132,12 +132,12 @@ def given(
         return spec, learned, plan.storage_last_axes
     # learned arrays are in the storage order of scales
     core, lead = leaf.shape[plan.batch_axes :], plan.batch_axes
-    stored, own = (
+    stored, original = (
         storage_layout(core, spec, m, "float32").axes for m in (plan.storage_last_axes, ())
     )
-    if set(stored) != set(own):
+    if set(stored) != set(original):
         return spec, learned, plan.storage_last_axes if learned else ()
-    order = [*range(lead), *(lead + stored.index(axes) for axes in own)]
+    order = [*range(lead), *(lead + stored.index(axes) for axes in original)]
     return spec, {name: jnp.transpose(a, order) for name, a in learned.items()}, ()
 
 
@@ -166,9 +166,9 @@ def activation_at(plan: Plan, state: QuantState, spec: QSpec) -> dict[str, Array
 def _range(plan: Plan, state: QuantState) -> Range:
     """The range observed at all sites of a leaf."""
     assert plan.rule is not None and plan.rule.observer is not None
-    seen = dict(state.layout.seen)
+    site_entries = dict(state.layout.seen)
     keys = [site.key for site in plan.sites if site.primitive != "gather"]
-    entries = dict.fromkeys(entry for key in keys for _, entry in seen.get(key, ()))
+    entries = dict.fromkeys(entry for key in keys for _, entry in site_entries.get(key, ()))
     states = [state.ranges[entry] for entry in entries]
     return lax.stop_gradient(_merged_range(plan.rule.observer, states))
 

@@ -71,7 +71,7 @@ class QuantState:
     layout: Layout = dataclasses.field(metadata={"static": True})
 
     def __repr__(self) -> str:
-        counts = {name: len(found) for name, found in self.learned.items()}
+        counts = {name: len(arrays) for name, arrays in self.learned.items()}
         made = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "nothing"
         step = self.step if jnp.ndim(self.step) or isinstance(self.step, jax.core.Tracer) else None
         at = "" if step is not None else f"step {self.step}, "
