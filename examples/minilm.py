@@ -70,11 +70,11 @@ PRESETS: dict[str, tuple[str, jq.Recipe]] = {
     ),
     "per_tensor": ("int8 / int8 static", jq.w8a8_static(attention=True)),
     "w8a16": ("int8 / float", jq.w8a16()),
-    "nf4": ("nf4 g64 / float", jq.nf4(group=64)),
+    "nf4": ("nf4 g64 / float", jq.Recipe(jq.nf4(group=64))),
     "w4a16": ("int4 g64 / float", jq.w4a16(group=64)),
     "w4a8": ("int4 g64 / int8", jq.w4a8(group=64)),
     "w8a8_fp8": ("float8 / float8", jq.w8a8_fp8()),
-    "mxfp4": ("mxfp4 / float", jq.mxfp4()),
+    "mxfp4": ("mxfp4 / float", jq.Recipe(jq.mxfp4())),
     "kmeans": (
         "palette4 / float",
         jq.Recipe(

@@ -273,7 +273,7 @@ def test_mistakes(trained: FakeQuantTensor) -> None:
         jq.nnx.convert(model)
     broken = nnx.clone(trained.fmodel)
     broken.quant.learned["weights"]["head/kernel"]["step"].set_value(jnp.full((4, 1), jnp.nan))
-    with pytest.raises(ValueError, match=r"what was learned is not finite"):
+    with pytest.raises(ValueError, match=r"the learned array is not finite"):
         jq.nnx.convert(broken)
     with pytest.raises(AttributeError, match=r"Net has no method 'norm'.*\.model\.norm"):
         _ = trained.fmodel.norm

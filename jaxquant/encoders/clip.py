@@ -122,8 +122,8 @@ def _check(spec: QSpec, ndim: int, moments: Moments) -> None:
         return
     if isinstance(gran, PerChannel) and gran.size == 1:
         named = (gran.axes,) if isinstance(gran.axes, int) else gran.axes or ()
-        kept = {a for a in range(-ndim, 0) if a not in moments.axes}
-        if {a % ndim - ndim for a in named} == kept:
+        others = {a for a in range(-ndim, 0) if a not in moments.axes}
+        if {a % ndim - ndim for a in named} == others:
             return
     raise ValueError(
         "clip: expected PerTensor(), PerChannel over all other axes (of size 1), or PerGroup over "

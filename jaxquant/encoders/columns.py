@@ -183,7 +183,7 @@ def _row(a: Array, j: Array) -> Array:
 
 
 def _grid_rows(grid: Grid, at: Array, size: int, total: int) -> Grid:
-    """`size` rows of a grid from row `at`; a grid that all rows share stays as it is."""
+    """`size` rows of a grid from row `at`; a grid shared by all rows is returned unchanged."""
 
     def part(a: Array | None) -> Array | None:
         if a is None or a.shape[0] != total:

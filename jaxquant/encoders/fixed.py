@@ -110,8 +110,8 @@ def scales_of_groups(
     """
     blank = storage_layout(shape, spec, storage_last_axes, "float32")
     rank = len(shape)
-    kept = [a for a in range(-rank, 0) if a not in axes and a not in batched]
-    have: list[int | None] = [*batched, None, *kept]  # None: the groups
+    others = [a for a in range(-rank, 0) if a not in axes and a not in batched]
+    have: list[int | None] = [*batched, None, *others]  # None: the groups
     count = s.shape[1]
     s = s.reshape([count if a is None else shape[a] for a in have])
     want: list[int | None] = [*(a for (a,) in blank.axes[:-1]), None]

@@ -1,7 +1,7 @@
 """A streaming histogram with a growing range, exact under merging.
 
 There are `bins` bins of width `w = 2 R / bins` over `(-R, R)`, and a cell for zero. `R = 2^e` is
-the least power of two above all magnitudes seen, so `w` is a power of two as well. Bin `m` above
+the least power of two above all observed magnitudes, so `w` is a power of two, too. Bin `m` above
 zero holds `m w <= x < (m + 1) w`, its mirror image `m w <= -x < (m + 1) w`. When `R` doubles, bins
 `2 m` and `2 m + 1` become the new bin `m`, exactly. So the counts depend only on the values, not on
 their order or sharding, and merged shards equal one pass bit for bit.

@@ -160,7 +160,7 @@ def absmax(axis: int | tuple[int, ...] | None = None) -> AbsMax:
     """Observes the largest magnitude: `range = [-max |x|, max |x|]`.
 
     Args:
-      axis: axes that have ranges of their own; `None`: one range per tensor.
+      axis: axes with separate ranges; `None`: one range per tensor.
 
     >>> x = jnp.array([[1.0, -2.0], [3.0, 0.5]])
     >>> observer = absmax(axis=-1)
@@ -174,7 +174,7 @@ def minmax(axis: int | tuple[int, ...] | None = None) -> MinMax:
     """Observes both ends: `range = [min(x, 0), max(x, 0)]`.
 
     Args:
-      axis: axes that have ranges of their own; `None`: one range per tensor.
+      axis: axes with separate ranges; `None`: one range per tensor.
 
     >>> x = jnp.array([1.0, -2.0, 3.0])
     >>> range = minmax().finish(minmax().update(minmax().init(x), x), QSpec("int8"))
@@ -193,7 +193,7 @@ def moving_average(decay: float = 0.9, axis: int | tuple[int, ...] | None = None
 
     Args:
       decay: `d`, at least 0 (the last batch alone) and less than 1.
-      axis: axes that have ranges of their own; `None`: one range per tensor.
+      axis: axes with separate ranges; `None`: one range per tensor.
 
     Raises:
       ValueError: `decay` outside that interval.

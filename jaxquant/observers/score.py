@@ -51,7 +51,7 @@ def score(state: Mapping[str, Any], range: Range, spec: QSpec) -> Score:
 
     Rounding and clipping noise assume values spread evenly within each bin. So the clipped
     fraction is wrong by at most the mass of the two bins in which clipping begins. The ratio of
-    smooth data is within 0.3 dB of the true one, as tested; it ignores that data may lie on a grid.
+    smooth data is within 0.3 dB of the true one, as tested; data on a grid are scored as if spread.
 
     Args:
       state: of `histogram`, `profile` or another observer with a histogram, per tensor.

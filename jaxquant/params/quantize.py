@@ -99,7 +99,7 @@ def apply_recipe(
     ends = last_uses(plans, leaves) if donate else {}
 
     done: dict[Any, tuple[str, Encoded]] = {}
-    seen: dict[Any, str] = {}
+    first_paths: dict[Any, str] = {}
     out, reports = list[Any](), list[tuple[Plan, Any, Any, str | None]]()
     infos: list[Info | None] = []
     for n, (plan, (path, leaf)) in enumerate(zip(plans, leaves, strict=True)):
@@ -107,7 +107,7 @@ def apply_recipe(
         info, shared = None, None
         if plan.spec is None or plan.rule is None:
             out.append(leaf)
-            shared = seen.get(array)
+            shared = first_paths.get(array)
         else:
             how = (array, plan.spec, plan.storage_last_axes, plan.batch_axes, plan.rule)
             rule, result = plan.rule, finished.get(path)
@@ -130,7 +130,7 @@ def apply_recipe(
             out.append(first.q)
             if ends.get(array) == n:
                 consume(leaf, [result.q for how, (_, result) in done.items() if how[0] == array])
-        seen.setdefault(array, path)
+        first_paths.setdefault(array, path)
         infos.append(info)
         reports.append((plan, leaf, out[-1], shared))
     measured = ratios(infos)
@@ -151,10 +151,10 @@ def _check_late(
     late: set[str], chosen: list[tuple[Plan, Any]], infos: Mapping[str, Info | None]
 ) -> None:
     """Checks the leaves with unknown or NaN sums for non-finite values."""
-    found = [(p.path, x, infos[p.path]) for p, x in chosen if p.path in late]
-    known = [None if i is None or isinstance(i.signal, jax.core.Tracer) else i for *_, i in found]
+    leaves = [(p.path, x, infos[p.path]) for p, x in chosen if p.path in late]
+    known = [None if i is None or isinstance(i.signal, jax.core.Tracer) else i for *_, i in leaves]
     sums = jax.device_get([None if i is None else i.signal for i in known])
-    check_finite([(p, x) for (p, x, _), s in zip(found, sums, strict=True) if s is None or s != s])
+    check_finite([(p, x) for (p, x, _), s in zip(leaves, sums, strict=True) if s is None or s != s])
 
 
 def check_finite(leaves: list[tuple[str, Any]]) -> None:
@@ -172,9 +172,9 @@ def check_finite(leaves: list[tuple[str, Any]]) -> None:
         answers = jax.device_get([_count_bad(x) for _, x in suspects])
     bad = [(p, x, int(n)) for (p, x), n in zip(suspects, answers, strict=True) if n]
     if bad:
-        found = ", ".join(f"{shown(p)} ({n} of {math.prod(x.shape)} values)" for p, x, n in bad[:5])
+        names = ", ".join(f"{shown(p)} ({n} of {math.prod(x.shape)} values)" for p, x, n in bad[:5])
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise ValueError(f"expected finite weights, got NaN or infinity in {found}{more}")
+        raise ValueError(f"expected finite weights, got NaN or infinity in {names}{more}")
 
 
 @jax.jit

@@ -65,7 +65,7 @@ def combine(trainable: Any, quantized: Any) -> Any:
 
     def pick(path: tuple[Any, ...], a: Any, b: Any) -> Any:
         if a is not None and b is not None:
-            raise ValueError(f"{path_str(path)}: both trees have this leaf, expected one to")
+            raise ValueError(f"{path_str(path)}: both trees have this leaf, expected only one")
         return b if a is None else a
 
     return jax.tree.map_with_path(

@@ -1,4 +1,4 @@
-"""Quantization-aware training: float params, computed with as they will be served."""
+"""Quantization-aware training: float params, rounded in each step as they will be served."""
 
 from jaxquant.qat.convert import convert
 from jaxquant.qat.fake import fake_quantized

@@ -1,4 +1,4 @@
-"""`convert`: what was trained, as it is served."""
+"""`convert`: trained float params to quantized params."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def convert(
     *,
     schedule: Schedule | None = None,
 ) -> Any:
-    """The params that `quantized(fn)` takes, of float params trained with `fake_quantized(fn)`.
+    """Converts float params trained with `fake_quantized(fn)` to params for `quantized(fn)`.
 
-    Codes, scales, zero points and codebooks are those that training computes with at this state, so
-    that `quantized(fn)` gives what `fake_quantized(fn, recipe)` gives with it. With a schedule that
-    holds from its last phase on.
+    Codes, scales, zero points and codebooks are those that training computes with this state, so
+    that `quantized(fn)` and `fake_quantized(fn, recipe)` give the same result. With a schedule,
+    this holds from its last phase on.
 
     Args:
       params: the trained float params.
-      quant_state: the state that they were trained with.
-      recipe: the recipe that they were trained by.
-      schedule: the schedule of training, to make sure that it has come to its end.
+      quant_state: their training state.
+      recipe: their training recipe.
+      schedule: the schedule of training, to check that its last phase has begun.
 
     Returns:
-      The params with `QTensor`s in place of what the recipe quantizes.
+      The params with `QTensor`s for the leaves that the recipe quantizes.
 
     Raises:
-      ValueError: the state was made for another recipe or other params; a param, or something
-        learned, is not finite; the schedule has not come to its last phase.
+      ValueError: the state was made for another recipe or other params; a param or a learned array
+        is not finite; the last phase of the schedule has not begun.
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> fn, recipe = lambda p, x: x @ p["w"], jq.w8a8()
@@ -95,29 +95,29 @@ def _check_phase(state: QuantState, recipe: Recipe, schedule: Schedule | None, w
     last = schedule.phases(recipe)[-1].start
     if int(state.step) < last:
         raise ValueError(
-            f"{where}: at step {int(state.step)} the schedule computes otherwise than the recipe "
+            f"{where}: at step {int(state.step)} the schedule does not yet round as the recipe "
             f"says; its last phase begins at step {last}"
         )
 
 
 def _own(state: QuantState, path: str) -> bool:
-    """Whether something was learned for this leaf, which one tied to it lacks."""
+    """Whether the state has values for this leaf, which a leaf tied to it lacks."""
     learned = (*state.learned.values(), state.constants)
-    return bool(state.ranges) or any(path in found for found in learned)
+    return bool(state.ranges) or any(path in arrays for arrays in learned)
 
 
 def _check_learned(state: QuantState, where: str) -> None:
     for path, leaf in jax.tree.leaves_with_path(state.learned):
         if not isinstance(leaf, jax.core.Tracer) and not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(
-                f"{where}: {path_str(path)}: what was learned is not finite; take the state of an "
+                f"{where}: {path_str(path)}: the learned array is not finite; take the state of an "
                 "earlier step"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class _AsTrained(Encoder):
-    """The encoder of one leaf: codes as training makes them."""
+    """The encoder of one leaf: codes as in training."""
 
     plan: Plan
     recipe: Recipe
@@ -133,7 +133,7 @@ class _AsTrained(Encoder):
         batch_axes: int = 0,
         stats: Any = None,
     ) -> tuple[QTensor, Info]:
-        """Encodes `w`; all else is known from the plan."""
+        """Encodes `w` by the plan; the other arguments are ignored."""
         with automatic(self.state) as state:
             q = encoded(w, self.plan, self.recipe, state)
         return q, measure(w, q)

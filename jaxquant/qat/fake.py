@@ -1,4 +1,4 @@
-"""`fake_quantized`: a function in training, its params float and its contractions on codes."""
+"""`fake_quantized`: a function for training, with float params and contractions on codes."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ def fake_quantized(
     schedule: Schedule | None = None,
     frozen: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """The function that computes `fn` with float params as it will be served quantized.
+    """Makes `fn` compute with float params as it will be served quantized.
 
-    Params and activations are rounded as the recipe's rules say, and contractions run on their
-    codes: those that `quantized(fn)` runs with the params that `convert` makes, on the same codes
-    and scales of weights. Float steps between them are the same, too, but XLA may round them
-    otherwise in another program. Gradients pass each rounding straight through, or as the rules'
-    estimators have it, to the float params. It works under `jit`, `grad`, `vmap` and in any loop.
+    Params and activations are rounded by the recipe's rules, and contractions run on their codes:
+    the same contractions, on the same codes and scales of weights, as in `quantized(fn)` with the
+    params that `convert` makes. Float operations between them are the same, too, but XLA may round
+    them differently in another program. Gradients pass each rounding straight through, or by the
+    rules' estimators, to the float params. Works under `jit`, `grad`, `vmap` and in any loop.
 
-    The signature is `fn`'s own, with one more keyword, `quant_state`: what `init_quant_state` made
-    for rules with observers, with estimators that learn, or with gradients rounded at random. With
-    it, the result is `(what fn returns, the state after it)`; ranges in the result's state take
-    this call's activations in, while the call itself uses them as they came.
+    The signature is that of `fn`, with one more keyword, `quant_state`: the result of
+    `init_quant_state`, for rules with observers, estimators that learn, or gradients rounded at
+    random. With it, the result is `(result of fn, next state)`. The call uses the ranges of the
+    state passed in; the ranges of the next state include the activations of this call.
 
     Args:
-      fn: any traceable function; params are its first argument, float.
+      fn: any traceable function; its first argument is the float params.
       recipe: the rules.
-      schedule: what changes in the course of training.
-      frozen: `fn` with BatchNorm on running statistics, from `schedule.freeze_batchnorm` on; it
-        returns what `fn` returns.
+      schedule: changes in the course of training.
+      frozen: `fn` with BatchNorm on running statistics, used from `schedule.freeze_batchnorm` on;
+        its result has the structure of that of `fn`.
 
     Raises:
-      ValueError: at the call: a rule needs a state and there is none, or it was made for another
-        recipe or other params; as `jaxquant.quantize_params`. At once: `recipe` or `schedule` is
-        none, or they do not go together.
+      ValueError: at the call: a rule needs a state and there is none, or the state was made for
+        another recipe or other params; as `jaxquant.quantize_params`. At once: `recipe` or
+        `schedule` has the wrong type, or they do not fit each other.
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> fn = lambda p, x: x @ p["w"]
@@ -120,7 +120,7 @@ def _phases(
 
 
 def require_trainable(recipe: Recipe, where: str) -> None:
-    """Raises for what rules say that cannot be trained with."""
+    """Raises for rules that training does not support."""
     for rule in recipe:
         if rule.requantize is not None:
             raise ValueError(
@@ -151,17 +151,17 @@ def require_trainable(recipe: Recipe, where: str) -> None:
 
 
 def require_float(call: Call, where: str) -> None:
-    """Raises where some parameter is quantized already."""
+    """Raises if a parameter is already quantized."""
     for leaf, path in zip(call.leaves, call.paths, strict=True):
         if path is not None and is_qtensor(leaf):
             raise ValueError(
                 f"{where}: {shown(path)}: expected float params, got {leaf!r}; "
-                "training holds float params, convert makes quantized ones of them"
+                "train float params, then quantize them with jaxquant.convert"
             )
 
 
 def plans_of(call: Call, recipe: Recipe) -> tuple[Plan, ...]:
-    """What is done with each leaf of the params of a traced call."""
+    """The plan for each params leaf of a traced call."""
     leaves = [(p, x) for p, x in zip(call.paths, call.leaves, strict=True) if p is not None]
     return tuple(make_plans(leaves, recipe, sites_of(call))[0])
 
@@ -196,7 +196,7 @@ def _require_alike(call: Call, other: Call, where: str) -> None:
 def observations(
     call: Call, recipe: Recipe, where: str, *, part: bool = False
 ) -> Observations | None:
-    """What a recipe's observers see of a traced call, perhaps of a part; `None` if it has none."""
+    """The plan of a recipe's observers for a traced call, perhaps a part; `None` without any."""
     if all(rule.observer is None for rule in recipe):
         return None
     return plan_of(call, recipe, where, part=part)
@@ -209,22 +209,24 @@ def _step(
     schedule: Schedule | None,
     state: QuantState,
 ) -> tuple[Any, QuantState]:
-    """One use of a state: the result, and the state after it."""
+    """One step with a state: the result, and the next state."""
     recipe = state.layout.recipe
-    seen = {id(c): observations(c, recipe, "fake_quantized", part=True) for c in (call, frozen)}
-    for found in seen.values():
-        unknown = [n for n in (found.observed if found else ()) if n not in state.ranges]
+    observer_plans = {
+        id(c): observations(c, recipe, "fake_quantized", part=True) for c in (call, frozen)
+    }
+    for plan in observer_plans.values():
+        unknown = [n for n in (plan.observed if plan else ()) if n not in state.ranges]
         if unknown:
             raise ValueError(
-                f"fake_quantized: the call observes {unknown[0]!r}, of which the state has no "
+                f"fake_quantized: the call observes {unknown[0]!r}, for which the state has no "
                 "range; make the state with an example of this call"
             )
 
     def branch(phase: Phase) -> Callable[[QuantState], Any]:
-        own = frozen if phase.frozen else call
+        chosen = frozen if phase.frozen else call
 
         def run(state: QuantState) -> Any:
-            return _run(own, state.layout.plans, phase, state, seen[id(own)])
+            return _run(chosen, state.layout.plans, phase, state, observer_plans[id(chosen)])
 
         return run
 
@@ -248,8 +250,8 @@ def _merged(state: QuantState, name: str, now: Any, freeze: int | None) -> Any:
     after = observer.merge(before, lax.stop_gradient(now))
     if freeze is None:
         return after
-    kept = state.step >= freeze
-    return jax.tree.map(lambda a, b: jnp.where(kept, a, b), before, after)
+    is_frozen = state.step >= freeze
+    return jax.tree.map(lambda a, b: jnp.where(is_frozen, a, b), before, after)
 
 
 def _observer(state: QuantState, name: str) -> Any:
@@ -267,24 +269,26 @@ def _run(
     plans: Sequence[Plan],
     phase: Phase,
     state: QuantState | None,
-    seen: Observations | None,
+    observer_plan: Observations | None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The result in one phase, and what observers have seen in it."""
+    """The result in one phase, and the states of its observers."""
     recipe = phase.recipe
     leaves = list(call.leaves)
     inner: Policy = InFloat()
     if recipe is not None:
-        own = {plan.path: plan for plan in plans}
+        by_path = {plan.path: plan for plan in plans}
         for n, path in enumerate(call.paths):
-            plan = None if path is None else own.get(path)
+            plan = None if path is None else by_path.get(path)
             if plan is not None and plan.spec is not None:
                 leaves[n] = trained(leaves[n], plan, recipe, state, phase.bits)
         inner = Train(recipe.attention, None if state is None else key_of(state))
-    if seen is None:
+    if observer_plan is None:
         return call.run(Interpreter(inner, call.param_paths), leaves), {}
-    slots = {name: statistics_slot(place.slot) for name, (place, _) in seen.observed.items()}
-    observers = {slots[name]: observer for name, (_, observer) in seen.observed.items()}
-    start = {name: entry.state for name, entry in seen.start().entries.items()}
+    slots = {
+        name: statistics_slot(place.slot) for name, (place, _) in observer_plan.observed.items()
+    }
+    observers = {slots[name]: observer for name, (_, observer) in observer_plan.observed.items()}
+    start = {name: entry.state for name, entry in observer_plan.start().entries.items()}
     values = SiteValues({slot: start[name] for name, slot in slots.items()}, updated=True)
     policy = Observe(inner, observers)
     out = call.run(Interpreter(policy, call.param_paths, values), leaves)

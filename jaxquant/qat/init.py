@@ -35,10 +35,10 @@ def init_quant_state(
     kwargs: Mapping[str, Any] | None = None,
     key: Array | None = None,
 ) -> QuantState:
-    """What training `fn` by a recipe keeps beside its params, as it is at the start.
+    """The initial state for training `fn` by a recipe.
 
-    `fn(params, *args)` is run once in float: steps of activations, and the ranges that observers
-    follow, start from what it shows. Steps of weights start from the weights.
+    `fn(params, *args)` runs once in float: learned steps of activations and observed ranges
+    start from its activations. Learned steps of weights start from the weights.
 
     Args:
       fn: any traceable function whose first argument is a params pytree.
@@ -49,8 +49,8 @@ def init_quant_state(
       key: PRNG key for gradients that are rounded at random; by default `jax.random.key(0)`.
 
     Raises:
-      ValueError: `recipe` is none, or says what cannot be trained; a weight, or an activation of
-        the example, is not finite; as `jaxquant.quantize_params`.
+      ValueError: `recipe` is not a recipe, or training does not support it; a weight, or an
+        activation of the example, is not finite; as `jaxquant.quantize_params`.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> rule = jq.Rule("**", weights=jq.int4(), weight_estimator=jq.ste.lsq())
@@ -85,7 +85,7 @@ def state_for(
             continue
         estimator = weight_estimator(plan)
         try:
-            made = estimator.init(
+            arrays = estimator.init(
                 jnp.asarray(weights[plan.path]),
                 plan.spec,
                 storage_last_axes=plan.storage_last_axes,
@@ -100,11 +100,11 @@ def state_for(
             constants[plan.path] = {k: v for k, v in made.items() if k in fixed}
 
     learned["activations"] = _activations(call, chosen, plans, where)
-    seen = observations(call, chosen, where, part=part)
+    observer_plan = observations(call, chosen, where, part=part)
     ranges: dict[str, Any] = {}
     sites: Seen = ()
     lead: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    if seen is not None:
+    if observer_plan is not None:
         stats = _observed(call, chosen, where, part=part)
         ranges = {name: entry.state for name, entry in stats.entries.items()}
         sites = stats.sites
@@ -112,8 +112,8 @@ def state_for(
         for plan in plans:
             if observes(plan):
                 keys = [site.key for site in plan.sites if site.primitive != "gather"]
-                seen_here = [entry for key in keys for entry in stats.get(key, {}).values()]
-                _require_layers(call, plan, {entry.lead for entry in seen_here}, where)
+                entries = [entry for key in keys for entry in stats.get(key, {}).values()]
+                _require_layers(call, plan, {entry.lead for entry in entries}, where)
     layout = Layout(chosen, plans, leaves_of(call), sites, lead, shapes_of(learned))
     return QuantState(
         learned, constants, ranges, jnp.zeros((), jnp.int32), _words(key, where), layout
@@ -121,16 +121,16 @@ def state_for(
 
 
 def _observed(call: Call, recipe: Any, where: str, *, part: bool = False) -> Statistics:
-    """What observers see of one call; concrete unless the call is traced."""
+    """The observers' statistics of one call; concrete unless the call is traced."""
     shapes = [x for x in call.leaves if isinstance(x, jax.ShapeDtypeStruct)]
     if shapes:
         raise ValueError(
-            f"{where}: example: expected arrays, since activations start from what it shows, "
+            f"{where}: example: expected arrays, since activation ranges start from their values, "
             f"got {shapes[0]}"
         )
     plan = plan_of(call, recipe, where, part=part)
     start = plan.start()
-    states = {name: seen.state for name, seen in start.entries.items()}
+    states = {name: entry.state for name, entry in start.entries.items()}
     states = jax.jit(lambda s, leaves, consts: observed_call(plan, s, leaves, consts)[1])(
         states, call.leaves, call.consts
     )
@@ -138,7 +138,8 @@ def _observed(call: Call, recipe: Any, where: str, *, part: bool = False) -> Sta
         if not isinstance(state["bad"], jax.core.Tracer) and np.any(np.asarray(state["bad"])):
             raise ValueError(f"{where}: {name!r}: the example gives values that are not finite")
     entries = {
-        name: dataclasses.replace(seen, state=states[name]) for name, seen in start.entries.items()
+        name: dataclasses.replace(entry, state=states[name])
+        for name, entry in start.entries.items()
     }
     return dataclasses.replace(start, entries=entries, batches=jnp.ones((), jnp.int32))
 
@@ -146,7 +147,7 @@ def _observed(call: Call, recipe: Any, where: str, *, part: bool = False) -> Sta
 def _activations(
     call: Call, recipe: Recipe, plans: tuple[Plan, ...], where: str
 ) -> dict[str, dict[str, Array]]:
-    """Learned steps of activations, from the moments that the example shows."""
+    """Initial learned steps of activations, from the moments of the example."""
     learners = {plan.path: plan for plan in plans if learns_activations(plan) is not None}
     if not learners:
         return {}
@@ -161,7 +162,7 @@ def _activations(
         if rule.skip or rule.weights is not None or rule.lookup is not None
     ]
     stats = _observed(call, Recipe(rules), where, part=True)
-    found = {}
+    steps = {}
     for path, plan in learners.items():
         keys = [site.key for site in plan.sites if site.primitive != "gather"]
         states = [entry.state for key in keys for entry in stats.get(key, {}).values()]
@@ -174,25 +175,25 @@ def _activations(
         assert estimator is not None and plan.rule is not None
         spec = plan.rule.activations
         assert spec is not None
-        found[path] = estimator.init_activation(moments(total), spec)
-    return found
+        steps[path] = estimator.init_activation(moments(total), spec)
+    return steps
 
 
 def _require_layers(call: Call, plan: Plan, leads: set[tuple[int, ...]], where: str) -> None:
-    """Raises unless activations were seen once for each layer of a leaf."""
+    """Raises unless activations were observed once for each layer of a leaf."""
     leaf = next(x for p, x in zip(call.paths, call.leaves, strict=True) if p == plan.path)
     layers = tuple(jnp.shape(leaf)[: plan.batch_axes])
     if leads != {layers}:
         got = " and ".join(str(list(lead)) for lead in sorted(leads)) or "none"
         raise ValueError(
             f"{where}: {shown(plan.path)}: expected activations for layers {list(layers)}, got "
-            f"{got}; a parameter that is cut or reshaped before a scan has its activations "
-            "rounded at run time: leave observer and activation_estimator out of its rule"
+            f"{got}; if a parameter is sliced or reshaped before a scan, ranges of its activations "
+            "are found at run time: leave observer and activation_estimator out of its rule"
         )
 
 
 def _words(key: Any, where: str) -> Array:
-    """Key data of our own, of a key of any kind."""
+    """Key data, uint32 `[2]`, from a PRNG key of any implementation."""
     if key is None:
         return jnp.zeros(2, jnp.uint32)
     typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -209,7 +210,7 @@ def _learns(rule: Rule) -> bool:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class _Summing(Axis):
-    """The observer that gathers moments: counts and sums, in units of the largest magnitude."""
+    """The observer that accumulates moments: running means, the range and the count."""
 
     name: ClassVar[str] = "moments"
 
@@ -220,7 +221,7 @@ class _Summing(Axis):
         return {**sums, **no_updates()}
 
     def update(self, state: State, x: Array) -> State:
-        """Averages over all values so far."""
+        """Updates the means over all values so far."""
         x = x.astype(jnp.float32)
         finite = jnp.isfinite(everywhere(jnp.max(magnitude(x), initial=0.0)))
         one = {
@@ -234,11 +235,11 @@ class _Summing(Axis):
             "bad": jnp.int32(0),
         }
         new = self.merge(state, one)
-        kept = {k: jnp.where(finite, new[k], v) for k, v in state.items()}
-        return {**kept, **counted(state, finite)}
+        accepted = {k: jnp.where(finite, new[k], v) for k, v in state.items()}
+        return {**accepted, **counted(state, finite)}
 
     def merge(self, a: State, b: State) -> State:
-        """The averages of both."""
+        """The means over both, weighted by their counts."""
         count = a["count"] + b["count"]
         share = b["count"] / jnp.maximum(count, 1.0)
         new = {k: a[k] + (b[k] - a[k]) * share for k in ("mean_abs", "mean", "mean_square")}
@@ -247,12 +248,12 @@ class _Summing(Axis):
         return {**new, "count": count, **counted_both(a, b)}
 
     def finish(self, state: State, spec: Any) -> Any:
-        """Not a range."""
+        """Unsupported: moments are not a range."""
         raise NotImplementedError
 
 
 def moments(state: State) -> Moments:
-    """What estimators begin from; see `jaxquant.ste.Moments`."""
+    """The moments that estimators start from; see `jaxquant.ste.Moments`."""
     variance = jnp.maximum(state["mean_square"] - state["mean"] ** 2, 0.0)
     return Moments(
         state["mean_abs"], state["mean"], jnp.sqrt(variance), state["low"], state["high"]

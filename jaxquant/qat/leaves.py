@@ -1,4 +1,4 @@
-"""From float params and a state to codes: the one place that training and serving share."""
+"""Codes from float params and a state: the code that training and `convert` share."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from jaxquant.ste import Estimator, straight_through
 
 
 def weight_estimator(plan: Plan) -> Estimator:
-    """How gradients pass the rounding of a leaf."""
-    given = plan.rule.weight_estimator if plan.rule is not None else None
-    if given is None or plan.spec is None:
+    """The estimator by which gradients pass the rounding of a leaf."""
+    estimator = plan.rule.weight_estimator if plan.rule is not None else None
+    if estimator is None or plan.spec is None:
         return straight_through()
-    if "codebook" in given.learns and _looked_up_otherwise(plan):
+    if "codebook" in estimator.learns and _looked_up_otherwise(plan):
         return straight_through()
-    return given
+    return estimator
 
 
 def _looked_up_otherwise(plan: Plan) -> bool:
-    """Whether a leaf has no codebook while its rule's weights have: it has a spec of its own."""
+    """Whether a leaf has a spec without codebook, while its rule's weights have a codebook."""
     weights = None if plan.rule is None else plan.rule.weights
     if plan.spec is None or weights is None:
         return False
@@ -49,16 +49,16 @@ def _looked_up_otherwise(plan: Plan) -> bool:
 
 
 def learns_activations(plan: Plan) -> Estimator | None:
-    """What learns the range of what a leaf is contracted with, if anything does."""
+    """The estimator that learns the range of a leaf's inputs, if any."""
     rule = plan.rule
     if plan.spec is None or rule is None or rule.activations is None:
         return None
-    given = rule.activation_estimator
-    return given if given is not None and given.learns and contracted(plan) else None
+    estimator = rule.activation_estimator
+    return estimator if estimator is not None and estimator.learns and contracted(plan) else None
 
 
 def observes(plan: Plan) -> bool:
-    """Whether the range of what a leaf is contracted with is observed."""
+    """Whether the range of a leaf's inputs is observed."""
     rule = plan.rule
     if plan.spec is None or rule is None or rule.activations is None or not contracted(plan):
         return False
@@ -66,7 +66,7 @@ def observes(plan: Plan) -> bool:
 
 
 def contracted(plan: Plan) -> bool:
-    """Whether a leaf takes part in a contraction, and not in lookups alone."""
+    """Whether a leaf takes part in a contraction, not only in lookups."""
     return any(site.primitive != "gather" for site in plan.sites)
 
 
@@ -79,16 +79,16 @@ def encoded(
     *,
     turned: bool = True,
 ) -> QTensor:
-    """The codes of a leaf as they are served; traced or not.
+    """The codes of a leaf as they are served; traceable.
 
     Args:
       leaf: the float array.
-      plan: what is done with it.
-      recipe: the whole recipe.
-      state: what belongs to it; `None` where nothing does.
-      bits: the least bits of integer formats, see `Schedule`.
-      turned: store contracted axes last, which serves few rows; else what makes no difference to
-        sums stays as it lies: integers that meet integers, in whole bytes.
+      plan: its plan.
+      recipe: the full recipe.
+      state: the training state; `None` if the rule needs none.
+      bits: minimum bits of integer formats, see `Schedule`.
+      turned: store contracted axes last, which is faster for few rows. If false, codes whose sums
+        are exact in any order (unpacked integers, contracted with integers) keep the leaf's axes.
     """
     assert plan.rule is not None
     spec, learned, storage_last_axes = given(leaf, plan, state, bits, turned)
@@ -101,7 +101,7 @@ def encoded(
 
 
 def with_grid(q: QTensor, plan: Plan, state: QuantState | None) -> QTensor:
-    """The codes of a leaf with the grid of what it is contracted with, where that is known."""
+    """The codes of a leaf with the grid of its inputs, if that is static."""
     spec = q.contraction.activations
     grid = None if state is None or spec is None else grid_for(plan, state, spec)
     if grid is None:
@@ -110,7 +110,7 @@ def with_grid(q: QTensor, plan: Plan, state: QuantState | None) -> QTensor:
 
 
 def at_bits(plan: Plan, state: QuantState | None, bits: int) -> tuple[QSpec, dict[str, Array]]:
-    """A leaf's spec, and what is learned with it, at so many bits."""
+    """A leaf's spec with at least `bits` bits, and its learned arrays, rescaled to that spec."""
     assert plan.spec is not None
     learned = {} if state is None else state.of_weight(plan.path)
     spec = wide(plan.spec, bits)
@@ -123,26 +123,26 @@ def at_bits(plan: Plan, state: QuantState | None, bits: int) -> tuple[QSpec, dic
 def given(
     leaf: Array, plan: Plan, state: QuantState | None, bits: int, turned: bool
 ) -> tuple[QSpec, dict[str, Array], tuple[int, ...]]:
-    """Spec, what is learned, and axes to store last, for `encode`; `turned` as for `encoded`."""
+    """Spec, learned arrays and axes to store last, for `encode`; `turned` as in `encoded`."""
     assert plan.rule is not None
     spec, learned = at_bits(plan, state, bits)
     activations = wide(plan.rule.activations, bits)
     exact = spec.format.is_integer and activations is not None and activations.format.is_integer
     if turned or not exact or spec.format.packed:
         return spec, learned, plan.storage_last_axes
-    # what is learned lies as scales are stored
+    # learned arrays are in the storage order of scales
     core, lead = leaf.shape[plan.batch_axes :], plan.batch_axes
-    stored, own = (
+    stored, original = (
         storage_layout(core, spec, m, "float32").axes for m in (plan.storage_last_axes, ())
     )
-    if set(stored) != set(own):
+    if set(stored) != set(original):
         return spec, learned, plan.storage_last_axes if learned else ()
-    order = [*range(lead), *(lead + stored.index(axes) for axes in own)]
+    order = [*range(lead), *(lead + stored.index(axes) for axes in original)]
     return spec, {name: jnp.transpose(a, order) for name, a in learned.items()}, ()
 
 
 def grid_for(plan: Plan, state: QuantState, spec: QSpec) -> QuantParams | None:
-    """The grid of what a leaf is contracted with, `[*layers]`; `None` where it is dynamic."""
+    """The grid of a leaf's inputs, `[*layers]`; `None` if it is dynamic."""
     estimator = learns_activations(plan)
     if estimator is not None:
         learned = lax.stop_gradient(activation_at(plan, state, spec))
@@ -154,7 +154,7 @@ def grid_for(plan: Plan, state: QuantState, spec: QSpec) -> QuantParams | None:
 
 
 def activation_at(plan: Plan, state: QuantState, spec: QSpec) -> dict[str, Array]:
-    """What is learned of an activation, for a spec of perhaps other bits than the rule's."""
+    """The learned arrays of an activation, rescaled if `spec` has other bits than the rule's."""
     estimator = learns_activations(plan)
     assert estimator is not None and plan.rule is not None and plan.rule.activations is not None
     learned = state.of_activation(plan.path)
@@ -166,36 +166,36 @@ def activation_at(plan: Plan, state: QuantState, spec: QSpec) -> dict[str, Array
 def _range(plan: Plan, state: QuantState) -> Range:
     """The range observed at all sites of a leaf."""
     assert plan.rule is not None and plan.rule.observer is not None
-    seen = dict(state.layout.seen)
+    site_entries = dict(state.layout.seen)
     keys = [site.key for site in plan.sites if site.primitive != "gather"]
-    entries = dict.fromkeys(entry for key in keys for _, entry in seen.get(key, ()))
+    entries = dict.fromkeys(entry for key in keys for _, entry in site_entries.get(key, ()))
     states = [state.ranges[entry] for entry in entries]
     return lax.stop_gradient(_merged_range(plan.rule.observer, states))
 
 
-# Compiled by itself, so that ranges found outside of a program are those found within one.
+# Compiled separately, so that ranges are equal inside and outside of a compiled function.
 @functools.partial(jax.jit, static_argnums=0)
 def _merged_range(observer: Any, states: list[dict[str, Any]]) -> Range:
-    found: Range = observer.range(functools.reduce(observer.merge, states))
-    return found
+    merged: Range = observer.range(functools.reduce(observer.merge, states))
+    return merged
 
 
 def trained(
     leaf: Array, plan: Plan, recipe: Recipe, state: QuantState | None, bits: int = 0
 ) -> FakeQuantTensor:
-    """A leaf as training computes with it: its codes, and the floats that gradients go to."""
+    """A leaf for training: its codes, and the float values that receive gradients."""
     assert plan.rule is not None
     q = with_grid(encoded(leaf, plan, recipe, state, bits, turned=False), plan, state)
     _, learned, _ = given(leaf, plan, state, bits, turned=False)
     if learned and not weight_estimator(plan).constants:
-        # given steps, codes tell nothing of values that are not finite
+        # with learned steps, codes do not show non-finite values
         sound = jnp.isfinite(jnp.max(magnitude(lax.stop_gradient(leaf)), initial=0.0))
         q = dataclasses.replace(q, scale=_unless(sound & _finite(learned), q.scale))
-    # codes are computed once, and not anew in everything that reads them
+    # codes are computed once, instead of in every operation that reads them
     q = lax.optimization_barrier(q)
     estimator = weight_estimator(plan)
     if estimator == straight_through() and (q.spec.format.min < 0 or not q.spec.symmetric):
-        estimator = straight_through(clip=False)  # scales are those of this leaf: none is outside
+        estimator = straight_through(clip=False)  # scales come from this leaf: nothing clips
     values = estimator.values(leaf, learned, q)
     fields = {f.name: getattr(q, f.name) for f in dataclasses.fields(QTensor)}
     activation = None
@@ -212,13 +212,13 @@ def trained(
 
 
 def _finite(learned: dict[str, Array], lead: int = 0) -> Array:
-    """Whether all that is learned is finite, apart for each of `lead` leading axes."""
+    """Whether all learned arrays are finite, for each index of `lead` leading axes."""
     ok = [jnp.isfinite(a).all(axis=tuple(range(lead, a.ndim))) for a in learned.values()]
     return functools.reduce(jnp.logical_and, ok)
 
 
 def _unless(sound: Array, scale: Array) -> Array:
-    """Scales, NaN where something is not sound, so that it is seen in the result."""
+    """Scales, or NaN where not `sound`, so that results show it."""
     return jnp.where(sound, scale, jnp.asarray(jnp.nan, scale.dtype))
 
 

@@ -1,4 +1,4 @@
-"""`fake_quant_params`: weights alone, as a transform of a pytree."""
+"""`fake_quant_params`: rounds weights only, as a transform of a pytree."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def fake_quant_params(
     sites: Sites | None = None,
     quant_state: QuantState | None = None,
 ) -> Any:
-    """The params tree with weights as they are once rounded, still float and trainable.
+    """The params tree with rounded weights, still float and trainable.
 
     `w' = S (round(w / S + Z) - Z)`, gradients by the estimators of the recipe's rules. Activations
-    stay as they are, whatever the rules say of them; see `fake_quantized` for both.
+    are not rounded, even if the rules have specs for them; see `fake_quantized` for both.
 
     Args:
       params: float params.
       recipe: the rules.
-      sites: what `jaxquant.trace` found; not needed where rules name their axes.
+      sites: the result of `jaxquant.trace`; not needed if rules name their axes.
       quant_state: for estimators that learn.
 
     Raises:
@@ -61,8 +61,8 @@ def fake_quant_params(
         estimator = weight_estimator(plan)
         if estimator.learns and (quant_state is None or not quant_state.of_weight(path)):
             raise ValueError(
-                f"{where}: {shown(path)}: {estimator!r} learns; pass quant_state=, as "
-                "jaxquant.init_quant_state makes it"
+                f"{where}: {shown(path)}: {estimator!r} learns; pass quant_state= from "
+                "jaxquant.init_quant_state"
             )
         spec, learned = at_bits(plan, quant_state, 0)
         q = estimator.encode(

@@ -1,4 +1,4 @@
-"""When training begins to round, with how many bits, and when ranges stay as they are."""
+"""The training schedule: when rounding starts, with how many bits, and when ranges freeze."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jaxquant.recipe import Recipe, Rule
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """What is computed from one step on.
+    """The computation from one step on.
 
     Attributes:
       start: the first step.
-      recipe: what is rounded and how; `None` computes in float.
+      recipe: the recipe to round by; `None` computes in float.
       frozen: whether BatchNorm uses its running statistics.
-      bits: the least bits of integer formats.
+      bits: minimum bits of integer formats.
     """
 
     start: int
@@ -31,21 +31,21 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What changes in the course of training, by the step that a `QuantState` counts.
+    """Changes in the course of training, by the step that a `QuantState` counts.
 
     Attributes:
-      start: the first step that rounds; before, the function is computed in float, and observers
-        see its activations.
+      start: the first step that rounds; before it, the function is computed in float, and observers
+        follow its activations.
       bits: `(step, bits)` in ascending order, the first at `start`: from each step on, integer
-        formats have at least so many bits. The last entry leaves every format as the recipe has it.
-      freeze: the first step from which ranges that observers follow stay as they are; what is
-        learned goes on (an optimizer's mask stops that).
-      freeze_batchnorm: the first step from which BatchNorm uses its running statistics and leaves
-        them as they are, so that weights are trained as they are served.
+        formats have at least that many bits. The last entry must not widen any format.
+      freeze: the first step at which observed ranges no longer change; learned arrays still do (an
+        optimizer's mask stops that).
+      freeze_batchnorm: the first step at which BatchNorm uses its running statistics and no longer
+        updates them, so that weights are trained as they are served.
 
     Raises:
-      ValueError: a negative step; something that ends or freezes before it starts; steps that do
-        not ascend; bits other than 2 to 8, or more than before them.
+      ValueError: a negative step; `bits` or ranges that end or freeze before `start`; steps that
+        do not ascend; bits outside 2 to 8, or not descending.
 
     Source: rounding after a delay, and BatchNorm frozen towards the end: Krishnamoorthi,
     "Quantizing deep convolutional networks for efficient inference" (2018), section 3.2.
@@ -64,9 +64,9 @@ class Schedule:
     freeze_batchnorm: int | None = None
 
     def __post_init__(self) -> None:
-        given = self.bits.items() if isinstance(self.bits, Mapping) else self.bits
+        entries = self.bits.items() if isinstance(self.bits, Mapping) else self.bits
         try:
-            pairs = tuple((operator.index(s), operator.index(b)) for s, b in given)
+            pairs = tuple((operator.index(s), operator.index(b)) for s, b in entries)
             object.__setattr__(self, "bits", pairs)
         except TypeError:
             raise ValueError(
@@ -77,8 +77,8 @@ class Schedule:
             step = getattr(self, name)
             if step is None and name != "start":
                 continue
-            whole = hasattr(step, "__index__") and not isinstance(step, bool)
-            if not whole or operator.index(step) < 0:
+            integral = hasattr(step, "__index__") and not isinstance(step, bool)
+            if not integral or operator.index(step) < 0:
                 raise ValueError(f"Schedule: {name}: expected a step, 0 or more, got {step!r}")
             object.__setattr__(self, name, operator.index(step))
         if self.freeze is not None and self.freeze < self.start:
@@ -106,17 +106,17 @@ class Schedule:
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """The steps at which something else is computed, the first of them 0."""
+        """The first step of each phase, beginning with 0."""
         marks = {0, self.start, *(s for s, _ in self.bits if s > self.start)}
         marks |= set() if self.freeze_batchnorm is None else {self.freeze_batchnorm}
         return tuple(sorted(marks))
 
     def phases(self, recipe: Recipe) -> tuple[Phase, ...]:
-        """What is computed when.
+        """The phases of training by a recipe.
 
         Raises:
-          ValueError: the last of `bits` is more than some format of the recipe has, or none is
-            less; ranges freeze that nothing observes.
+          ValueError: the last of `bits` exceeds the bits of a format of the recipe, or no format
+            has fewer than the first; `freeze` without an observer.
         """
         if self.freeze is not None and all(rule.observer is None for rule in recipe):
             raise ValueError(
@@ -149,12 +149,12 @@ class Schedule:
 
 
 def _specs(rule: Rule) -> list[QSpec]:
-    found = (rule.weights, rule.activations, rule.attention, rule.lookup)
-    return [spec for spec in found if spec is not None]
+    specs = (rule.weights, rule.activations, rule.attention, rule.lookup)
+    return [spec for spec in specs if spec is not None]
 
 
 def widened(recipe: Recipe, bits: int) -> Recipe:
-    """The recipe with integer formats of at least so many bits.
+    """The recipe with integer formats widened to at least `bits` bits.
 
     >>> import jaxquant as jq
     >>> widened(jq.w4a8(), 6).rules[0].weights.format.name
@@ -176,7 +176,7 @@ def widened(recipe: Recipe, bits: int) -> Recipe:
 
 
 def wide(spec: QSpec | None, bits: int) -> QSpec | None:
-    """A spec whose integer format has at least so many bits."""
+    """The spec with its integer format widened to at least `bits` bits."""
     if spec is None or not spec.format.is_integer or spec.format.bits >= bits:
         return spec
     fmt = FORMATS[f"{'' if spec.format.signed else 'u'}int{bits}"]

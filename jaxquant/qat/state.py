@@ -1,4 +1,4 @@
-"""`QuantState`: what training with quantization keeps beside the params, as a pytree."""
+"""`QuantState`: the state of quantization-aware training beside the params, as a pytree."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Learned = dict[str, dict[str, dict[str, Array]]]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a state was made for: static, and compared whenever the state is used.
+    """The recipe and params that a state was made for: static, compared at each use.
 
     Attributes:
       recipe: the recipe.
-      plans: what is done with each leaf.
-      leaves: path, shape and dtype of each.
-      seen: for each site that is observed, the names of its entries; as `Statistics.sites`.
-      lead: for each entry, the layers that its states are stacked over.
-      learned: path and shape of each array that is learned.
+      plans: the plan of each leaf.
+      leaves: path, shape and dtype of each leaf.
+      seen: for each observed site, the names of its entries; as `Statistics.sites`.
+      lead: for each entry, the sizes of the layer axes that its states are stacked along.
+      learned: path and shape of each learned array.
     """
 
     recipe: Recipe
@@ -49,18 +49,18 @@ class Layout:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantState:
-    """What quantization-aware training keeps beside the params; goes in and comes out.
+    """The state of quantization-aware training; each call takes one and returns the next.
 
     A pytree: `jit`, checkpoints and `jax.tree` take it. Only `learned` is for an optimizer.
 
     Attributes:
-      learned: what estimators learn, float32, by `"weights"` or `"activations"`, then by the
-        parameter's key path; for an activation that is the parameter it is contracted with.
-      constants: what estimators keep fixed, likewise by parameter.
+      learned: the arrays that estimators learn, float32, by `"weights"` or `"activations"`, then by
+        key path of a parameter; for an activation, of the parameter it is contracted with.
+      constants: the arrays that estimators keep fixed, by key path of a parameter.
       ranges: states of observers, by entry.
-      step: int32 `[]`, how often the state was used.
-      key: uint32 `[2]`, data of the PRNG key from which gradients are rounded at random.
-      layout: what it was made for.
+      step: int32 `[]`, the number of calls with the state.
+      key: uint32 `[2]`, data of the PRNG key for random rounding of gradients.
+      layout: the recipe and params it was made for.
     """
 
     learned: Learned
@@ -71,18 +71,18 @@ class QuantState:
     layout: Layout = dataclasses.field(metadata={"static": True})
 
     def __repr__(self) -> str:
-        counts = {name: len(found) for name, found in self.learned.items()}
+        counts = {name: len(arrays) for name, arrays in self.learned.items()}
         made = ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "nothing"
         step = self.step if jnp.ndim(self.step) or isinstance(self.step, jax.core.Tracer) else None
         at = "" if step is not None else f"step {self.step}, "
         return f"QuantState({at}learned of {made}, {len(self.ranges)} ranges, {self.layout!r})"
 
     def of_weight(self, path: str) -> dict[str, Array]:
-        """What belongs to the rounding of one parameter."""
+        """The learned arrays and constants for rounding one parameter."""
         return {**self.learned["weights"].get(path, {}), **self.constants.get(path, {})}
 
     def of_activation(self, path: str) -> dict[str, Array]:
-        """What belongs to the rounding of what one parameter is contracted with."""
+        """The learned arrays for rounding the activation that one parameter is contracted with."""
         return self.learned["activations"].get(path, {})
 
 
@@ -116,16 +116,16 @@ def require_same(
             f"{where}: quant_state: expected what jaxquant.init_quant_state returns, "
             f"got {type(state).__name__}"
         )
-    made = state.layout
-    if made.recipe.rules != recipe.rules:
-        pairs = zip(made.recipe.rules, recipe.rules, strict=False)
+    layout = state.layout
+    if layout.recipe.rules != recipe.rules:
+        pairs = zip(layout.recipe.rules, recipe.rules, strict=False)
         first = next((f"{b!r} instead of {a!r}" for a, b in pairs if a != b), None)
-        counts = f"{len(recipe.rules)} rules instead of {len(made.recipe.rules)}"
+        counts = f"{len(recipe.rules)} rules instead of {len(layout.recipe.rules)}"
         raise ValueError(
             f"{where}: the state was made for another recipe: got {first or counts}; "
             "what is trained by one recipe cannot be served by another"
         )
-    expected, got = ({p: (s, d) for p, s, d in kinds} for kinds in (made.leaves, leaves))
+    expected, got = ({p: (s, d) for p, s, d in kinds} for kinds in (layout.leaves, leaves))
     wrong = [f"{shown(p)} is missing" for p in expected if p not in got]
     wrong += [f"{shown(p)} is unknown" for p in got if p not in expected]
     wrong += [
@@ -133,16 +133,16 @@ def require_same(
         for p, (s, d) in expected.items()
         if p in got and got[p] != (s, d)
     ]
-    if not wrong and made.learned:
-        held = dict(shapes_of(state.learned))
-        lost = [f"learned/{p} is missing" for p, _ in made.learned if p not in held]
+    if not wrong and layout.learned:
+        shapes = dict(shapes_of(state.learned))
+        lost = [f"learned/{p} is missing" for p, _ in layout.learned if p not in shapes]
         lost += [
-            f"learned/{p}: expected {list(s)}, got {list(held[p])}"
-            for p, s in made.learned
-            if p in held and held[p] != s
+            f"learned/{p}: expected {list(s)}, got {list(shapes[p])}"
+            for p, s in layout.learned
+            if p in shapes and shapes[p] != s
         ]
         if lost:
-            raise ValueError(f"{where}: quant_state is not whole: {'; '.join(lost[:3])}")
+            raise ValueError(f"{where}: quant_state is incomplete: {'; '.join(lost[:3])}")
     if wrong:
         raise ValueError(
             f"{where}: the state was made for other params: {'; '.join(wrong[:3])}"

@@ -57,7 +57,7 @@ def test_nan_in_what_is_trained_is_seen() -> None:
         flat[leaf] = jax.device_put(np.full_like(flat[leaf], np.nan))
         lost = dataclasses.replace(state, learned=jax.tree.unflatten(tree, flat))
         assert np.isnan(fake(PARAMS, X, quant_state=lost)[0]).any()
-        with pytest.raises(ValueError, match="what was learned is not finite"):
+        with pytest.raises(ValueError, match="the learned array is not finite"):
             jq.convert(PARAMS, lost, rule)
     bad = {**PARAMS, "a": changed(PARAMS["a"], (3, 3), np.inf)}
     assert np.isnan(fake(bad, X, quant_state=state)[0]).any()
@@ -161,7 +161,7 @@ def test_half_way() -> None:
     there = dataclasses.replace(state, step=jax.device_put(np.int32(10)))
     jq.convert(PARAMS, there, rule, schedule=schedule)
     lost = dataclasses.replace(state, learned={"weights": {}, "activations": {}})
-    with pytest.raises(ValueError, match=r"not whole: learned/.*a/step is missing"):
+    with pytest.raises(ValueError, match=r"incomplete: learned/.*a/step is missing"):
         jq.convert(PARAMS, lost, rule)
     other = dataclasses.replace(rule, weights=jq.int8())
     with pytest.raises(ValueError, match="another recipe"):
@@ -183,7 +183,7 @@ def test_schedules_that_would_do_nothing(schedule: Any, recipe: Any, message: st
 
 
 def test_what_cannot_be_started_from() -> None:
-    with pytest.raises(ValueError, match="expected arrays, since activations start"):
+    with pytest.raises(ValueError, match="expected arrays, since activation ranges start"):
         jq.init_quant_state(fn, PARAMS, LSQ, jax.ShapeDtypeStruct(X.shape, X.dtype))
     with pytest.raises(
         ValueError,

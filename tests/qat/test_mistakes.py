@@ -169,7 +169,7 @@ def test_a_site_that_the_example_did_not_have() -> None:
     first = jq.init_quant_state(fn, PARAMS, seen, X)
     again = jq.fake_quantized(lambda p, x: fn(p, x) @ p["b"].T, seen)
     raises(
-        r"the call observes .*b.*, of which the state has no range; make the state with an example",
+        r"the call observes .*b.*, for which the state has no range; make the state with an exam",
         lambda: again(PARAMS, X, quant_state=first),
     )
 
@@ -204,7 +204,7 @@ def test_what_is_not_finite(state: jq.qat.QuantState) -> None:
     for what, path in (("weights", "b"), ("activations", "a")):
         broken = with_step(state, what, path, lambda s: s * np.nan)
         raises(
-            rf"^convert: {what}/{path}/step: what was learned is not finite; take the state of an",
+            rf"^convert: {what}/{path}/step: the learned array is not finite; take the state of an",
             lambda broken=broken: jq.convert(PARAMS, broken, LEARNS),
         )
 
