@@ -1,4 +1,4 @@
-"""What is done with all variables of a model: `ptq`, `capture`, `convert`, `fold_batchnorm`."""
+"""Functions on all variables of a model: `ptq`, `capture`, `convert`, `fold_batchnorm`."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def ptq(
     Args:
       model: an unbound Linen module.
       variables: float variables; collections that no contraction uses stay as they are. A `quant`
-        collection that `quantized(model, recipe).apply` recorded is taken for `stats=`, unless that
-        or `batches=` is given, and left out.
+        collection that `quantized(model, recipe).apply` recorded is removed; it serves as `stats=`
+        unless `stats=` or `batches=` is given.
       recipe: rules on key paths, which begin with the collection.
-      *args: what else `model.apply` is called with.
-      **options: `kwargs`, its keywords, and all else that `jaxquant.ptq` takes.
+      *args: the other arguments of `model.apply`.
+      **options: `kwargs`, its keyword arguments, and all other keywords of `jaxquant.ptq`.
 
     Raises:
-      ValueError: `model` is no Linen module, or as `jaxquant.ptq`.
+      ValueError: `model` is not a Linen module, or as `jaxquant.ptq`.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
     >>> model, x = nn.Dense(8), jnp.ones((2, 32))
@@ -51,8 +51,8 @@ def ptq(
     """
     require_module(model, "linen.ptq", "jaxquant.ptq")
     plain, collection = parted(variables)
-    given = [options.get("stats"), options.get("batches")]
-    if collection is not None and all(x is None for x in given):
+    calibration = [options.get("stats"), options.get("batches")]
+    if collection is not None and all(x is None for x in calibration):
         qmodel = quantized(model, recipe)
         options["stats"] = qmodel.statistics(variables, *args, **(options.get("kwargs") or {}))
     return ptq_function(model.apply, plain, recipe, *args, **options)
@@ -83,16 +83,16 @@ def convert(
     *args: Any,
     kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Variables as they are served: `QTensor`s in place of params, and no `quant` collection.
+    """Converts trained variables for inference: params to `QTensor`s, no `quant` collection.
 
-    They are for `jaxquant.linen.quantized(model).apply` or `jaxquant.quantized(model.apply)`,
-    which then give what `fmodel.apply` gave. See `jaxquant.convert`.
+    `jaxquant.linen.quantized(model).apply` and `jaxquant.quantized(model.apply)` compute with them
+    the result of `fmodel.apply`. See `jaxquant.convert`.
 
     Args:
-      fmodel: the model in training, as of `fake_quantized`.
-      variables: what was trained.
-      *args: what else `model.apply` is called with, to trace it; shapes are enough.
-      kwargs: its keywords, as the model is served.
+      fmodel: the model in training, from `fake_quantized`.
+      variables: the trained variables.
+      *args: the other arguments of `model.apply`, to trace it; shapes are enough.
+      kwargs: its keyword arguments at inference.
 
     Raises:
       ValueError: as `FakeQuantizedModel.state` and `jaxquant.convert`.
