@@ -1,4 +1,4 @@
-"""Capture: a function run on sample batches, statistics of its activations gathered by site."""
+"""Capture: runs a function on sample batches and gathers statistics of its activations by site."""
 
 from jaxquant.capture.batches import arguments
 from jaxquant.capture.judge import activation_report

@@ -1,4 +1,4 @@
-"""Batches: what they are, and how each has to be like the first."""
+"""Batches as arguments of a function, and checks that each is like the first."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jaxquant.interpret.sites import path_str
 
 
 def arguments(batch: Any) -> tuple[Any, ...]:
-    """The positional arguments that a batch is: a tuple holds them, anything else is the one."""
+    """Returns a batch as positional arguments: a tuple has several, anything else is one."""
     return batch if type(batch) is tuple else (batch,)
 
 
 def keywords_bound(
     fn: Callable[..., Any], kwargs: Mapping[str, Any] | None, where: str, *, bind: bool = True
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """`fn` and the keywords to trace it with: none of them where `fn` has them bound.
+    """Returns `fn` and the keywords to trace it with; with `bind`, `fn` has them bound instead.
 
     Raises:
-      ValueError: `kwargs` is no mapping from names.
+      ValueError: `kwargs` is not a mapping with string keys.
     """
     if kwargs is None:
         return fn, {}
@@ -38,7 +38,7 @@ def keywords_bound(
 
 @contextlib.contextmanager
 def lists_told(args: tuple[Any, ...]) -> Iterator[None]:
-    """Adds to a `ValueError` that a list, if there is one among the arguments, is one argument."""
+    """If an argument is a list, adds to a `ValueError` that a list is a single argument."""
     try:
         yield
     except ValueError as error:
@@ -46,7 +46,7 @@ def lists_told(args: tuple[Any, ...]) -> Iterator[None]:
         if not any(type(x) is list for x in inner):
             raise
         raise ValueError(
-            f"{error}. The batch is or holds a list, which is one argument; only a tuple is "
+            f"{error}. The batch is or contains a list, which is one argument; only a tuple is "
             "several: expected (x, y), not [x, y]"
         ) from error
 
@@ -58,7 +58,7 @@ class Alike:
         self._first: dict[str, Any] | None = None
 
     def difference(self, args: tuple[Any, ...]) -> str | None:
-        """How the arguments of a batch differ from those of the first; `None` if they do not."""
+        """Describes how a batch's arguments differ from the first batch's; `None` if equal."""
         kinds = _kinds(args)
         if self._first is None:
             self._first = kinds
@@ -66,7 +66,7 @@ class Alike:
 
 
 def require_iterable(batches: Any, where: str) -> None:
-    """Raises unless these are batches; a single array walks row by row, which is never meant."""
+    """Raises unless these are batches; an array would be iterated by rows, which is a mistake."""
     if not isinstance(batches, Iterable) or hasattr(batches, "dtype") or isinstance(batches, dict):
         raise ValueError(
             f"{where}: expected an iterable of batches, such as a list of tuples of arguments, "
@@ -75,8 +75,8 @@ def require_iterable(batches: Any, where: str) -> None:
 
 
 def _kinds(args: tuple[Any, ...]) -> dict[str, Any]:
-    """What all batches have in common: structure, shapes, dtypes, and values that are static."""
-    # a None is a value to compare, too
+    """The properties that all batches share: structure, shapes, dtypes and static values."""
+    # None counts as a leaf, so that it is compared too
     flat, tree = jax.tree.flatten_with_path(args, is_leaf=lambda x: x is None)
     kinds = {f"argument {path_str(path)}": _kind(leaf) for path, leaf in flat}
     return kinds | {"structure": tree}

@@ -1,4 +1,4 @@
-"""`activation_report`: what statistics say of the ranges that a recipe gets out of them."""
+"""`activation_report`: judges the activation ranges that a recipe gets from statistics."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _REPEAT = re.compile(r"#\d+$")
 def activation_report(
     stats: Statistics, recipe: RecipeLike, sites: Sites | None = None
 ) -> ActivationReport:
-    """How well the ranges that were found serve the recipe: clipping, noise, and what is better.
+    """Reports how well activation ranges fit the recipe: clipping, noise, and suggestions.
 
     Clipped fraction and `SQNR = 10 log10(sum x^2 / sum (x - x_hat)^2)` are estimated from the
-    histograms that `percentile`, `mse`, `entropy`, `histogram` and `profile` keep, on the samples
-    that were captured. A suggestion is made where it gains 1 dB or more: another observer, a zero
-    point, or a scale for each channel (only after `profile`, which keeps the channels' absmax, and
-    where rules can have one: without `requantize`, for a parameter of one dense layer).
+    histograms that `percentile`, `mse`, `entropy`, `histogram` and `profile` keep of the captured
+    samples. A suggestion is made if it gains 1 dB or more: another observer, a zero point, or
+    per-channel scales (only after `profile`, which keeps the channels' absmax, and where rules can
+    have them: without `requantize`, for a parameter of one dense layer).
 
     Args:
-      stats: what `jaxquant.capture` found.
-      recipe: whose specs quantize the activations; sites that it leaves in float are left out.
-      sites: of the function, from `jaxquant.trace`. They tell which activations cannot be negative
-        and so have unsigned codes, and which can have a scale for each channel; without them all
-        have the recipe's own codes, and any that meets a parameter may be advised one.
+      stats: statistics from `jaxquant.capture`.
+      recipe: its specs quantize the activations; sites that it leaves in float are left out.
+      sites: of the function, from `jaxquant.trace`. They tell which activations are nonnegative and
+        get unsigned codes, and which can have per-channel scales; without them all get the recipe's
+        codes, and per-channel scales may be suggested at any site with a parameter.
 
     Raises:
-      ValueError: the recipe is none, or leaves every site in float.
+      ValueError: `recipe` is not a recipe, or leaves every site in float.
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> from jaxquant.capture import capture
@@ -53,7 +53,8 @@ def activation_report(
     recipe = as_recipe(recipe, "activation_report")
     if not isinstance(stats, Statistics):
         raise ValueError(
-            f"activation_report: expected what jaxquant.capture returns, got {type(stats).__name__}"
+            "activation_report: expected the result of jaxquant.capture, got "
+            f"{type(stats).__name__}"
         )
     rows: list[SiteReport] = []
     noisy: list[SiteReport] = []
@@ -66,14 +67,14 @@ def activation_report(
         site = None if sites is None else sites.get(key)
         for operand, seen in operands.items():
             side = ("lhs", "rhs").index(operand)
-            own = unsigned(spec) if site is not None and site.nonneg[side] else spec
+            side_spec = unsigned(spec) if site is not None and site.nonneg[side] else spec
             channels = len(operands) == 1 and rule.requantize is None
             if sites is not None and site is not None and channels:
                 channels = _has_channels(sites, site, side)
-            found = _rows(key, operand, seen, own, channels)
-            rows += found
+            site_rows = _rows(key, operand, seen, side_spec, channels)
+            rows += site_rows
             if channels and "channels" not in seen.state:
-                noisy += [r for r in found if r.sqnr_db is not None and r.sqnr_db < _NOISY]
+                noisy += [r for r in site_rows if r.sqnr_db is not None and r.sqnr_db < _NOISY]
     if not rows:
         raise ValueError(
             f"activation_report: {recipe!r} quantizes no activation that there are statistics of "
@@ -82,8 +83,8 @@ def activation_report(
     notes = []
     if any(row.clipped is None for row in rows):
         notes.append(
-            "clipping and noise are known of observers with a histogram per tensor; profile() "
-            "tells most"
+            "clipping and noise are known only for observers with a per-tensor histogram; "
+            "profile() gives most detail"
         )
     if noisy:
         these = f"{noisy[0].site} has" if len(noisy) == 1 else f"{len(noisy)} activations have"
@@ -95,7 +96,7 @@ def activation_report(
 
 
 def _rule(recipe: Recipe, key: str, operands: int) -> Rule | None:
-    """The rule of a site; one that was seen from both sides has no parameter."""
+    """Returns the rule of a site; a site with two observed operands has no parameter."""
     if operands == 2:
         return recipe.attention_rule(key)
     return recipe.match(_REPEAT.sub("", key))
@@ -103,20 +104,20 @@ def _rule(recipe: Recipe, key: str, operands: int) -> Rule | None:
 
 def _has_channels(sites: Sites, site: Site, side: int) -> bool:
     """Whether the activation of a parameter's site can have a scale for each channel."""
-    met = site.operands[side]
-    if site.primitive != "dot_general" or site.over != (len(met) - 1,) or site.param is None:
+    activation = site.operands[side]
+    if site.primitive != "dot_general" or site.over != (len(activation) - 1,) or site.param is None:
         return False
-    alone = len(site.contracted) == 1 and len(sites.of(site.param)) == 1
-    return alone and site.shape[site.contracted[0]] == met[-1]
+    single = len(site.contracted) == 1 and len(sites.of(site.param)) == 1
+    return single and site.shape[site.contracted[0]] == activation[-1]
 
 
 def _rows(key: str, operand: str, seen: Observed, spec: QSpec, channels: bool) -> list[SiteReport]:
-    found = seen.finish(spec)
+    ranges = seen.finish(spec)
     host = jax.tree.map(np.asarray, seen.state)
     rows = []
     for index in np.ndindex(*seen.lead):
         state = {n: v[index] for n, v in host.items() if channels or n != "channels"}
-        low, high = np.asarray(found.low)[index], np.asarray(found.high)[index]
+        low, high = np.asarray(ranges.low)[index], np.asarray(ranges.high)[index]
         site = f"{key}[{', '.join(map(str, index))}]" if index else key
         how = f"{spec.format.name}{'' if spec.symmetric else ' asymmetric'}, {seen.observer!r}"
         row = SiteReport(site, operand, how, float(np.min(low)), float(np.max(high)))
@@ -127,15 +128,15 @@ def _rows(key: str, operand: str, seen: Observed, spec: QSpec, channels: bool) -
 
 
 def _judged(row: SiteReport, state: dict, range: Range, spec: QSpec) -> SiteReport:
-    found, better = score(state, range, spec), suggest(state, range, spec)
+    current, suggestion = score(state, range, spec), suggest(state, range, spec)
     return SiteReport(
         row.site,
         row.operand,
         row.how,
         row.low,
         row.high,
-        found.clipped,
-        found.sqnr_db,
-        "" if better is None else better.what,
-        0.0 if better is None else better.gain_db,
+        current.clipped,
+        current.sqnr_db,
+        "" if suggestion is None else suggestion.what,
+        0.0 if suggestion is None else suggestion.gain_db,
     )

@@ -1,4 +1,4 @@
-"""Which activations of a call are observed and by what, and the call with that done."""
+"""Plans which activations of a call are observed by which observer, and runs the observed call."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ State = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is observed in one traced call.
+    """The observed activations of one traced call.
 
     Attributes:
       call: the call.
-      observed: by name of its entry, where an activation is first met, and what observes it.
-      sites: for each site key, its operands and the names of their entries.
+      observed: by entry name, the first place of an activation and its observer.
+      sites: for each site key, its operands and their entry names.
     """
 
     call: Call
@@ -37,7 +37,7 @@ class Plan:
     sites: Sites
 
     def start(self) -> Statistics:
-        """Statistics of no batches. May be traced."""
+        """Returns the statistics before the first batch. May be traced."""
         entries = {}
         for name, (place, observer) in self.observed.items():
             state = {
@@ -49,7 +49,7 @@ class Plan:
         return Statistics(entries, jnp.zeros((), jnp.int32), self.sites)
 
     def check(self, stats: Statistics, where: str) -> None:
-        """Raises unless statistics are those of this plan."""
+        """Raises unless statistics have the sites and observers of this plan."""
         check_same(jax.eval_shape(self.start), stats, where)
 
 
@@ -57,18 +57,18 @@ Observing = Recipe | Observer | Mapping[str, Observer]
 
 
 def plan_of(call: Call, recipe: Observing, where: str, *, part: bool = False) -> Plan:
-    """Finds what a recipe's observers are to observe; spends no FLOPs.
+    """Finds the activations that a recipe's observers observe; spends no FLOPs.
 
     Args:
       call: the call, its params float or quantized.
-      recipe: rules with observers; or one observer, for all activations that are contracted; or
-        observers by path of the parameter.
-      where: the function this is for, for errors.
-      part: the call may be of a part of the model, where some rules match no site, or none does.
+      recipe: rules with observers; or one observer, for all contracted activations; or observers by
+        path of the parameter.
+      where: name of the calling function, for errors.
+      part: the call may be of a part of the model, where some rules, or all, match no site.
 
     Raises:
-      ValueError: the recipe has no observer; a rule with one matches no site; a site is where no
-        statistics can be carried out.
+      ValueError: the recipe has no observer; a rule with one matches no site; a site is inside an
+        operation that cannot return statistics.
     """
     require_observers(recipe, where)
     observed: dict[str, tuple[Place, Observer]] = {}
@@ -104,13 +104,13 @@ def plan_of(call: Call, recipe: Observing, where: str, *, part: bool = False) ->
 def observed_call(
     plan: Plan, states: Mapping[str, State], leaves: Sequence[Any], consts: Sequence[Any]
 ) -> tuple[Any, dict[str, State]]:
-    """Evaluates the plan's call on leaves like its own, and updates the states on the way.
+    """Evaluates the plan's call on other leaves, and updates the observers' states.
 
     Args:
-      plan: what to observe.
-      states: states by name of the entry.
-      leaves: in place of `plan.call.leaves`.
-      consts: in place of `plan.call.consts`.
+      plan: the activations to observe.
+      states: states by entry name.
+      leaves: replace `plan.call.leaves`.
+      consts: replace `plan.call.consts`.
 
     Returns:
       The function's result and the new states. May be traced.
@@ -118,16 +118,16 @@ def observed_call(
     call = dataclasses.replace(plan.call, leaves=list(leaves), consts=list(consts))
     slots = {name: statistics_slot(place.slot) for name, (place, _) in plan.observed.items()}
     observers = {slots[name]: observer for name, (_, observer) in plan.observed.items()}
-    held = attention_grids(call).values  # where the params are calibrated already
-    held.update({slot: states[name] for name, slot in slots.items()})
-    values = SiteValues(held, updated=True)
+    slot_values = attention_grids(call).values  # if the params are calibrated already
+    slot_values.update({slot: states[name] for name, slot in slots.items()})
+    values = SiteValues(slot_values, updated=True)
     policy = Observe(policy_of(call) or Policy(), observers)
     out = call.run(Interpreter(policy, call.param_paths, values))
     return out, {name: values.values[slot] for name, slot in slots.items()}
 
 
 def _observer(recipe: Observing, place: Place, used: set[Rule]) -> Observer | None:
-    """What observes an activation; the rules that have a say in it are added to `used`."""
+    """Returns the observer of an activation; adds the rule that decides it to `used`."""
     if isinstance(recipe, Mapping):
         return next((recipe[path] for path in place.params if path in recipe), None)
     if not isinstance(recipe, Recipe):
@@ -137,15 +137,15 @@ def _observer(recipe: Observing, place: Place, used: set[Rule]) -> Observer | No
             used.add(rule)
             return rule.observer
     if all(rule.observer is None for rule in recipe):
-        for path in place.params:  # what its encoders and rewrites look at, in ranges' place
-            found = recipe.match(path)
-            if found is not None and found.gathers is not None:
-                return found.gathers
+        for path in place.params:  # no ranges: the statistics for encoders and rewrites
+            matched = recipe.match(path)
+            if matched is not None and matched.gathers is not None:
+                return matched.gathers
     return None
 
 
 def _deciding(recipe: Recipe, place: Place) -> Iterator[Rule]:
-    """The rules that say how an activation is quantized, one for each parameter of the site."""
+    """Yields the rules that quantize an activation, one for each parameter of the site."""
     for path in place.params:
         rule = recipe.match(path)
         if rule is not None and rule.activations is not None:
@@ -157,8 +157,8 @@ def _deciding(recipe: Recipe, place: Place) -> Iterator[Rule]:
 
 def require_observers(recipe: Observing, where: str) -> None:
     """Raises unless some rule of a recipe has an observer."""
-    looks = isinstance(recipe, Recipe) and any(rule.observer or rule.gathers for rule in recipe)
-    if isinstance(recipe, Recipe) and not looks:
+    observes = isinstance(recipe, Recipe) and any(rule.observer or rule.gathers for rule in recipe)
+    if isinstance(recipe, Recipe) and not observes:
         raise ValueError(
             f"{where}: no rule of {recipe!r} has an observer; expected one as in "
             "jq.Rule('**', weights=jq.int8(), activations=..., observer=jq.observers.mse())"

@@ -1,4 +1,4 @@
-"""The progress bar of long captures: on a terminal only, and out of the way of results."""
+"""The progress bar of long captures, on standard error."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Progress:
 
     Args:
       show: `True` at once, `False` never, `None` on a terminal, after some seconds.
-      total: how many steps there are, if known.
-      what: what is being done.
+      total: number of steps, if known.
+      what: text in front of the bar.
     """
 
     def __init__(self, show: bool | None, total: int | None, what: str = "capture") -> None:
@@ -26,12 +26,12 @@ class Progress:
         self._task: Any = None
 
     def step(self) -> None:
-        """One more step is done."""
+        """Counts one step as done."""
         self._done += 1
         self._update()
 
     def say(self, what: str) -> None:
-        """What the next step is on."""
+        """Sets the text for the next step."""
         self._what = what
         self._update()
 
@@ -55,6 +55,6 @@ class Progress:
         self._bar.start()
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()

@@ -27,7 +27,7 @@ _SAVE_EVERY = 5.0  # seconds
 
 
 class CaptureKeywords(TypedDict, total=False):
-    """The keywords of `capture`, for doors that hand them on."""
+    """The keywords of `capture`, for functions that pass them on."""
 
     batches: Required[Iterable[Any]]
     kwargs: Mapping[str, Any] | None
@@ -37,7 +37,7 @@ class CaptureKeywords(TypedDict, total=False):
 
 
 class CaptureError(ValueError):
-    """A batch that cannot be used; `statistics` are those of all batches before it."""
+    """An unusable batch; `statistics` has the statistics of all batches before it."""
 
     def __init__(self, message: str, statistics: Statistics) -> None:
         super().__init__(message)
@@ -58,35 +58,35 @@ def capture(
     """Runs `fn(params, *batch)` for every batch and gathers statistics of its activations.
 
     The observers of the recipe's rules see the operands of the contractions that those rules make
-    static: of one with a parameter the other operand, of one without (`attention=`) both. One
-    compiled step per batch updates their states, in memory that does not grow with batches; what
-    `fn` returns is not computed. In a `scan` over layers each layer has statistics of its own; the
-    steps of other loops share theirs.
+    static: the activation of a contraction with a parameter, both operands of one without
+    (`attention=`). One compiled step per batch updates their states, in memory that does not grow
+    with batches; the result of `fn` is not computed. In a `scan` over layers each layer has
+    separate statistics; the steps of other loops share them.
 
     Args:
       fn: any traceable function whose first argument is a params pytree.
-      params: its parameters, float; where some are `QTensor`s, `fn` computes as `quantized(fn)`.
+      params: its parameters, float; with `QTensor`s among them, `fn` computes as `quantized(fn)`.
       recipe: rules with `observer=`, or if there are none, rules whose encoders or rewrites look at
         inputs; or one observer, for all contractions.
-      batches: any iterable, walked once. A batch is a tuple of the arguments that follow params, or
-        the only one. All have the structure, shapes and dtypes of the first.
+      batches: any iterable, iterated once. A batch is a tuple of the arguments after params, or a
+        single argument. All have the structure, shapes and dtypes of the first.
       kwargs: keyword arguments of `fn`, such as `{"train": False}`, the same for every batch.
-      resume: statistics of an interrupted capture, or their file: as many batches as they have seen
-        are passed over, and the result is that of one uninterrupted capture. The file of `save`
-        need not exist yet, so that one command starts a capture and goes on with it.
-      save: a file, in a folder that exists, to keep the statistics in: written every few seconds,
-        at the end, and when an error ends the capture.
+      resume: statistics of an interrupted capture, or their file: the batches that they have seen
+        are skipped, and the result equals that of one uninterrupted capture. If it is the file of
+        `save`, it need not exist yet, so that the same command starts and resumes a capture.
+      save: a file for the statistics, in a folder that exists: written every few seconds, at the
+        end, and when an error ends the capture.
       progress: a progress bar, on standard error; by default if that is a terminal and the work
         takes more than a few seconds.
 
     Returns:
-      The statistics; `jaxquant.ptq(..., stats=...)` takes them.
+      The statistics, for `jaxquant.ptq(..., stats=...)`.
 
     Raises:
-      ValueError: there are no batches; one differs from the first, an activation is not finite,
-        or no batch reaches some site (in these cases a `CaptureError`, which has the statistics up
-        to then); no rule has an observer, or one that has matches no site; `resume` holds
-        statistics of other sites, or of more batches than there are.
+      CaptureError: a batch differs from the first, an activation is not finite, or no batch reaches
+        some site; it has the statistics up to then.
+      ValueError: there are no batches; no rule has an observer, or a rule with one matches no site;
+        `resume` has statistics of other sites, or of more batches than there are.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> from jaxquant.observers import absmax
@@ -133,8 +133,8 @@ def capture_with(
     total = len(batches) if isinstance(batches, Sized) else None
     run: _Run | None = None
     alike = Alike()
-    # on the device once, not at every step
-    held = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in _leaves((params, *fixed))]
+    # copy to the device once, not at every step
+    arrays = [jnp.asarray(x) if isinstance(x, np.ndarray) else x for x in _leaves((params, *fixed))]
     try:
         for index, batch in enumerate(batches):
             args = arguments(batch)
@@ -148,7 +148,7 @@ def capture_with(
                 run = _Run(where, plan, before, save, Progress(progress, total))
             if difference is not None:
                 raise run.error(f"batch {index}: {difference}")
-            run.feed(index, [*held, *_leaves(args)])
+            run.feed(index, [*arrays, *_leaves(args)])
         if run is None:
             raise ValueError(f"{where}: no batches; expected at least one")
         run.require_complete(index + 1)
@@ -159,7 +159,7 @@ def capture_with(
 
 
 class _Run:
-    """One capture under way."""
+    """A capture in progress."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class _Run:
             plan.check(before, f"{where}: resume")
             start = before
         self.skip = self.batches = int(start.batches)
-        # copies, each with a buffer of its own: the step takes its states over
+        # copies, each in a separate buffer, because the step donates its states
         self.states = {
             name: {k: jnp.array(v, copy=True) for k, v in seen.state.items()}
             for name, seen in start.entries.items()
@@ -187,37 +187,37 @@ class _Run:
         self.saved = time.monotonic()
 
     def feed(self, index: int, leaves: list[Any]) -> None:
-        """Takes one batch, unless it was seen before."""
+        """Runs the step on one batch, unless the resumed statistics include it."""
         self.progress.step()
         if index < self.skip:
             return
         self.states, bad = self.step(self.states, leaves, self.consts)
-        found = np.flatnonzero(jax.device_get(bad))
-        if found.size:
-            raise self._not_finite(index, found)
+        indices = np.flatnonzero(jax.device_get(bad))
+        if indices.size:
+            raise self._not_finite(index, indices)
         self.batches += 1
         if self.save is not None and time.monotonic() - self.saved > _SAVE_EVERY:
             self.statistics().save(self.save)
             self.saved = time.monotonic()
 
     def error(self, message: str) -> CaptureError:
-        """What went wrong after the batches so far."""
-        kept = "" if self.save is None else f" and in {os.fspath(self.save)!r}"
+        """Returns the error for a problem after the batches so far."""
+        file = "" if self.save is None else f" and in {os.fspath(self.save)!r}"
         return CaptureError(
             f"{self.where}: {message}; the statistics of {_counted(self.batches)} are kept in this "
-            f"error's `statistics`{kept}",
+            f"error's `statistics`{file}",
             self.statistics(),
         )
 
-    def _not_finite(self, index: int, found: np.ndarray) -> CaptureError:
+    def _not_finite(self, index: int, indices: np.ndarray) -> CaptureError:
         names = list(self.plan.observed)
         sites = [
             f"{key!r} ({operand})"
             for key, operands in self.sites
             for operand, entry in operands
-            if entry in [names[i] for i in found]
+            if entry in [names[i] for i in indices]
         ]
-        first = names[found[0]]
+        first = names[indices[0]]
         key, operand = next((k, o) for k, ops in self.sites for o, e in ops if e == first)
         others = f", and thereby at {len(sites) - 1} more" if len(sites) > 1 else ""
         return self.error(
@@ -225,7 +225,7 @@ class _Run:
         )
 
     def statistics(self) -> Statistics:
-        """What has been seen so far."""
+        """Returns the statistics so far."""
         entries = {
             name: dataclasses.replace(seen, state=dict(self.states[name]))
             for name, seen in self.entries.items()
@@ -233,7 +233,7 @@ class _Run:
         return Statistics(entries, self.batches, self.sites)
 
     def require_complete(self, count: int) -> None:
-        """Raises if batches or updates are missing at the end."""
+        """Raises if batches or updates of a site are missing at the end."""
         if count < self.skip:
             raise ValueError(
                 f"{self.where}: resume holds statistics of {_counted(self.skip)}, and there "
@@ -247,20 +247,20 @@ class _Run:
             )
 
     def close(self) -> None:
-        """Writes the file; also after an error, unless a failed step has taken the states along."""
+        """Writes the file; also after an error, unless a failed step deleted its donated states."""
         self.progress.close()
-        whole = not any(v.is_deleted() for v in jax.tree.leaves(self.states))
-        if self.save is not None and whole and self.batches:
+        intact = not any(v.is_deleted() for v in jax.tree.leaves(self.states))
+        if self.save is not None and intact and self.batches:
             self.statistics().save(self.save)
 
 
 def batch_step(
     fn: Callable[..., Any], params: Any, args: tuple[Any, ...], recipe: Any
 ) -> Callable[[], list[bool]]:
-    """What `capture` does for a batch, again and again for this one: for measuring its time.
+    """Prepares the step of `capture` for one batch, to be repeated for timing.
 
     Returns:
-      A function that gives for each activation whether it was not finite.
+      A function that runs the step and returns for each activation whether it was not finite.
 
     >>> import jax.numpy as jnp
     >>> from jaxquant.observers import absmax
@@ -280,15 +280,15 @@ def batch_step(
 
 
 def _step(plan: Plan) -> Callable[..., tuple[dict[str, Any], jax.Array]]:
-    """The compiled step: states after one batch; for each, whether it met what is not finite.
+    """Compiles the step: new states after one batch, and for each whether it saw NaN or infinity.
 
-    If one did, all states stay as they were.
+    If any did, all states stay unchanged.
     """
 
     def step(states: Any, leaves: list[Any], consts: list[Any]) -> Any:
         new = observed_call(plan, states, leaves, consts)[1]
         bad = jnp.stack([jnp.any(new[k]["bad"] > states[k]["bad"]) for k in new])
-        # the compiler would work out all flags again for every array that depends on them
+        # without a barrier XLA recomputes all flags for every array that depends on them
         fine = lax.optimization_barrier(~bad.any())
         return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, states), bad
 
@@ -304,7 +304,7 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def as_observing(recipe: Any, where: str, params: Any = None) -> Observing:
-    """The recipe, the observer, or the observers by path, that a caller meant."""
+    """Returns an observer or observers by path unchanged, and anything else as a recipe."""
     if isinstance(recipe, Mapping):
         return recipe
     if isinstance(recipe, Observer) and not isinstance(recipe, type):
@@ -321,7 +321,7 @@ def _require_storable(plan: Plan, where: str) -> None:
 
 
 def _before(resume: Statistics | Path | None, save: Path | None) -> Statistics | None:
-    """The statistics to go on with."""
+    """Returns the statistics to resume from."""
     if not isinstance(resume, (str, os.PathLike)):
         return resume
     same = save is not None and os.path.abspath(resume) == os.path.abspath(save)

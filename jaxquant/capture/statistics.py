@@ -1,4 +1,4 @@
-"""`Statistics`: what observers have seen, by site."""
+"""`Statistics`: states of observers by site."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Sites = tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """What one observer has seen of one activation.
+    """The state of one observer of one activation.
 
     Attributes:
-      state: the observer's state; its arrays have the leading axes `lead` first.
-      observer: what made it.
+      state: the observer's state; its arrays have the leading axes `lead`.
+      observer: the observer.
       shape: shape of the activation at each update.
       dtype: name of its dtype.
       lead: numbers of layers, for a site in a `scan` over layers; else `()`.
@@ -37,16 +37,16 @@ class Observed:
     lead: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def finish(self, spec: QSpec) -> Range:
-        """The range with which `spec` is to quantize, `[*lead, *channels]`; not to be traced.
+        """Returns the range for quantization by `spec`, `[*lead, *channels]`; not traceable.
 
         Raises:
-          ValueError: there was no update, or one that was not finite.
+          ValueError: there was no update, or one was not finite.
         """
         return finish_stacked(self.observer, self.state, spec, len(self.lead))
 
     @property
     def static(self) -> tuple[Any, ...]:
-        """All but the state: what statistics that are merged have in common."""
+        """All fields but the state; they must be equal to merge statistics."""
         return self.observer, self.shape, self.dtype, self.lead
 
 
@@ -55,14 +55,14 @@ class Observed:
 class Statistics(Mapping[str, Mapping[str, Observed]]):
     """Statistics of activations by site key, then by operand (`"lhs"`, `"rhs"`).
 
-    A contraction with a parameter has its other operand here, one without a parameter has both.
-    Sites that contract one and the same array have one entry between them. A pytree: `jax.tree`
-    functions and checkpoints see the observers' states.
+    A contraction with a parameter has an entry for its other operand, one without has entries for
+    both. Sites that contract the same array share an entry. A pytree whose leaves are the
+    observers' states and the number of batches.
 
     Attributes:
-      entries: what was seen, each thing once.
-      batches: how many batches went in.
-      sites: for each site key, its operands and the names of their entries.
+      entries: one per observed activation, by name.
+      batches: number of batches seen.
+      sites: for each site key, its operands and their entry names.
 
     >>> import jax.numpy as jnp, jaxquant as jq
     >>> from jaxquant.capture import capture
@@ -92,36 +92,36 @@ class Statistics(Mapping[str, Mapping[str, Observed]]):
         return len(self.sites)
 
     def finish(self, key: str, operand: str, spec: QSpec) -> Range:
-        """The range of one operand of one site, `[*layers, *channels]`; not to be traced.
+        """Returns the range of one operand of a site, `[*layers, *channels]`; not traceable.
 
         Raises:
-          ValueError: there are no statistics of it, or none that are finite.
+          ValueError: the operand has no statistics, or they are not finite.
         """
-        found = self.get(key, {})
-        if operand not in found:
+        operands = self.get(key, {})
+        if operand not in operands:
             known = ", ".join(f"{k} {o}" for k, ops in self.sites for o, _ in ops)
             raise ValueError(f"no statistics of {key!r}, operand {operand!r}; there are: {known}")
         try:
-            return found[operand].finish(spec)
+            return operands[operand].finish(spec)
         except ValueError as error:
             raise ValueError(f"{key}, {operand}: {error}") from error
 
     def merge(self, other: Statistics) -> Statistics:
-        """What both have seen together, these batches before those of `other`.
+        """Returns the statistics of the batches of both, those of `other` last.
 
         Raises:
-          ValueError: they are of different sites, or gathered by different observers.
+          ValueError: their sites or observers differ.
         """
         check_same(self, other, "merge")
         return _merged(self, other)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a file that `load` reads: arrays as `.npz`, all else as JSON in it.
+        """Writes a file that `load` reads: an `.npz` of arrays, all else as JSON in it.
 
-        The file is written aside and then put in place, so a reader never sees half of one.
+        The file is written atomically, so a reader never sees an incomplete one.
 
         Raises:
-          ValueError: an observer that is not of `jaxquant.observers`.
+          ValueError: an observer is not one of `jaxquant.observers`.
         """
         storage.save(self, path)
 
@@ -130,17 +130,17 @@ class Statistics(Mapping[str, Mapping[str, Observed]]):
         """Reads statistics that `save` wrote.
 
         Raises:
-          ValueError: there is no such file, or not one of these.
+          ValueError: there is no such file, or `save` did not write it.
         """
         entries, batches, sites = storage.load(path)
         return Statistics({n: Observed(*fields) for n, fields in entries.items()}, batches, sites)
 
     def unseen(self) -> list[str]:
-        """Sites of which some layer was never updated, in words."""
+        """Lists the sites with a layer that was never updated."""
         return [name for name, seen in self._named() if not np.asarray(seen.state["updates"]).all()]
 
     def _named(self) -> list[tuple[str, Observed]]:
-        """Each entry with the first site it belongs to."""
+        """Returns each entry with its first site."""
         first: dict[str, str] = {}
         for key, operands in self.sites:
             for operand, entry in operands:
@@ -207,11 +207,11 @@ def check_same(here: Statistics, other: Statistics, where: str) -> None:
         differences.append("sites that share an activation, or their order, differ")
     if differences:
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-        what = "of other arrays"
+        kind = "of other arrays"
         if set(here) != set(other):
-            what = "of other sites"
+            kind = "of other sites"
         elif any("expected observer" in d for d in differences):
-            what = "by another observer"
+            kind = "by another observer"
         raise ValueError(
-            f"{where}: these are statistics {what}: {'; '.join(differences[:3])}{more}"
+            f"{where}: these are statistics {kind}: {'; '.join(differences[:3])}{more}"
         )

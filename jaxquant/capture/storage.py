@@ -1,4 +1,4 @@
-"""Statistics in a file: arrays as `.npz`, all else as JSON in it; nothing is pickled."""
+"""Statistics in a file: an `.npz` of arrays, all else as JSON in it; nothing is pickled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _META, _FORMAT = "statistics.json", 1
 
 
 class _Unknown(Exception):
-    """What another version has written."""
+    """The file has content of another version."""
 
 
 def save(stats: Statistics, path: str | os.PathLike[str]) -> None:
@@ -52,19 +52,19 @@ def save(stats: Statistics, path: str | os.PathLike[str]) -> None:
     }
     arrays[_META] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     folder, name = os.path.split(path)
-    handle, aside = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
+    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder or ".")
     try:
         with os.fdopen(handle, "wb") as file:
             np.savez(file, **arrays)
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(aside)
+            os.unlink(temporary)
         raise
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[Any, ...]], int, tuple[Any, ...]]:
-    """The fields of `Statistics` in a file, entries as the fields of `Observed`.
+    """Reads the fields of `Statistics` from a file, entries as the fields of `Observed`.
 
     Raises:
       ValueError: see `Statistics.load`.
@@ -106,7 +106,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, tuple[Any, ...]], int,
 
 
 def require_folder(save: Path, where: str) -> None:
-    """Told before hours of work are lost."""
+    """Raises early, before the work, if `save` cannot be written."""
     folder = os.path.dirname(os.fspath(save)) or "."
     if not os.path.isdir(folder):
         raise ValueError(f"{where}: save: there is no folder {folder!r} for {os.fspath(save)!r}")
@@ -115,18 +115,18 @@ def require_folder(save: Path, where: str) -> None:
 
 
 def described(observer: Observer) -> dict[str, Any]:
-    """The name of an observer's class and its fields, as JSON has them.
+    """Returns the name of an observer's class and its fields as JSON values.
 
     Raises:
-      ValueError: an observer that is not of `jaxquant.observers`.
+      ValueError: the observer is not one of `jaxquant.observers`.
     """
     name = type(observer).__name__
     if getattr(observers, name, None) is not type(observer) or name not in observers.__all__:
         raise ValueError(
             f"only observers of jaxquant.observers can be written to a file, got {observer!r}"
         )
-    made: Any = observer  # a dataclass, as all of these are
-    fields = dataclasses.fields(made)
+    instance: Any = observer  # a dataclass, as all of these are
+    fields = dataclasses.fields(instance)
     return {"class": name, "fields": {f.name: getattr(observer, f.name) for f in fields}}
 
 
@@ -136,5 +136,5 @@ def _observer(meta: dict[str, Any]) -> Observer:
     if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
         raise _Unknown(f"of the observer {name!r}, which this version does not have")
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["fields"].items()}
-    made: Any = kind(**fields)
-    return made
+    observer: Any = kind(**fields)
+    return observer

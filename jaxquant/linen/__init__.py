@@ -1,10 +1,9 @@
-"""The doors for Flax Linen: those of functions, with a model in place of the function.
+"""The API for Flax Linen: the functions of `jaxquant`, with a model in place of the function.
 
-`quantized` and `fake_quantized` wrap a model; `interceptor` works in place.
-Both trace the model as a pure function of its variables and evaluate that, as `jaxquant.quantized`
-does; the model itself is neither edited nor subclassed. `fake_quantized` wraps a model for
-training in the same way. Key paths begin with the collection: `params/encoder/layer_0/kernel`
-(patterns match with or without `params/`).
+`quantized` wraps a model for inference, `fake_quantized` for training; `interceptor` works in
+place. All trace the model as a pure function of its variables and evaluate that, as
+`jaxquant.quantized` does; the model is neither edited nor subclassed. Key paths begin with the
+collection: `params/encoder/layer_0/kernel` (patterns match with or without `params/`).
 """
 
 from jaxquant.linen.batchnorm import freeze_batchnorm

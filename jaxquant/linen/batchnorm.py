@@ -12,18 +12,18 @@ from flax.linen.module import InterceptorContext
 
 
 def freeze_batchnorm(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """A function in which every `nn.BatchNorm` normalizes by its running statistics.
+    """Wraps a function so that every `nn.BatchNorm` normalizes by its running statistics.
 
-    `y = scale (x - mean) / sqrt(var + eps) + bias` with the mean and variance that are stored, and
-    they stay as they are, whatever `use_running_average` says in the model or at the call. All else
-    goes on as in training: dropout, other collections, what is returned.
+    `y = scale (x - mean) / sqrt(var + eps) + bias` with the stored mean and variance, which stay
+    unchanged, whatever `use_running_average` is in the model or at the call. All else is as in
+    training: dropout, other collections, the structure of the result.
 
     Args:
       fn: a function of variables that applies Linen modules, such as `model.apply`.
 
     Raises:
-      ValueError: `fn` is no function; at the call: statistics move on that are no `nn.BatchNorm`'s,
-        or of one within an `nn.jit` that goes on doing what it did when it was first traced.
+      ValueError: `fn` is not a function; at the call: statistics change that are not of an
+        `nn.BatchNorm`, or of one within an `nn.jit` whose cached trace is used.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
     >>> model, x = nn.BatchNorm(use_running_average=False), jnp.arange(8.0).reshape(4, 2)
@@ -55,37 +55,37 @@ def _running(
     kwargs: Any,
     context: InterceptorContext,
 ) -> Any:
-    """The interceptor: calls of BatchNorm on running statistics, their paths into `reached`."""
+    """Intercepts BatchNorm calls to use running statistics; adds module paths to `reached`."""
     module = context.module
-    concerned = isinstance(module, nn.BatchNorm) and context.method_name == "__call__"
-    if not concerned or module.scope is None or module.is_initializing():
+    is_batchnorm = isinstance(module, nn.BatchNorm) and context.method_name == "__call__"
+    if not is_batchnorm or module.scope is None or module.is_initializing():
         return next_fun(*args, **kwargs)
     reached.add(module.scope.path)
     kwargs = {k: v for k, v in kwargs.items() if k != "use_running_average"}
-    # A field that is set and an argument exclude each other. The instance is the one that Flax
-    # cloned for this call; a clone of our own would be called, and its result captured, twice.
-    given = module.use_running_average
+    # Flax forbids setting both the field and the argument. Flax cloned this instance for this call,
+    # so it may change; another clone would be called, and its result captured, twice.
+    before = module.use_running_average
     object.__setattr__(module, "use_running_average", True)
     try:
         return next_fun(*args[:1], **kwargs)
     finally:
-        object.__setattr__(module, "use_running_average", given)
+        object.__setattr__(module, "use_running_average", before)
 
 
 def _require_reached(reached: set[tuple[str, ...]], variables: Any, result: Any) -> None:
-    """Raises where the result holds new running statistics of a module that was not reached."""
+    """Raises if the result has new running statistics of a module that was not intercepted."""
     updates = result[1] if isinstance(result, tuple) and len(result) == 2 else None
     before, after = (
         v.get(_STATS) if isinstance(v, Mapping) else None for v in (variables, updates)
     )
-    given = dict(jax.tree.leaves_with_path(before))
+    old_leaves = dict(jax.tree.leaves_with_path(before))
     for path, leaf in jax.tree.leaves_with_path(after):
         names = tuple(str(part.key) for part in path if hasattr(part, "key"))
-        moved = path in given and leaf is not given[path]
-        if moved and names[-1:] in (("mean",), ("var",)) and names[:-1] not in reached:
+        changed = path in old_leaves and leaf is not old_leaves[path]
+        if changed and names[-1:] in (("mean",), ("var",)) and names[:-1] not in reached:
             raise ValueError(
-                f"linen.freeze_batchnorm: {'/'.join((_STATS, *names))} moves on: it is of no "
-                "nn.BatchNorm, or within an nn.jit, which goes on as it was first traced"
+                f"linen.freeze_batchnorm: {'/'.join((_STATS, *names))} changes: it is not of an "
+                "nn.BatchNorm, or of one within an nn.jit, whose cached trace is used"
             )
 
 

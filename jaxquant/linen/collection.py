@@ -1,7 +1,7 @@
 """The `quant` collection: states of observers as Linen variables.
 
-`{"batches": number, "sites": {site key: {operand: state}}}`, where sites that contract one and the
-same array have one entry between them, under the key of the first.
+`{"batches": number, "sites": {site key: {operand: state}}}`; sites that contract the same array
+share one entry, under the key of the first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FIELDS = {"batches", "sites"}
 
 
 def records(mutable: Any, recipe: Recipe | None) -> bool:
-    """Whether a call is to record: the collection is mutable by name, and the recipe observes."""
+    """Whether a call records: `mutable` names the collection, and some rule has an observer."""
     return _named(mutable) and recipe is not None and any(r.observer is not None for r in recipe)
 
 
@@ -32,30 +32,30 @@ def _named(mutable: Any) -> bool:
     )
 
 
-def require_recorded(mutable: Any, recipe: Recipe | None, found: Mapping[str, Any]) -> None:
-    """Raises where the collection was asked for and neither recorded nor the model's own."""
-    if _named(mutable) and recipe is not None and not found.get(NAME):
+def require_recorded(mutable: Any, recipe: Recipe | None, collections: Mapping[str, Any]) -> None:
+    """Raises if `mutable` names the collection but no rule observes and the model has none."""
+    if _named(mutable) and recipe is not None and not collections.get(NAME):
         require_observers(recipe, f"linen: mutable: {NAME!r}")
 
 
 def parted(variables: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
-    """Variables without the collection, and the collection; a model's own `quant` stays."""
-    held = variables.get(NAME)
-    if not isinstance(held, Mapping) or set(held) != _FIELDS:
+    """Splits off the collection; a model's own collection named `quant` stays."""
+    quant = variables.get(NAME)
+    if not isinstance(quant, Mapping) or set(quant) != _FIELDS:
         return variables, None
-    return {k: v for k, v in variables.items() if k != NAME}, held
+    return {k: v for k, v in variables.items() if k != NAME}, quant
 
 
 def recorded(
-    call: Call, recipe: Recipe, held: Mapping[str, Any] | None
+    call: Call, recipe: Recipe, quant: Mapping[str, Any] | None
 ) -> tuple[Any, dict[str, Any]]:
-    """A call's result, and the collection after it.
+    """Evaluates a call; returns its result and the updated collection.
 
     Raises:
-      ValueError: as `jaxquant.capture` for the recipe, or the collection is another model's.
+      ValueError: as `jaxquant.capture` for the recipe, or the collection is of another model.
     """
     plan = plan_of(call, recipe, "linen")
-    before = plan.start() if held is None else statistics_of(plan, held)
+    before = plan.start() if quant is None else statistics_of(plan, quant)
     states = {name: seen.state for name, seen in before.entries.items()}
     result, states = observed_call(plan, states, call.leaves, call.consts)
     sites: dict[str, dict[str, Any]] = {}
@@ -64,30 +64,30 @@ def recorded(
     return result, {"batches": before.batches + 1, "sites": sites}
 
 
-def statistics_of(plan: Plan, held: Mapping[str, Any]) -> Statistics:
-    """The collection as statistics.
+def statistics_of(plan: Plan, quant: Mapping[str, Any]) -> Statistics:
+    """Converts the collection to statistics.
 
     Raises:
       ValueError: it has other sites, or states of other observers.
     """
     empty = jax.eval_shape(plan.start)
-    sites = held["sites"]
-    found = {f"{key}:{operand}" for key, operands in sites.items() for operand in operands}
-    wrong = [f"{n!r} is missing" for n in empty.entries if n not in found]
-    wrong += [f"{n!r} is unknown" for n in sorted(found) if n not in empty.entries]
+    sites = quant["sites"]
+    names = {f"{key}:{operand}" for key, operands in sites.items() for operand in operands}
+    differences = [f"{n!r} is missing" for n in empty.entries if n not in names]
+    differences += [f"{n!r} is unknown" for n in sorted(names) if n not in empty.entries]
     entries = {}
-    for name, (place, _) in plan.observed.items() if not wrong else ():
+    for name, (place, _) in plan.observed.items() if not differences else ():
         state, like = dict(sites[place.keys[0]][place.slot.name]), empty.entries[name]
         kinds, expected = ({k: _kind(v) for k, v in s.items()} for s in (state, like.state))
         if kinds != expected:
-            wrong.append(f"{name!r}: expected {expected}, got {kinds}")
+            differences.append(f"{name!r}: expected {expected}, got {kinds}")
         entries[name] = dataclasses.replace(like, state=state)
-    if wrong:
+    if differences:
         raise ValueError(
-            f"linen: the {NAME!r} collection holds statistics of other sites: "
-            f"{'; '.join(wrong[:3])}"
+            f"linen: the {NAME!r} collection has statistics of other sites: "
+            f"{'; '.join(differences[:3])}"
         )
-    return Statistics(entries, held["batches"], plan.sites)
+    return Statistics(entries, quant["batches"], plan.sites)
 
 
 def _kind(array: Any) -> str:
@@ -95,11 +95,11 @@ def _kind(array: Any) -> str:
 
 
 def require_sound(stats: Statistics) -> None:
-    """Raises for what `capture` itself would have refused: sites not reached, or not finite."""
+    """Raises where `capture` would have raised: sites not reached, or values not finite."""
     for name, seen in stats.entries.items():
         bad = int(np.max(seen.state["bad"]))
         if bad:
-            raise ValueError(f"linen: {name!r} held NaN or infinity in {bad} of its updates")
+            raise ValueError(f"linen: {name!r} had NaN or infinity in {bad} of its updates")
     missing = stats.unseen()
     if missing:
         raise ValueError(f"linen: no batch reaches {', '.join(missing)}")

@@ -1,4 +1,4 @@
-"""What is done with all variables of a model: `ptq`, `capture`, `fold_batchnorm`."""
+"""Functions on all variables of a model: `ptq`, `capture`, `fold_batchnorm`."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def ptq(
     Args:
       model: an unbound Linen module.
       variables: float variables; collections that no contraction uses stay as they are. A `quant`
-        collection that `quantized(model, recipe).apply` recorded is taken for `stats=`, unless that
-        or `batches=` is given, and left out.
+        collection that `quantized(model, recipe).apply` recorded is removed; it serves as `stats=`
+        unless `stats=` or `batches=` is given.
       recipe: rules on key paths, which begin with the collection.
-      *args: what else `model.apply` is called with.
-      **options: `kwargs`, its keywords, and all else that `jaxquant.ptq` takes.
+      *args: the other arguments of `model.apply`.
+      **options: `kwargs`, its keyword arguments, and all other keywords of `jaxquant.ptq`.
 
     Raises:
-      ValueError: `model` is no Linen module, or as `jaxquant.ptq`.
+      ValueError: `model` is not a Linen module, or as `jaxquant.ptq`.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
     >>> model, x = nn.Dense(8), jnp.ones((2, 32))
@@ -50,8 +50,8 @@ def ptq(
     """
     require_module(model, "linen.ptq", "jaxquant.ptq")
     plain, collection = parted(variables)
-    given = [options.get("stats"), options.get("batches")]
-    if collection is not None and all(x is None for x in given):
+    calibration = [options.get("stats"), options.get("batches")]
+    if collection is not None and all(x is None for x in calibration):
         qmodel = quantized(model, recipe)
         options["stats"] = qmodel.statistics(variables, *args, **(options.get("kwargs") or {}))
     return ptq_function(model.apply, plain, recipe, *args, **options)

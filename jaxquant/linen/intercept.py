@@ -1,4 +1,4 @@
-"""The interceptor: all that knows how Flax binds modules to scopes stands here."""
+"""The interceptor: the only code that depends on how Flax binds modules to scopes."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ Interceptor = Callable[[Callable[..., Any], Any, Any, InterceptorContext], Any]
 
 
 def interceptor(recipe: RecipeLike | None = None) -> Interceptor:
-    """An interceptor for `flax.linen.intercept_methods` under which models compute quantized.
+    """Makes an interceptor for `flax.linen.intercept_methods` that lets models compute quantized.
 
-    It acts on the outermost call of a method, whichever that is, of models bound by `bind` too;
-    variables are updated, values sown and random numbers drawn as without it. It steps aside under
-    `init`, and for a float call that uses none of what the recipe matches. With `mutable=["quant"]`
-    and observers in the recipe it records, as `QuantizedModel.apply`.
+    It acts on the outermost call of any method, also of models bound by `bind`; variable updates,
+    sown values and random numbers are those without it. It does nothing under `init`, and for a
+    float call that uses none of the leaves that the recipe matches. With `mutable=["quant"]` and
+    observers in the recipe it records, as `QuantizedModel.apply`.
 
-    What is jitted must enter the context itself: `jax.jit` goes on doing what a function did when
-    it was first traced. Of `nn.jit` around the outermost method the same is true, so float
-    variables are refused there; `quantized(model, recipe).apply` is the door to take.
+    Enter the context inside a jitted function: `jax.jit` reuses the trace of the first call.
+    `nn.jit` around the outermost method does the same, so float variables raise there; use
+    `quantized(model, recipe).apply` instead.
 
     Args:
       recipe: for float variables, quantized as part of the computation; `None` if the variables
         hold `QTensor`s already.
 
     Raises:
-      ValueError: `recipe` is none; at the call, as `QuantizedModel.apply`; float variables within
-        `nn.jit`.
+      ValueError: `recipe` is not a recipe; at the call, as `QuantizedModel.apply`; float variables
+        within `nn.jit`.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
     >>> model, x = nn.Dense(8), jnp.ones((2, 32))
@@ -80,7 +80,7 @@ def interceptor(recipe: RecipeLike | None = None) -> Interceptor:
             traced = trace_call(fn, call.variables, (call.rngs, *call.args), call.kwargs)
             if records(call.root.mutable, chosen):
                 assert chosen is not None
-                arrays, quant = recorded(traced, chosen, call.held)
+                arrays, quant = recorded(traced, chosen, call.quant)
                 result = call.finish(*rebuild(arrays))
                 for name, value in quant.items():
                     call.root.put_variable(NAME, name, value)
@@ -100,10 +100,10 @@ def interceptor(recipe: RecipeLike | None = None) -> Interceptor:
 class _Outermost:
     """One intercepted call as a pure function of the variables, the root's keys, and its inputs.
 
-    Flax's own lifted transforms work so: `get_module_scopes` finds the scopes of a module and of
-    modules among its fields and arguments, `set_module_scopes` clones them onto others. Here the
-    others belong to a new root that holds stand-ins. Random keys are passed as the root has them,
-    with all counters, so that each draw is the one of the float model.
+    This follows Flax's lifted transforms: `get_module_scopes` finds the scopes of a module and of
+    modules among its fields and arguments, `set_module_scopes` clones them onto other scopes. Here
+    these belong to a new root with traced variables. Random keys are passed with all counters of
+    the root, so that each draw equals that of the float model.
     """
 
     def __init__(self, context: InterceptorContext, args: Any, kwargs: Any) -> None:
@@ -113,14 +113,14 @@ class _Outermost:
         self.root = self.scopes[-1].root
         if any(scope.root is not self.root for scope in self.scopes):
             name = f"{type(self.module).__name__}.{context.method_name}"
-            raise ValueError(f"{name}: expected modules of one apply or bind, got some of another")
-        variables, self.held = parted(self.root.variables())
+            raise ValueError(f"{name}: expected modules of one apply or bind, got several")
+        variables, self.quant = parted(self.root.variables())
         self.variables = dict(variables)
         self.rngs = {name: lazy.rng for name, lazy in self.root.rngs.items()}
         self._clone: nn.Module | None = None
 
     def check_not_cached(self) -> None:
-        """Float variables look alike to `nn.jit`'s cache, which float calls of the model share."""
+        """Raises within `nn.jit`, whose cache cannot tell this call from one on float variables."""
         jitted = any("jit(" in part for part in self.root.debug_path)
         if jitted and not any(map(is_qtensor, leaves(self.variables))):
             raise ValueError(
@@ -130,13 +130,13 @@ class _Outermost:
             )
 
     def pure(self, variables: Any, rngs: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """The call on stand-ins: its result, and the variables that it changed, by path."""
+        """Runs the call on traced values; returns its result and changed variables by path."""
         mutable = self.root.mutable
         root = Scope(
             {c: unfreeze(v) if in_filter(mutable, c) else v for c, v in variables.items()},
             {name: LazyRng(key, self.root.rngs[name].suffix) for name, key in rngs.items()},
             self.root.name,
-            mutable,  # the filter: collections that do not exist yet may come to
+            mutable,  # the filter itself: the call may create collections
             path=self.root.path,
             debug_path=self.root.debug_path,
             flags=self.root.flags,
@@ -148,18 +148,18 @@ class _Outermost:
                 functools.reduce(lambda s, name: s.push(name, reuse=True), scope.path[skip:], root)
                 for scope in self.scopes
             ]
-            clone, *given = set_module_scopes(self.module, args, kwargs, scopes)
-            self._clone, self._within = clone, (root, *given)
-            wrap_method_once(self.function)(clone, *given[0], **given[1])
+            clone, *inputs = set_module_scopes(self.module, args, kwargs, scopes)
+            self._clone, self._within = clone, (root, *inputs)
+            wrap_method_once(self.function)(clone, *inputs[0], **inputs[1])
         return self._result
 
     def inside(
         self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
     ) -> Any:
-        """A method call within the pure function; the first one on the clone is its body.
+        """Runs a method call within the pure function; the first one on the clone is its body.
 
-        Interceptors outside this one, and the capture of the method's result, surround that call
-        a second time. So what counts is taken here, before they see it.
+        Interceptors outside this one, and the capture of the method's result, see that call a
+        second time. So its result and changes are recorded here, before they see it.
         """
         if context.module is not self._clone or _function(context) is not self.function:
             return next_fun(*args, **kwargs)
@@ -173,10 +173,10 @@ class _Outermost:
         return result
 
     def finish(self, result: Any, changed: dict[tuple[str, ...], Any]) -> Any:
-        """Writes variables and counters back through the scope; the call's result."""
-        given = _flat(self.variables)
+        """Writes variables and counters back through the scope; returns the call's result."""
+        old_values = _flat(self.variables)
         for path, value in changed.items():
-            value = as_given(value, given.get(path))
+            value = as_given(value, old_values.get(path))
             for name in reversed(path[2:]):
                 value = {name: value}
             self.root.put_variable(path[0], path[1], value)
@@ -193,7 +193,7 @@ def _flat(variables: Any) -> dict[tuple[str, ...], Any]:
 
 
 def _copied(counters: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Counters of a scope hold those of its children: keys stay, dicts are new."""
+    """Copies the nested dicts of a scope's counters; keys and counts stay the same."""
     return {k: _copied(v) if isinstance(v, dict) else v for k, v in counters.items()}
 
 
@@ -208,18 +208,18 @@ def _update(counters: dict[Any, Any], new: Mapping[Any, Any]) -> None:
 
 @contextlib.contextmanager
 def _floats(scope: Any) -> Iterator[None]:
-    """A scope whose own raw parameters are dequantized, for a `setup` outside of any transform.
+    """Dequantizes a scope's own parameters during a `setup` outside of any transform.
 
-    `setup` of a bound module comes before the method, and its `self.param` compares the shape of
-    a parameter's first leaf. Private, since otherwise a dict of the caller's would be changed.
+    `setup` of a bound module runs before the method, and its `self.param` compares the shape of a
+    parameter's first leaf. Uses private fields, to leave the caller's dict unchanged.
     """
     params = scope._collection("params")
-    own = {k: v for k, v in params.items() if any(map(is_qtensor, leaves(v)))}
-    own = {k: v for k, v in own.items() if not isinstance(v, Mapping)}
-    if own:
-        scope._variables["params"] = {**params, **dequantize_params(own)}
+    quantized = {k: v for k, v in params.items() if any(map(is_qtensor, leaves(v)))}
+    quantized = {k: v for k, v in quantized.items() if not isinstance(v, Mapping)}
+    if quantized:
+        scope._variables["params"] = {**params, **dequantize_params(quantized)}
     try:
         yield
     finally:
-        if own:
+        if quantized:
             scope._variables["params"] = params

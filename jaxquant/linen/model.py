@@ -30,19 +30,19 @@ from jaxquant.recipe import Recipe, RecipeLike, as_recipe
 class QuantizedModel:
     """A Linen model whose `apply` computes with quantized variables; `quantized` makes it.
 
-    `init`, `init_with_output` and `tabulate` are the float model's. All else is asked of `model`;
-    one that is bound computes quantized under `interceptor`.
+    `init`, `init_with_output` and `tabulate` are those of the float model. For all else use
+    `model`; a bound model computes quantized under `interceptor`.
 
     Attributes:
-      model: the model, as it was given.
-      recipe: for variables that are still float when they come in; `None` leaves those alone.
+      model: the wrapped model, unchanged.
+      recipe: for float variables; `None` leaves them in float.
     """
 
     model: nn.Module
     recipe: Recipe | None = None
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Initializes float variables, just as `model.init` does."""
+        """Initializes float variables as `model.init` does."""
         return self.model.init(rngs, *args, **kwargs)
 
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,7 +50,7 @@ class QuantizedModel:
         return self.model.init_with_output(rngs, *args, **kwargs)
 
     def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
-        """The summary of the float model that `model.tabulate` gives."""
+        """Returns `model.tabulate`, the summary of the float model."""
         return self.model.tabulate(rngs, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -64,14 +64,13 @@ class QuantizedModel:
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Applies the model, with all keywords that `model.apply` has.
 
-        With `"quant"` among the collections named in `mutable`, and observers in the recipe, float
-        variables are computed with as they are, and what the observers see is returned in that
-        collection. Passed in again with the variables, it is added to; `ptq` and `statistics` read
-        it, and otherwise it is of no effect.
+        If `mutable` names `"quant"` and the recipe has observers, float variables stay float, and
+        the states of the observers are returned in that collection. If the variables already have
+        one, it is updated; `ptq` and `statistics` read it, and otherwise it has no effect.
 
         Raises:
-          ValueError: nothing is quantized, or what `jaxquant.quantize_params` refuses; a `quant`
-            collection of another model, or one asked for with no observer in the recipe.
+          ValueError: nothing is quantized; as `jaxquant.quantize_params`; the `quant` collection is
+            of another model, or `mutable` names it but the recipe has no observer.
 
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
         >>> x, qmodel = jnp.ones((2, 32)), quantized(nn.Dense(8), jq.w8a8())
@@ -80,12 +79,12 @@ class QuantizedModel:
         {'intermediates': {'__call__': ((2, 8),)}}
         """
         fn, rebuild = arrays_only(self.model.apply)
-        variables, held = parted(variables)
+        variables, quant = parted(variables)
         traced = trace_call(fn, variables, args, kwargs)
         recording = records(kwargs.get("mutable"), self.recipe)
         if recording:
             assert self.recipe is not None
-            arrays, quant = recorded(traced, self.recipe, held)
+            arrays, quant = recorded(traced, self.recipe, quant)
             out, mutated = rebuild(arrays)
             result = out, {**mutated, NAME: quant}
         else:
@@ -97,29 +96,29 @@ class QuantizedModel:
             return result
         out, mutated = result
         require_recorded(kwargs.get("mutable"), self.recipe, mutated)
-        given = dict(jax.tree.leaves_with_path(variables, is_leaf=is_qtensor))
+        old_values = dict(jax.tree.leaves_with_path(variables, is_leaf=is_qtensor))
         return out, jax.tree.map_with_path(
-            lambda path, new: as_given(new, given.get(path)), mutated, is_leaf=is_qtensor
+            lambda path, new: as_given(new, old_values.get(path)), mutated, is_leaf=is_qtensor
         )
 
     def _float(self, variables: Any, args: Any, kwargs: Any) -> Any:
-        """A call that has nothing to quantize."""
+        """Runs a call that has nothing to quantize."""
         result: Any = self.model.apply(variables, *args, **kwargs)
         if kwargs.get("mutable", False) is not False:
             require_recorded(kwargs["mutable"], self.recipe, result[1])
         return result
 
     def statistics(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Statistics:
-        """The `quant` collection of variables as `jaxquant.capture` returns statistics.
+        """Converts the `quant` collection of variables to statistics as of `jaxquant.capture`.
 
         Args:
-          variables: the collection among them.
-          *args: what else `model.apply` is called with, to trace it.
-          **kwargs: its keywords.
+          variables: variables with the collection.
+          *args: the other arguments of `model.apply`, to trace it.
+          **kwargs: its keyword arguments.
 
         Raises:
-          ValueError: there is no recipe or no collection, or it is another model's; some site was
-            never reached, or held NaN or infinity.
+          ValueError: there is no recipe or no collection, or it is of another model; some site was
+            never reached, or had NaN or infinity.
 
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
         >>> rule = jq.Rule(
@@ -135,8 +134,8 @@ class QuantizedModel:
         site           operand  observer  range    updates
         params/kernel  lhs      minmax()  -1 .. 3  1
         """
-        variables, held = parted(variables)
-        if self.recipe is None or held is None:
+        variables, quant = parted(variables)
+        if self.recipe is None or quant is None:
             lack = "recipe" if self.recipe is None else f"{NAME!r} collection"
             raise ValueError(
                 f"linen: there is no {lack}; expected variables updated by "
@@ -144,23 +143,23 @@ class QuantizedModel:
             )
         fn, _ = arrays_only(self.model.apply)
         plan = plan_of(trace_call(fn, variables, args, kwargs), self.recipe, "linen")
-        stats = statistics_of(plan, held)
+        stats = statistics_of(plan, quant)
         require_sound(stats)
         return stats
 
 
 def quantized(model: nn.Module, recipe: RecipeLike | None = None) -> QuantizedModel:
-    """The model with `init` and `apply` that compute as `jaxquant.quantized(model.apply)`.
+    """Wraps a model; its `apply` computes as `jaxquant.quantized(model.apply)`.
 
     Variables may hold `QTensor`s; with a recipe, float variables that it matches are quantized as
-    part of the computation, which is how to try a recipe without storing anything.
+    part of the computation, to try a recipe without storing anything.
 
     Args:
       model: an unbound Linen module; it is not changed.
-      recipe: for variables that come in float.
+      recipe: for float variables.
 
     Raises:
-      ValueError: `model` is no Linen module, or `recipe` none.
+      ValueError: `model` is not a Linen module, or `recipe` is not a recipe.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
     >>> model, x = nn.Dense(8), jnp.ones((2, 32))
@@ -176,7 +175,7 @@ def quantized(model: nn.Module, recipe: RecipeLike | None = None) -> QuantizedMo
 
 
 def require_module(model: Any, where: str, for_functions: str) -> None:
-    """Raises for what is no Linen module, naming what takes functions in its place."""
+    """Raises unless `model` is a Linen module; names the API `for_functions` in the message."""
     owner = getattr(model, "__self__", None)
     if isinstance(owner, nn.Module):
         raise ValueError(

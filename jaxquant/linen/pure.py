@@ -1,4 +1,4 @@
-"""Calls of pure functions of variables, as both doors make them."""
+"""Calls of pure functions of variables, shared by `quantized` and `interceptor`."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ from jaxquant.recipe import Recipe
 
 
 def arrays_only(fn: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`fn` without what is no array in its result, and a function that completes the result."""
-    kept: list[Any] = []
+    """Returns `fn` with only the arrays of its result, and a function that restores the rest."""
+    structure: list[Any] = []
 
     def call(*args: Any, **kwargs: Any) -> list[Any]:
         flat, tree = jax.tree.flatten(fn(*args, **kwargs))
-        kept[:] = [tree, [None if is_traced(x) else (x,) for x in flat]]
+        structure[:] = [tree, [None if is_traced(x) else (x,) for x in flat]]
         return [x for x in flat if is_traced(x)]
 
     def rebuild(arrays: list[Any]) -> Any:
-        tree, static = kept
-        given = iter(arrays)
-        return jax.tree.unflatten(tree, [next(given) if x is None else x[0] for x in static])
+        tree, static = structure
+        values = iter(arrays)
+        return jax.tree.unflatten(tree, [next(values) if x is None else x[0] for x in static])
 
     return call, rebuild
 
 
 def prepared(call: Call, variables: Any, recipe: Recipe | None) -> Call | None:
-    """The call with float variables quantized, in the program if they are traced.
+    """Returns the call with float variables quantized, within the trace if they are traced.
 
-    `None` if it is a float call that has no site to quantize where another call of the model may.
+    `None` for a float call that has nothing to quantize although another call of the model may.
 
     Raises:
       ValueError: as `jaxquant.quantize_params`.
     """
-    held = any(map(is_qtensor, call.leaves))
-    if recipe is None and held:
+    quantized = any(map(is_qtensor, call.leaves))
+    if recipe is None and quantized:
         return call
     sites = sites_of(call)
-    if not held and unconcerned(sites, recipe):
+    if not quantized and unconcerned(sites, recipe):
         return None
     if recipe is None:
         return call
     with jax.ensure_compile_time_eval():  # for concrete arrays that a jitted function closes over
-        qvariables, _ = apply_recipe(variables, recipe, sites=sites, again=held)
+        qvariables, _ = apply_recipe(variables, recipe, sites=sites, again=quantized)
     new = [leaf for leaf in leaves(qvariables) if is_traced(leaf)]
     return dataclasses.replace(call, leaves=new + call.leaves[len(new) :])
 
 
 def unconcerned(sites: Sites, recipe: Recipe | None) -> bool:
-    """Whether all that the recipe matches lies elsewhere.
+    """Whether the recipe matches only leaves that the call does not use.
 
-    Of a leaf that the call computes with and cannot quantize, the recipe's user must hear.
+    If the call uses a matched leaf but cannot quantize it, this is false, so that an error follows.
     """
     used = {site.param for site in sites.sites if site.param is not None}
     if recipe is None or not sites.leaves:
@@ -69,11 +69,11 @@ def unconcerned(sites: Sites, recipe: Recipe | None) -> bool:
 
 
 def as_given(value: Any, given: Any) -> Any:
-    """An updated variable: one that came in float and was only passed on stays as it came."""
+    """Returns an updated variable; a float one that was only quantized stays as given."""
     float_before = not any(map(is_qtensor, leaves(given)))
     return given if float_before and any(map(is_qtensor, leaves(value))) else value
 
 
 def leaves(tree: Any) -> list[Any]:
-    """The leaves of a tree, `QTensor`s among them."""
+    """Returns the leaves of a tree; a `QTensor` is a leaf."""
     return jax.tree.leaves(tree, is_leaf=is_qtensor)

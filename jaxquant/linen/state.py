@@ -1,7 +1,7 @@
 """The `quant` collection of training: a `QuantState`'s arrays as ordinary Linen variables.
 
-`{"learned": ..., "constants": ..., "ranges": ..., "step": ..., "key": ..., "made_for": ...}`, the
-fields of a `QuantState` but for its layout, which tracing finds again. `made_for` is uint32 `[2]`,
+`{"learned": ..., "constants": ..., "ranges": ..., "step": ..., "key": ..., "made_for": ...}`: the
+fields of a `QuantState` except its layout, which tracing recomputes. `made_for` is uint32 `[2]`,
 checksums of the recipe and of the params' shapes.
 """
 
@@ -27,20 +27,20 @@ _ARRAYS = ("learned", "constants", "ranges", "step", "key")
 _FIELDS = {*_ARRAYS, "made_for"}
 
 
-ASK = "make one with init, or for variables that are there with with_state(variables, x)"
+ASK = "make one with init, or for existing variables with with_state(variables, x)"
 
 
 def require_none_needed(recipe: Recipe, schedule: Schedule | None, where: str) -> None:
-    """Raises where variables without the collection are not enough."""
+    """Raises if the recipe or the schedule needs the collection."""
     if schedule is not None or _needs_state(recipe):
-        whose = "recipe needs a state" if schedule is None else "schedule counts steps"
+        owner = "recipe needs a state" if schedule is None else "schedule counts steps"
         raise ValueError(
-            f"{where}: the {whose}, and the variables have no {NAME!r} collection; {ASK}"
+            f"{where}: the {owner}, and the variables have no {NAME!r} collection; {ASK}"
         )
 
 
 def _needs_state(recipe: Recipe) -> bool:
-    """Whether some rule learns, observes, or rounds gradients at random."""
+    """Whether some rule learns, observes, or rounds gradients stochastically."""
     for rule in recipe:
         estimators = (rule.weight_estimator, rule.activation_estimator)
         if rule.observer is not None or any(e is not None and e.learns for e in estimators):
@@ -53,71 +53,71 @@ def _needs_state(recipe: Recipe) -> bool:
 def parted(
     variables: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
-    """Variables without the collection, and the collection.
+    """Splits off the collection.
 
     Raises:
-      ValueError: `variables` are none, or their `quant` collection is another.
+      ValueError: `variables` is not a mapping, or its `quant` collection has other fields.
     """
     if not isinstance(variables, Mapping):
         raise ValueError(
             f"{where}: expected variables, a dict of collections, got {type(variables).__name__}"
         )
-    plain = {name: held for name, held in variables.items() if name != NAME}
-    held = variables.get(NAME)
-    if held is not None and (not isinstance(held, Mapping) or set(held) != _FIELDS):
-        fields = sorted(held) if isinstance(held, Mapping) else type(held).__name__
+    plain = {name: value for name, value in variables.items() if name != NAME}
+    quant = variables.get(NAME)
+    if quant is not None and (not isinstance(quant, Mapping) or set(quant) != _FIELDS):
+        fields = sorted(quant) if isinstance(quant, Mapping) else type(quant).__name__
         raise ValueError(
             f"{where}: expected a {NAME!r} collection as init makes it, got one of {fields}"
         )
-    return plain, held
+    return plain, quant
 
 
 def collection(state: QuantState) -> dict[str, Any]:
-    """The collection that holds a state."""
+    """Returns the collection of a state."""
     arrays = {name: getattr(state, name) for name in _ARRAYS}
     return {**arrays, "made_for": jnp.asarray(_made_for(state))}
 
 
-def state_of(held: Mapping[str, Any], like: QuantState, where: str) -> QuantState:
-    """The state that a collection holds.
+def state_of(quant: Mapping[str, Any], like: QuantState, where: str) -> QuantState:
+    """Returns the state in a collection.
 
     Args:
-      held: the collection.
-      like: shapes and layout of a state for the same call; the collection may hold more.
-      where: how messages begin.
+      quant: the collection.
+      like: shapes and layout of a state for the same call; the collection may have more leaves.
+      where: prefix of error messages.
 
     Raises:
       ValueError: it was made for another recipe or other params.
     """
-    made_for = held["made_for"]
+    made_for = quant["made_for"]
     if not isinstance(made_for, jax.core.Tracer):
         same = np.asarray(made_for) == _made_for(like)
         if not same.all():
             words = "params of other shapes" if same[0] else "another recipe"
             raise ValueError(
-                f"{where}: the {NAME!r} collection was made for {words}; what is trained by one "
-                "recipe goes on, and is served, by the same"
+                f"{where}: the {NAME!r} collection was made for {words}; continue and convert "
+                "with the recipe of its training"
             )
-    plain = {name: _dicts(held[name]) for name in _ARRAYS}
-    found = {path_str(path): _kind(leaf) for path, leaf in jax.tree.leaves_with_path(plain)}
-    wrong = []
+    plain = {name: _dicts(quant[name]) for name in _ARRAYS}
+    kinds = {path_str(path): _kind(leaf) for path, leaf in jax.tree.leaves_with_path(plain)}
+    differences = []
     for path, leaf in jax.tree.leaves_with_path({name: getattr(like, name) for name in _ARRAYS}):
         name, expected = path_str(path), _kind(leaf)
-        if name not in found:
-            wrong.append(f"{shown(name)} is missing")
-        elif found[name] != expected:
-            wrong.append(f"{shown(name)}: expected {expected}, got {found[name]}")
-    if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        if name not in kinds:
+            differences.append(f"{shown(name)} is missing")
+        elif kinds[name] != expected:
+            differences.append(f"{shown(name)}: expected {expected}, got {kinds[name]}")
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise ValueError(
             f"{where}: the {NAME!r} collection was made for another model or recipe: "
-            f"{'; '.join(wrong[:3])}{more}"
+            f"{'; '.join(differences[:3])}{more}"
         )
     return dataclasses.replace(like, **plain)
 
 
 def _dicts(tree: Any) -> Any:
-    """Plain dicts in place of frozen ones."""
+    """Replaces frozen dicts by plain ones."""
     if isinstance(tree, Mapping):
         return {name: _dicts(value) for name, value in tree.items()}
     return tree
@@ -134,7 +134,7 @@ def _made_for(state: QuantState) -> np.ndarray:
 
 
 def _facts(x: Any) -> Any:
-    """What tells one rule from another, the same in every process."""
+    """Returns a value that identifies rules and has the same `repr` in every process."""
     if dataclasses.is_dataclass(x) and not isinstance(x, type):
         fields = {f.name: _facts(getattr(x, f.name)) for f in dataclasses.fields(x)}
         return type(x).__name__, fields

@@ -1,4 +1,4 @@
-"""A Linen model in training: float params, and a `quant` collection beside them."""
+"""A Linen model in training: float params and a `quant` collection."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from jaxquant.recipe import Recipe, RecipeLike, as_recipe
 
 @dataclasses.dataclass(frozen=True)
 class FakeQuantizedModel:
-    """A Linen model whose `apply` computes as it will be served; `fake_quantized` makes it.
+    """A Linen model whose `apply` computes as at inference; `fake_quantized` makes it.
 
-    Its variables are the model's, float, and a `quant` collection of arrays: what estimators learn,
-    what observers have seen, the step, and the key of random rounding. They are an ordinary Linen
-    variables dict: to `jit`, to donate, for a checkpoint.
+    Its variables are the float model's plus a `quant` collection of arrays: learned values of
+    estimators, states of observers, the step, and the key of stochastic rounding. They are an
+    ordinary Linen variables dict, for `jit`, donation and checkpoints.
 
     Attributes:
-      model: the model, as it was given.
+      model: the wrapped model, unchanged.
       recipe: the rules.
-      schedule: what changes in the course of training.
+      schedule: changes in the course of training.
     """
 
     model: nn.Module
@@ -50,7 +50,7 @@ class FakeQuantizedModel:
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Initializes variables as `model.init` does, and the `quant` collection.
 
-        The key of random rounding is `rngs["quant"]`, if there is one, or follows from the others.
+        The key of stochastic rounding is `rngs["quant"]` if present, else derived from the others.
 
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq
         >>> variables = fake_quantized(nn.Dense(8), jq.w8a8()).init(
@@ -62,12 +62,12 @@ class FakeQuantizedModel:
         return self._begun(self.model.init(rngs, *args, **kwargs), rngs, args, kwargs)
 
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """The float model's output beside what `init` gives."""
+        """Returns the float model's output and the variables that `init` returns."""
         y, variables = self.model.init_with_output(rngs, *args, **kwargs)
         return y, self._begun(variables, rngs, args, kwargs)
 
     def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
-        """The summary of the float model that `model.tabulate` gives."""
+        """Returns `model.tabulate`, the summary of the float model."""
         return self.model.tabulate(rngs, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -82,13 +82,13 @@ class FakeQuantizedModel:
         kwargs: Mapping[str, Any] | None = None,
         key: Array | None = None,
     ) -> dict[str, Any]:
-        """Variables of a model, such as trained ones, with a new `quant` collection.
+        """Adds a new `quant` collection to variables of a model, such as trained ones.
 
         Args:
-          variables: float variables; a `quant` collection among them is replaced.
+          variables: float variables; an existing `quant` collection is replaced.
           *args: one batch, as `model.apply` takes it; see `jaxquant.init_quant_state`.
-          kwargs: keywords of `model.apply`, such as `rngs`.
-          key: PRNG key of random rounding; by default `jax.random.key(0)`.
+          kwargs: keyword arguments of `model.apply`, such as `rngs`.
+          key: PRNG key of stochastic rounding; by default `jax.random.key(0)`.
 
         Raises:
           ValueError: as `jaxquant.init_quant_state`.
@@ -100,18 +100,17 @@ class FakeQuantizedModel:
         >>> jax.tree.map(jnp.shape, variables["quant"]["learned"]["weights"])
         {'params/kernel': {'step': (8, 1)}}
         """
-        plain = {name: held for name, held in variables.items() if name != NAME}
+        plain = {name: values for name, values in variables.items() if name != NAME}
         fn, options = self._apply(kwargs or {})
         state = init_quant_state(fn, plain, self.recipe, *args, kwargs=options, key=key)
         return {**plain, NAME: collection(state)}
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Applies the model as it will be served, with all keywords that `model.apply` has.
+        """Applies the model as at inference, with all keywords that `model.apply` has.
 
-        With `"quant"` among the collections that are `mutable`, what is returned of them holds the
-        collection after the call: ranges with this call's activations, and the step counted. Else
-        the collection is read only: a training step that leaves it out stands still in ranges,
-        schedule and random numbers.
+        If `mutable` includes `"quant"`, the updated collection is among the returned ones: ranges
+        include this call's activations, and the step is incremented. Otherwise the collection is
+        only read: ranges, schedule and random numbers do not advance.
 
         Raises:
           ValueError: there is no `quant` collection and the recipe or the schedule needs one; it
@@ -125,37 +124,37 @@ class FakeQuantizedModel:
         ((2, 8), 1)
         """
         where = "linen.fake_quantized: apply"
-        plain, held = parted(variables, where)
-        if held is None:
+        plain, quant = parted(variables, where)
+        if quant is None:
             require_none_needed(self.recipe, self.schedule, where)
         call = self._call(plain, args, kwargs, where)
         mutable = kwargs.get("mutable", False)
-        kept = held is not None and mutable is not False and in_filter(mutable, NAME)
+        updates_quant = quant is not None and mutable is not False and in_filter(mutable, NAME)
         if unconcerned(sites_of(call), self.recipe):  # a method that has nothing to quantize
             result = self.model.apply(plain, *args, **kwargs)
-            return (result[0], {**result[1], NAME: held}) if kept else result
+            return (result[0], {**result[1], NAME: quant}) if updates_quant else result
         fn, rebuild = arrays_only(self.model.apply)
-        if held is None:
+        if quant is None:
             return rebuild(fake_quantized_function(fn, self.recipe)(plain, *args, **kwargs))
         frozen = None
         if self.schedule is not None and self.schedule.freeze_batchnorm is not None:
             frozen = arrays_only(freeze_batchnorm(self.model.apply))[0]
         fake = fake_quantized_function(fn, self.recipe, schedule=self.schedule, frozen=frozen)
-        state = state_of(held, self._like(call), where)
+        state = state_of(quant, self._like(call), where)
         arrays, state = fake(plain, *args, quant_state=state, **kwargs)
         result = rebuild(arrays)
-        if not kept:
+        if not updates_quant:
             return result
         out, updates = result
-        return out, {**updates, NAME: {**collection(state), "made_for": held["made_for"]}}
+        return out, {**updates, NAME: {**collection(state), "made_for": quant["made_for"]}}
 
     def state(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> QuantState:
-        """The `quant` collection of variables as the `QuantState` that functions take.
+        """Converts the `quant` collection of variables to a `QuantState`, as functions take it.
 
         Args:
-          variables: the collection among them.
-          *args: what else `model.apply` is called with, to trace it; shapes are enough.
-          **kwargs: its keywords.
+          variables: variables with the collection.
+          *args: the other arguments of `model.apply`, to trace it; shapes are enough.
+          **kwargs: its keyword arguments.
 
         Raises:
           ValueError: there is no collection, or it was made for another model or recipe.
@@ -167,28 +166,28 @@ class FakeQuantizedModel:
         (True, 0)
         """
         where = "linen.fake_quantized: state"
-        plain, held = parted(variables, where)
-        if held is None:
+        plain, quant = parted(variables, where)
+        if quant is None:
             raise ValueError(f"{where}: the variables have no {NAME!r} collection; {ASK}")
-        return state_of(held, self._like(self._call(plain, args, kwargs, where)), where)
+        return state_of(quant, self._like(self._call(plain, args, kwargs, where)), where)
 
     def _begun(self, variables: Any, rngs: Any, args: Any, kwargs: Any) -> dict[str, Any]:
         if NAME in variables:
             raise ValueError(
-                f"linen.fake_quantized: init: the model has a {NAME!r} collection of its own; "
+                f"linen.fake_quantized: init: the model already has a {NAME!r} collection; "
                 "expected that name to be free"
             )
-        given = dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}
-        key = given.get(NAME)
+        keys = dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}
+        key = keys.get(NAME)
         if key is None:
-            first = given["params"] if "params" in given else next(iter(given.values()))
+            first = keys["params"] if "params" in keys else next(iter(keys.values()))
             key = jax.random.fold_in(first, zlib.crc32(NAME.encode()))
-        return self.with_state(variables, *args, kwargs={"rngs": given, **kwargs}, key=key)
+        return self.with_state(variables, *args, kwargs={"rngs": keys, **kwargs}, key=key)
 
     def _apply(self, kwargs: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """The model's arrays, and keywords; what a call in training mode updates is unseen here."""
-        own = {k: v for k, v in kwargs.items() if k not in ("mutable", "capture_intermediates")}
-        return arrays_only(self.model.apply)[0], {**own, "mutable": DenyList("params")}
+        """Returns `model.apply` for arrays, and keywords that make all but `params` mutable."""
+        others = {k: v for k, v in kwargs.items() if k not in ("mutable", "capture_intermediates")}
+        return arrays_only(self.model.apply)[0], {**others, "mutable": DenyList("params")}
 
     def _call(self, plain: Any, args: Any, kwargs: Any, where: str) -> Call:
         fn, options = self._apply(kwargs)
@@ -197,11 +196,11 @@ class FakeQuantizedModel:
         return call
 
     def _like(self, call: Call) -> QuantState:
-        """Shapes and layout of a state for a call, perhaps of a part of the model."""
+        """Returns shapes and layout of a state for a call, perhaps of a part of the model."""
 
         def start(leaves: list[Any]) -> QuantState:
-            own = dataclasses.replace(call, leaves=leaves)
-            return state_for(own, self.recipe, None, "linen.fake_quantized", part=True)
+            new_call = dataclasses.replace(call, leaves=leaves)
+            return state_for(new_call, self.recipe, None, "linen.fake_quantized", part=True)
 
         return jax.eval_shape(start, call.leaves)
 
@@ -212,21 +211,21 @@ def fake_quantized(
     *,
     schedule: Schedule | None = None,
 ) -> FakeQuantizedModel:
-    """The model in training with quantization, with `init` and `apply` as a Linen module has them.
+    """Wraps a model for quantization-aware training, with `init` and `apply` like a Linen module's.
 
-    `apply` computes as `jaxquant.fake_quantized(model.apply, recipe)`, its state in a collection.
-    An optimizer trains `variables["params"]` and `variables["quant"]["learned"]`: `trainable`
-    takes them out, `updated` puts them back. A schedule that freezes BatchNorm does so for every
-    `nn.BatchNorm` in the model, see `freeze_batchnorm`.
+    `apply` computes as `jaxquant.fake_quantized(model.apply, recipe)`, with its state in a
+    collection. An optimizer trains `variables["params"]` and `variables["quant"]["learned"]`:
+    `trainable` extracts them, `updated` puts them back. A schedule that freezes BatchNorm does so
+    for every `nn.BatchNorm` in the model, see `freeze_batchnorm`.
 
     Args:
       model: an unbound Linen module; it is not changed.
       recipe: the rules; key paths begin with the collection, as in `params/Dense_0/kernel`.
-      schedule: what changes in the course of training.
+      schedule: changes in the course of training.
 
     Raises:
-      ValueError: `model` is no Linen module, `recipe` or `schedule` is none, or they do not go
-        together.
+      ValueError: `model` is not a Linen module, `recipe` or `schedule` has the wrong type, or they
+        cannot be combined.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxquant as jq, optax
     >>> lsq = jq.ste.lsq()
@@ -278,16 +277,16 @@ def convert(
     *args: Any,
     kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Variables as they are served: `QTensor`s in place of params, and no `quant` collection.
+    """Converts trained variables for inference: params to `QTensor`s, no `quant` collection.
 
-    They are for `jaxquant.linen.quantized(model).apply` or `jaxquant.quantized(model.apply)`,
-    which then give what `fmodel.apply` gave. See `jaxquant.convert`.
+    `jaxquant.linen.quantized(model).apply` and `jaxquant.quantized(model.apply)` compute with them
+    the result of `fmodel.apply`. See `jaxquant.convert`.
 
     Args:
-      fmodel: the model in training, as of `fake_quantized`.
-      variables: what was trained.
-      *args: what else `model.apply` is called with, to trace it; shapes are enough.
-      kwargs: its keywords, as the model is served.
+      fmodel: the model in training, from `fake_quantized`.
+      variables: the trained variables.
+      *args: the other arguments of `model.apply`, to trace it; shapes are enough.
+      kwargs: its keyword arguments at inference.
 
     Raises:
       ValueError: as `FakeQuantizedModel.state` and `jaxquant.convert`.
@@ -307,11 +306,11 @@ def convert(
             f"got {type(fmodel).__name__}"
         )
     where = "linen.convert"
-    plain, held = parted(variables, where)
+    plain, quant = parted(variables, where)
     like = fmodel._like(fmodel._call(plain, args, kwargs or {}, where))
-    if held is None:
+    if quant is None:
         require_none_needed(fmodel.recipe, fmodel.schedule, where)
         state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
     else:
-        state = state_of(held, like, where)
+        state = state_of(quant, like, where)
     return convert_params(plain, state, fmodel.recipe, schedule=fmodel.schedule)

@@ -1,6 +1,6 @@
-"""The door for Flax NNX: `ptq` quantizes a copy, `capture` observes, `fold_batchnorm` folds.
+"""The API for Flax NNX: `ptq` quantizes a copy, `capture` observes, `fold_batchnorm` folds.
 
-`fake_quantized` makes a copy to be trained, and `convert` a quantized model of that.
+`fake_quantized` makes a copy for training, and `convert` a quantized model from that copy.
 """
 
 from jaxquant.nnx.doors import capture, fold_batchnorm, ptq

@@ -1,4 +1,4 @@
-"""What is done with a whole model: `ptq`, `capture`, `fold_batchnorm`."""
+"""Functions on whole models: `ptq`, `capture`, `fold_batchnorm`."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def ptq(
     """Quantizes the parameters of an NNX model by a recipe, into a new model.
 
     As `jaxquant.ptq`: sites come from tracing `model(*args)` once, nothing is run, and
-    `args` may be `jax.ShapeDtypeStruct`s. Parameters are the `nnx.Param`s, their key paths the
+    `args` may be `jax.ShapeDtypeStruct`s. Parameters are the `nnx.Param`s; their key paths are the
     model's attributes, such as `layers/0/attn/query/kernel`. The model itself, with its
-    statistics and random states, stays as it is.
+    statistics and random states, is not changed.
 
     With `requantize`, biases and BatchNorms that follow a contraction are folded into its integers
-    with the values they have now; change none of them afterwards.
+    with their current values; do not change these afterwards.
 
     Args:
-      model: the float model, or a quantized one to quantize more of.
-      recipe: rules on key paths, such as `jaxquant.w8a8()`; a rule or several make one.
-      *args: what to trace the method with.
+      model: the float model, or a partly quantized one.
+      recipe: rules on key paths, such as `jaxquant.w8a8()`; or one rule, or a sequence of rules.
+      *args: arguments to trace the method with.
       method: name of the method to trace; parameters that it does not use stay float.
       **options: `kwargs`, keyword arguments of the method; `batches`, each the tuple of its
-        arguments (or the one argument); and all else that `jaxquant.ptq` takes.
+        arguments (or the one argument); and all other keywords of `jaxquant.ptq`.
 
     Returns:
       The quantized model, see `Quantized`, and a report on every parameter.
 
     Raises:
-      ValueError: `recipe` is none; `model` is no NNX module, lacks the method or has variables that
-        are references; a rule matches nothing, nothing is quantized, or a parameter is not finite
-        or cannot be quantized as its rule says.
+      ValueError: `recipe` is not a recipe; `model` is not an NNX module, lacks the method or has
+        variables that are references; a rule matches nothing, nothing is quantized, or a parameter
+        is not finite or its rule does not apply to it.
 
     >>> import jax, jax.numpy as jnp, jaxquant.nnx, jaxquant as jq
     >>> from flax import nnx
@@ -74,8 +74,8 @@ def ptq(
     if batches is not None:
         require_iterable(batches, "nnx.ptq")
         options["batches"] = ((moving, *arguments(b)) for b in batches)
-    given = (moving, *args) if args or batches is None else ()
-    qparams, report = ptq_function(call, params, recipe, *given, **options)
+    trace_args = (moving, *args) if args or batches is None else ()
+    qparams, report = ptq_function(call, params, recipe, *trace_args, **options)
     return Quantized(nnx.merge(graphdef, qparams, *moving, *rest, copy=True)), report
 
 
@@ -88,19 +88,19 @@ def capture(
 ) -> Statistics:
     """Runs `model(*batch)` for every batch and gathers statistics of its activations.
 
-    As `jaxquant.capture`, with the key paths of `ptq`. The model stays as it is: each batch finds
-    the same batch statistics and random states, so call `model.eval()` first.
+    As `jaxquant.capture`, with the key paths of `ptq`. The model is not changed: each batch starts
+    from the same batch statistics and random states, so call `model.eval()` first.
 
     Args:
       model: the model, float or quantized.
       recipe: rules with `observer=`; or one observer, for all contractions.
       method: name of the method to run.
       **options: `batches`, any iterable of tuples of the method's arguments, or of single ones;
-        and all else that `jaxquant.capture` takes.
+        and all other keywords of `jaxquant.capture`.
 
     Raises:
-      ValueError: as `jaxquant.capture`; `model` is no NNX module, lacks the method or has variables
-        that are references.
+      ValueError: as `jaxquant.capture`; `model` is not an NNX module, lacks the method or has
+        variables that are references.
 
     >>> import jax.numpy as jnp, jaxquant.nnx, jaxquant as jq
     >>> from flax import nnx
@@ -125,15 +125,15 @@ def fold_batchnorm(
     method: str = "__call__",
     kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[Any, FoldReport]:
-    """Moves the scale of every BatchNorm into the kernel before it, where there is just one.
+    """Moves the scale of every BatchNorm into the kernel before it, if there is exactly one.
 
-    As `jaxquant.fold_batchnorm`, for a model: `a = scale / sqrt(var + eps)` goes into the kernel,
-    and the BatchNorm becomes the identity plus a shift. To be called after `model.eval()`, and
-    before `ptq`.
+    As `jaxquant.fold_batchnorm`, for a model: `a = scale / sqrt(var + eps)` multiplies the kernel,
+    and the BatchNorm becomes the identity plus a shift. Call it after `model.eval()` and before
+    `ptq`.
 
     Args:
-      model: the float model; it stays as it is.
-      *args: what to trace the method with, arrays or `jax.ShapeDtypeStruct`s.
+      model: the float model; it is not changed.
+      *args: arguments to trace the method with, arrays or `jax.ShapeDtypeStruct`s.
       method: name of the method to trace.
       kwargs: its keyword arguments.
 
@@ -141,8 +141,8 @@ def fold_batchnorm(
       The folded model, of the same class, and a record on each BatchNorm.
 
     Raises:
-      ValueError: as `jaxquant.fold_batchnorm`; `model` is no NNX module or quantized, lacks the
-        method or has variables that are references.
+      ValueError: as `jaxquant.fold_batchnorm`; `model` is not an NNX module or is quantized, lacks
+        the method or has variables that are references.
 
     >>> import jax.numpy as jnp, jaxquant.nnx, jaxquant as jq
     >>> from flax import nnx

@@ -21,14 +21,14 @@ _TAG = "jaxquant"  # of the update contexts below
 
 Within = Callable[[nnx.Module], AbstractContextManager[Any]]
 Pure = Callable[..., Any]
-Held = Sequence[tuple[int, nnx.Variable[Any], Any]]
+Fixed = Sequence[tuple[int, nnx.Variable[Any], Any]]
 
 
 class Wrapped(nnx.Module):
-    """A model whose methods compute otherwise than they say: as `_compute` has it.
+    """A model whose method calls go through `_compute`.
 
     Attributes:
-      model: the model's own graph.
+      model: the wrapped model.
     """
 
     def __init__(self, model: nnx.Module) -> None:
@@ -42,20 +42,20 @@ class Wrapped(nnx.Module):
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        # reached only by what the wrapper itself lacks; early on (unpickling, copying) also `model`
+        # called for names the wrapper lacks: early in unpickling or copying also for `model`
         model = None if name.startswith("_") or name == "model" else vars(self).get("model")
         if model is None:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        found = inspect.getattr_static(type(model), name, None)
-        if isinstance(found, (staticmethod, classmethod)):
+        attribute = inspect.getattr_static(type(model), name, None)
+        if isinstance(attribute, (staticmethod, classmethod)):
             return getattr(model, name)
-        if not inspect.isroutine(found):
+        if not inspect.isroutine(attribute):
             raise AttributeError(
                 f"{type(model).__name__} has no method {name!r}; for its other attributes "
                 f"go through the submodule, as in qmodel.model.{name}"
             )
 
-        @functools.wraps(found)
+        @functools.wraps(attribute)
         def method(*args: Any, **kwargs: Any) -> Any:
             return self._compute(name, args, kwargs)
 
@@ -68,13 +68,13 @@ class Quantized(Wrapped):
     It has the methods of the model's class, each transformed as `jaxquant.quantized` transforms a
     function. The model is an ordinary submodule: `eval`, `train`,
     `nnx.split`, `nnx.jit`, `nnx.iter_modules` and checkpoints of the state all reach into it.
-    Batch statistics, caches and random states move on as methods are called, as the float
-    model's would; `QTensor`s are constants, and what a method assigns to one is not kept.
-    Where no parameter is a `QTensor` (within `jaxquant.trace`, say) the methods run as they are.
-    `nnx.grad` needs a filter that leaves them out, as `nnx.DiffState(0, nnx.LoRAParam)` does.
+    Method calls update batch statistics, caches and random states as in the float model; `QTensor`s
+    are constants, and a method's assignments to them are discarded. If no parameter is a `QTensor`
+    (for example within `jaxquant.trace`) the methods run unchanged. `nnx.grad` needs a filter that
+    excludes `QTensor`s, such as `nnx.DiffState(0, nnx.LoRAParam)`.
 
     Attributes:
-      model: the model's own graph, with a `QTensor` in place of some parameters' arrays.
+      model: the wrapped model, with `QTensor`s in place of some parameters' arrays.
 
     >>> import jax.numpy as jnp, jaxquant.nnx, jaxquant as jq
     >>> from flax import nnx
@@ -85,15 +85,15 @@ class Quantized(Wrapped):
     """
 
     def _compute(self, name: str, args: Any, kwargs: Any) -> Any:
-        held = [(i, v, v.get_raw_value()) for i, v in enumerate(variables(self.model))]
-        held = [(i, v, q) for i, v, q in held if is_qtensor(q)]
-        if not held:
+        fixed = [(i, v, v.get_raw_value()) for i, v in enumerate(variables(self.model))]
+        fixed = [(i, v, q) for i, v, q in fixed if is_qtensor(q)]
+        if not fixed:
             return getattr(self.model, name)(*args, **kwargs)
 
         def served(pure: Callable[[Within], Pure], params: Any, inputs: Any) -> Any:
             return serve(trace_call(pure(contextlib.nullcontext), params, inputs, {}))[0]
 
-        return run_method(self.model, name, args, kwargs, held, served)
+        return run_method(self.model, name, args, kwargs, fixed, served)
 
 
 def run_method(
@@ -101,39 +101,39 @@ def run_method(
     name: str,
     args: Any,
     kwargs: Any,
-    held: Held,
+    fixed: Fixed,
     evaluate: Callable[[Callable[[Within], Pure], Any, Any], Any],
     always: bool = False,
 ) -> Any:
-    """Calls a method of a model, evaluated by a transform, and updates the model's state.
+    """Evaluates a method of a model by a transform, and updates the model's state.
 
-    The model and NNX objects among the arguments (`rngs=`) go through the transform as one graph,
-    as they do through `nnx.jit`: shared variables stay shared, what the method changes is changed.
+    The model and NNX objects among the arguments (`rngs=`) pass through the transform as one graph,
+    as through `nnx.jit`: shared variables stay shared, and changes by the method take effect.
 
     Args:
       model: the model.
       name: the method's name.
       args: its arguments.
       kwargs: its keyword arguments.
-      held: variables that stay as they are, with their index among all and their value.
-      evaluate: `(pure, params, inputs)` to the result of `pure(within)(params, *inputs)`, where
-        `within(model)` is a context that the method runs in.
-      always: return the state even where the method has not changed it.
+      fixed: variables that are not updated, as (index among all variables, variable, value).
+      evaluate: maps `(pure, params, inputs)` to the result of `pure(within)(params, *inputs)`,
+        where `within(model)` is a context that the method runs in.
+      always: return the state even if the method has not changed it.
     """
-    given, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
-    inputs = [None if _is_object(x) else x for x in given]
-    traced: list[Any] = []  # what only the trace tells: how to rebuild results, if state changed
+    flat, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
+    inputs = [None if _is_object(x) else x for x in flat]
+    traced: list[Any] = []  # known after tracing: how to rebuild results, and if state changed
 
     def pure(within: Within) -> Pure:
         def call(params: Any, moving: Any, others: list[Any], inputs: list[Any]) -> Any:
             with nnx.merge_context(_TAG, inner=True) as merging:
                 inner = merging.merge(graphdef, params, moving, rest)
                 objects = [merging.merge(d, s) for d, s in zip(graphdefs, others, strict=True)]
-            found = variables(inner)
-            constants = [found[i] for i, _, _ in held]
+            inner_variables = variables(inner)
+            constants = [inner_variables[i] for i, _, _ in fixed]
             left = iter(objects)
-            whole = [next(left) if _is_object(a) else b for a, b in zip(given, inputs, strict=True)]
-            new_args, new_kwargs = jax.tree.unflatten(tree, whole)
+            leaves = [next(left) if _is_object(a) else b for a, b in zip(flat, inputs, strict=True)]
+            new_args, new_kwargs = jax.tree.unflatten(tree, leaves)
             with within(inner):
                 arrays, rebuild = arrays_of(getattr(inner, name)(*new_args, **new_kwargs))
             for variable in constants:
@@ -151,7 +151,7 @@ def run_method(
     with nnx.update_context(_TAG):
         with nnx.split_context(_TAG) as splitting:
             graphdef, params, moving, rest = splitting.split(model, nnx.Param, INPUTS, ...)
-            pairs = [splitting.split(x) for x in given if _is_object(x)]
+            pairs = [splitting.split(x) for x in flat if _is_object(x)]
         graphdefs, others = [d for d, _ in pairs], [s for _, s in pairs]
         arrays, after = evaluate(pure, params, (moving, others, inputs))
         rebuild, same = traced
@@ -159,13 +159,13 @@ def run_method(
             with nnx.merge_context(_TAG, inner=False) as merging:
                 for changed, *states in after:
                     merging.merge(changed, *states)
-            for _, variable, q in held:
+            for _, variable, q in fixed:
                 variable.set_raw_value(q)
     return rebuild(arrays)
 
 
 def _same(graphdefs: Any, before: Any, after: Any) -> bool:
-    """Whether a method left structure and state as they were; quantized variables are `None`."""
+    """Whether a method left structure and state unchanged; fixed variables are `None`."""
     if any(a.with_no_outer_index() != b for (a, *_), b in zip(after, graphdefs, strict=True)):
         return False
 

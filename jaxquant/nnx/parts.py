@@ -1,8 +1,8 @@
-"""The parts of an NNX model as a pure function has them, and its results without what is static.
+"""Splits an NNX model into the arguments of a pure function, and results into arrays and the rest.
 
-Parameters are the `nnx.Param`s. Of the other variables random states and caches are inputs of a
-call; all else, batch statistics above all, is constant for it, so that what follows from it alone
-can be worked out beforehand. What a method changes is changed either way.
+Parameters are the `nnx.Param`s. Random states and caches are inputs of a call. All other variables,
+such as batch statistics, are constants of the call, so that values that depend only on them can be
+computed beforehand. Changes by a method take effect for both kinds.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ INPUTS = (nnx.RngState, nnx.Cache)  # differ from call to call, as arguments do
 
 
 def parts_of(model: Any, method: str, where: str) -> Any:
-    """A model as graph definition, parameters, and states: of the inputs, and of what is constant.
+    """Splits a model into graph definition, parameters, states of inputs, and states of constants.
 
-    Shapes alone cannot be constants; they are inputs, too.
+    `jax.ShapeDtypeStruct`s cannot be constants, so that with them all states are inputs.
     """
     if not isinstance(model, nnx.Module):
         raise ValueError(f"{where}: expected an nnx.Module, got {type(model).__name__}")
@@ -35,21 +35,21 @@ def parts_of(model: Any, method: str, where: str) -> Any:
                 f"pass nnx.with_vars(model, {kind}=False)"
             )
     split: Any = nnx.split(model, nnx.Param, INPUTS, ...)
-    graphdef, params, moving, rest = split
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(rest)):
-        return graphdef, params, (moving, rest), ()
-    return graphdef, params, (moving,), (rest,)
+    graphdef, params, inputs, constants = split
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(constants)):
+        return graphdef, params, (inputs, constants), ()
+    return graphdef, params, (inputs,), (constants,)
 
 
 def arrays_of(out: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """The arrays of a method's result, and what puts them back beside what is static in it."""
+    """Returns the arrays of a result, and a function that rebuilds the result from arrays."""
     leaves, tree = jax.tree.flatten(out)
     traced = [is_traced(leaf) for leaf in leaves]
     static = [None if t else leaf for leaf, t in zip(leaves, traced, strict=True)]
 
     def rebuild(arrays: list[Any]) -> Any:
         left = iter(arrays)
-        whole = [next(left) if t else s for s, t in zip(static, traced, strict=True)]
-        return jax.tree.unflatten(tree, whole)
+        merged = [next(left) if t else s for s, t in zip(static, traced, strict=True)]
+        return jax.tree.unflatten(tree, merged)
 
     return [leaf for leaf, t in zip(leaves, traced, strict=True) if t], rebuild

@@ -10,26 +10,26 @@ from jaxquant.qat import QuantState
 
 
 class LearnedParam(nnx.Param[Any]):
-    """What an estimator learns: a parameter to optimizers and to `nnx.grad`."""
+    """A learned value of an estimator: a parameter to optimizers and to `nnx.grad`."""
 
 
 class QuantStat(nnx.Variable[Any]):
-    """What training keeps beside it, as `nnx.BatchStat` does: ranges, steps counted, keys."""
+    """State that is not learned, like an `nnx.BatchStat`: constants, ranges, step, key."""
 
 
 class QuantVariables(nnx.Module):
-    """The arrays of a `QuantState` as variables, in nested `nnx.Dict`s of its own names.
+    """The arrays of a `QuantState` as variables, in nested `nnx.Dict`s with its names.
 
-    In evaluation mode (`eval`, or `use_running_average=True` as for a BatchNorm) they are read and
-    stay as they are.
+    In evaluation mode (`eval`, or `use_running_average=True` as for a BatchNorm) they are only
+    read.
 
     Attributes:
       learned: `LearnedParam`s.
-      constants: `QuantStat`s, as all that follow.
+      constants: `QuantStat`s, as are `ranges`, `step` and `key`.
       ranges: states of observers.
-      step: how many calls in training mode there were.
+      step: number of calls in training mode.
       key: data of a PRNG key.
-      layout: what the state was made for, static.
+      layout: static layout of the state.
       use_running_average: whether this is evaluation mode.
     """
 
@@ -43,7 +43,7 @@ class QuantVariables(nnx.Module):
         self.use_running_average = False
 
     def state(self) -> QuantState:
-        """The variables as the `QuantState` that functions take."""
+        """Returns the variables as a `QuantState`, as functions take it."""
         return QuantState(
             _arrays(self.learned),
             _arrays(self.constants),
@@ -54,7 +54,7 @@ class QuantVariables(nnx.Module):
         )
 
     def moved_on(self, state: QuantState) -> None:
-        """Takes over what a call has changed, unless in evaluation mode."""
+        """Stores the step and ranges after a call, unless in evaluation mode."""
         if self.use_running_average:
             return
         self.step.set_value(state.step)
@@ -64,7 +64,7 @@ class QuantVariables(nnx.Module):
         """Used by `nnx.view`.
 
         Args:
-          use_running_average: whether the state is read and stays as it is.
+          use_running_average: whether the state is only read.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average

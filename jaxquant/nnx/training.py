@@ -1,4 +1,4 @@
-"""An NNX model in training: `fake_quantized` makes it, `convert` makes a served one of it."""
+"""An NNX model in training: `fake_quantized` makes it, `convert` quantizes it for inference."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from jaxquant.report import Report
 
 
 class FakeQuantized(Wrapped):
-    """An NNX model whose methods compute as they will be served; `fake_quantized` makes it.
+    """An NNX model whose methods compute as at inference; `fake_quantized` makes it.
 
     It has the methods of the model's class, each transformed as `jaxquant.fake_quantized`
-    transforms a function. The model is an ordinary submodule with float parameters, and what
-    estimators learn are parameters, too: `nnx.Optimizer(fmodel, tx, wrt=nnx.Param)` trains both.
-    Batch statistics, caches and random states move on as methods are called, and so does `quant`
-    unless `fmodel.eval()` was called; what a method assigns to a parameter is not kept.
+    transforms a function. The model is an ordinary submodule with float parameters, and learned
+    values of estimators are parameters too: `nnx.Optimizer(fmodel, tx, wrt=nnx.Param)` trains both.
+    Method calls update batch statistics, caches and random states, and `quant` unless
+    `fmodel.eval()` was called; a method's assignments to parameters are discarded.
 
     Attributes:
-      model: the model's own graph.
+      model: the wrapped model.
       quant: the `QuantState` as variables.
-      schedule: what changes in the course of training.
+      schedule: changes in the course of training.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class FakeQuantized(Wrapped):
     def _compute(self, name: str, args: Any, kwargs: Any) -> Any:
         schedule, recipe = self.schedule, self.quant.layout.recipe
         freezes = schedule is not None and schedule.freeze_batchnorm is not None
-        found = enumerate(variables(self.model))
-        held = [(i, v, v.get_raw_value()) for i, v in found if isinstance(v, nnx.Param)]
+        all_variables = enumerate(variables(self.model))
+        fixed = [(i, v, v.get_raw_value()) for i, v in all_variables if isinstance(v, nnx.Param)]
 
         def trained(pure: Callable[[Within], Pure], params: Any, inputs: Any) -> Any:
             fn = pure(contextlib.nullcontext)
@@ -61,20 +61,20 @@ class FakeQuantized(Wrapped):
             self.quant.moved_on(state)
             return result
 
-        return run_method(self.model, name, args, kwargs, held, trained, always=freezes)
+        return run_method(self.model, name, args, kwargs, fixed, trained, always=freezes)
 
 
 @contextlib.contextmanager
 def _running_averages(model: nnx.Module) -> Iterator[None]:
-    """The model with every BatchNorm on running statistics; its graph is as it was afterwards."""
+    """Sets every BatchNorm to running statistics, and restores the graph afterwards."""
     norms = [m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)]
-    given = [norm.use_running_average for norm in norms]
+    before = [norm.use_running_average for norm in norms]
     for norm in norms:
         norm.use_running_average = True
     try:
         yield
     finally:
-        for norm, value in zip(norms, given, strict=True):
+        for norm, value in zip(norms, before, strict=True):
             norm.use_running_average = value
 
 
@@ -87,28 +87,28 @@ def fake_quantized(
     key: Array | None = None,
     schedule: Schedule | None = None,
 ) -> FakeQuantized:
-    """A copy of an NNX model, to be trained with quantization by a recipe.
+    """Copies an NNX model for quantization-aware training by a recipe.
 
     As `jaxquant.init_quant_state` and `jaxquant.fake_quantized`: the method is run once in float on
-    the example, which learned steps of activations and observed ranges start from. Parameters are
-    the `nnx.Param`s, with key paths as in `ptq`; the model itself stays as it is.
+    the example, which initializes learned steps of activations and observed ranges. Parameters are
+    the `nnx.Param`s, with key paths as in `ptq`; the model itself is not changed.
 
-    From `schedule.freeze_batchnorm` on every `nnx.BatchNorm` uses its running statistics, unless it
-    is called with `use_running_average=False`.
+    From step `schedule.freeze_batchnorm` on every `nnx.BatchNorm` uses its running statistics,
+    unless it is called with `use_running_average=False`.
 
     Args:
       model: the float model.
-      recipe: the rules; those that the method uses no parameter of change nothing.
+      recipe: the rules; a rule whose parameters the method does not use has no effect.
       *args: one batch, arguments of the method.
       kwargs: its keyword arguments.
       method: name of the method to run.
-      key: PRNG key for gradients that are rounded at random; by default `jax.random.key(0)`.
-      schedule: what changes in the course of training.
+      key: PRNG key for stochastic rounding of gradients; by default `jax.random.key(0)`.
+      schedule: changes in the course of training.
 
     Raises:
-      ValueError: there is no example; `recipe` or `schedule` is none, or they do not go together;
-        `model` is no NNX module or wrapped already, lacks the method or has variables that are
-        references; as `jaxquant.init_quant_state`.
+      ValueError: there is no example; `recipe` or `schedule` has the wrong type, or they cannot be
+        combined; `model` is not an NNX module or already wrapped, lacks the method or has variables
+        that are references; as `jaxquant.init_quant_state`.
 
     >>> import jax.numpy as jnp, jaxquant.nnx, jaxquant as jq, optax
     >>> from flax import nnx
@@ -146,15 +146,15 @@ def fake_quantized(
 
 
 def convert(fmodel: FakeQuantized) -> tuple[Quantized, Report]:
-    """The model that is served, of one that was trained: `QTensor`s in place of parameters.
+    """Converts a trained model for inference: parameters become `QTensor`s.
 
-    As `jaxquant.convert`: in evaluation mode it gives what `fmodel` gives.
+    As `jaxquant.convert`: the result equals that of `fmodel` in evaluation mode.
 
     Returns:
-      The quantized model, as of `ptq`, and a report on every parameter; `fmodel` stays as it is.
+      The quantized model, as from `ptq`, and a report on every parameter; `fmodel` is not changed.
 
     Raises:
-      ValueError: `fmodel` is none; a parameter, or something learned, is not finite.
+      ValueError: `fmodel` is not a `FakeQuantized`; a parameter or learned value is not finite.
 
     >>> import jax, jax.numpy as jnp, jaxquant.nnx, jaxquant as jq
     >>> from flax import nnx

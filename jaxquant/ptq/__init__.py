@@ -1,4 +1,4 @@
-"""Quantization after training: encode weights, calibrate activations, keep results integers."""
+"""Post-training quantization: encode weights, calibrate activations, keep results integers."""
 
 from jaxquant.ptq.apply import ptq
 from jaxquant.ptq.state import PTQKeywords

@@ -1,4 +1,4 @@
-"""Where the factors of a rewrite go: into what produces an activation, or onto the activation."""
+"""Placement of a rewrite's factors: in the producers of an activation, or on the activation."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from jaxquant.rewrites import Absorbed, absorbers, graph_of, scaled_leaf
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """What can be done with factors for the channels of one activation.
+    """Possible placements of per-channel factors of one activation.
 
     Attributes:
       paths: all parameters that it feeds and that a rewrite changes.
       online: whether factors may stay on the activation.
-      absorbed: what absorbs them in its place, if anything.
-      reason: why nothing does.
+      absorbed: the producers that can absorb them, if any.
+      reason: why none can.
     """
 
     paths: tuple[str, ...]
@@ -34,33 +34,33 @@ class Move:
 
     @property
     def folds(self) -> bool:
-        """Whether factors are folded: freely, or tied where there is no other way."""
+        """Whether factors are folded; tied channels only if factors may not stay online."""
         return self.absorbed is not None and (self.absorbed.tied is None or not self.online)
 
     @property
     def allowed(self) -> bool:
-        """Whether there is any place for factors."""
+        """Whether factors can be placed at all."""
         return self.online or self.folds
 
 
 def moves_of(
     call: Call, groups: Iterable[Sequence[str]], plans: Mapping[str, Plan]
 ) -> dict[str, Move]:
-    """For each parameter with a rewrite, where its factors can go.
+    """Finds where the factors of each parameter with a rewrite can go.
 
     Args:
       call: the traced call.
-      groups: paths of parameters that one activation feeds.
+      groups: for each activation, the paths of the parameters it feeds.
       plans: their plans, by path.
     """
     graph = None
-    found: dict[str, Move] = {}
+    moves: dict[str, Move] = {}
     for group in groups:
         rewrites = dict.fromkeys(plans[path].rewrite for path in group)
         for rewrite in rewrites:
             same = dict.fromkeys(p for p in group if plans[p].rewrite == rewrite)
             paths = tuple(p for p in same if not stuck(plans[p]))
-            if rewrite is None or not paths or paths[0] in found:
+            if rewrite is None or not paths or paths[0] in moves:
                 continue
             graph = graph_of(call) if graph is None else graph
             absorbed = absorbers(graph, paths)
@@ -69,18 +69,18 @@ def moves_of(
             else:
                 tied = "" if absorbed.tied is None else "one value feeds several of its channels"
                 move = Move(paths, rewrite.online, absorbed, tied)
-            found |= dict.fromkeys(paths, move)
-    return found
+            moves |= dict.fromkeys(paths, move)
+    return moves
 
 
 def stuck(plan: Plan) -> str:
-    """Why no factors can move between a parameter and what it meets; empty if they can."""
+    """Why no factors can move between a parameter and its activation; empty if they can."""
     uses = [site for site in plan.sites if site.primitive != "gather"]
-    return immovable(uses[0], len(uses)) if uses else "it is contracted with nothing"
+    return immovable(uses[0], len(uses)) if uses else "no contraction uses it"
 
 
 def immovable(site: Site, uses: int) -> str:
-    """`stuck`, of a parameter that so many sites contract, this one of them."""
+    """`stuck` for a parameter with `uses` contractions, of which `site` is the first."""
     if uses != 1:
         return "it is used at several sites"
     if site.primitive != "dot_general":
@@ -93,10 +93,10 @@ def immovable(site: Site, uses: int) -> str:
 def folded(
     encoded: Mapping[str, Encoded], leaves: Mapping[str, Any], moves: Mapping[str, Move]
 ) -> tuple[dict[str, Encoded], dict[str, Any], dict[str, list[str]]]:
-    """Divisors folded into what produces the activations, where that can be.
+    """Folds divisors into the producers of the activations where possible.
 
     Returns:
-      All that is encoded; the leaves beside these that are other than before; and notes on them.
+      All encoded leaves; the float leaves that changed; and notes on the latter.
     """
     absorbed: dict[str, list[str]] = {}
     out: dict[str, Encoded] = dict(encoded)
@@ -108,7 +108,7 @@ def folded(
             continue
         if np.all(np.asarray(divisor) == 1.0):
             for path in move.paths:
-                q, notes = _undivided(out[path].q), (*out[path].notes, "no factors serve it better")
+                q, notes = _undivided(out[path].q), (*out[path].notes, "factors of 1 are best")
                 out[path] = out[path]._replace(q=q, notes=notes)
             continue
         notes = (f"factors stay on the activation: {move.reason}",)
@@ -121,11 +121,11 @@ def folded(
             except ValueError as error:
                 notes = (f"factors stay on the activation: {error}",)
             else:
-                took = f"took in the factors of {', '.join(map(shown, move.paths))}"
+                note = f"absorbed the factors of {', '.join(map(shown, move.paths))}"
                 for path, leaf in now.items():
-                    absorbed.setdefault(path, []).append(took)
+                    absorbed.setdefault(path, []).append(note)
                     if path in out:
-                        out[path] = out[path]._replace(q=leaf, notes=(*out[path].notes, took))
+                        out[path] = out[path]._replace(q=leaf, notes=(*out[path].notes, note))
                     else:
                         changed[path] = leaf
                 for path in move.paths:
@@ -148,5 +148,5 @@ def _divisor(q: QTensor) -> Any:
 
 def _undivided(q: QTensor) -> QTensor:
     assert q.calibration is not None
-    held = dataclasses.replace(q.calibration, divisor=None, axis=())
-    return dataclasses.replace(q, calibration=None if held == Calibration() else held)
+    calibration = dataclasses.replace(q.calibration, divisor=None, axis=())
+    return dataclasses.replace(q, calibration=None if calibration == Calibration() else calibration)

@@ -1,4 +1,4 @@
-"""`ptq`: a float params tree into a quantized one, by a recipe, with a report."""
+"""`ptq`: quantizes a float params tree by a recipe and reports on it."""
 
 from __future__ import annotations
 
@@ -49,48 +49,48 @@ def ptq(
     lookup uses is encoded with one scale per kept index or group of contracted values. Without
     `batches` nothing is run: `args` may be `jax.ShapeDtypeStruct`s.
 
-    Where rules have an `observer`, activations are static: `fn` is run on every batch to find
-    their ranges, or `stats` brings them. Where they also have `requantize`, results stay integers
-    from one contraction to the next, and `report.edges` tells where.
+    Rules with an `observer` make activations static: their ranges come from running `fn` on every
+    batch, or from `stats`. If they also have `requantize`, results stay integers from one
+    contraction to the next; `report.edges` lists where.
 
-    Where rules have an encoder or a rewrite that looks at inputs (`gptq`, `awq`, `smoothquant`),
-    samples are needed as well. By default layers are quantized in the order of execution, each by
-    the inputs that arrive when all before it compute with their quantized weights: the function is
-    cut in front of them, and what the parts hand on is kept for all batches. Layers of a `scan` are
-    walked one by one. Parameters that several sites use, or that other loops use, are quantized
-    beforehand by inputs of the float function. Activations stay float throughout.
+    Encoders and rewrites that look at inputs (`gptq`, `awq`, `smoothquant`) need samples as well.
+    By default layers are quantized in execution order, each with the inputs it receives when all
+    earlier layers compute with quantized weights: the function is cut in front of each layer, and
+    the values that cross a cut are kept for all batches. Layers of a `scan` are processed one by
+    one. Parameters used by several sites or in other loops are quantized beforehand, with inputs
+    of the float function. Activations stay float during this calibration.
 
     Args:
       fn: any traceable function whose first argument is a params pytree.
       params: its float parameters; the tree itself is not changed.
-      recipe: rules on key paths, such as `jaxquant.w8a8()`; a rule or several make one.
+      recipe: rules on key paths, such as `jaxquant.w8a8()`; or one rule, or a sequence of rules.
       *args: the other arguments to trace with; by default those of the first batch.
       kwargs: keyword arguments of `fn`, such as `{"train": False}`, for every call of it.
       batches: calibration samples, each the tuple of `fn`'s arguments after the params (or the one
         argument); any iterable, gone through once.
-      stats: what `jaxquant.capture` found with the observers of this recipe, or the file it is in;
-        in place of `batches`.
+      stats: statistics from `jaxquant.capture` with the observers of this recipe, or their file;
+        instead of `batches`.
       key: PRNG key for encoders that round stochastically.
-      platforms: platforms to check for missing dtypes, of `cpu`, `cuda`, `rocm` and `tpu` (`gpu` is
-        both of the middle); by default the current one.
-      sequential: quantize layers in order; `False` gathers statistics of all at once, of the float
-        function, in as many passes over the batches as the budget asks for.
-      budget: bytes of statistics of inputs held at once; 1 GiB by default.
+      platforms: platforms to check for missing dtypes: `cpu`, `cuda`, `rocm` and `tpu` (`gpu` is
+        `cuda` and `rocm`); by default the current one.
+      sequential: quantize layers in order; `False` gathers statistics of all layers of the float
+        function, in as many passes over the batches as the budget requires.
+      budget: bytes of input statistics in memory at once; 1 GiB by default.
       offload: keep activations in the host's memory between layers, not on the device.
       progress: a progress bar, on standard error; by default if that is a terminal and the work
         takes more than a few seconds.
-      save: a folder to keep every layer in once it is quantized by its inputs.
-      resume: such a folder, to go on from: the result is that of one uninterrupted run, bit for
-        bit. It may be that of `save`, which then need not exist yet.
+      save: a folder that receives each layer once it is quantized with its inputs.
+      resume: a folder that `save` wrote, to continue from: the result equals that of an
+        uninterrupted run bit for bit. It may be the folder of `save` and need not exist then.
 
     Returns:
-      The quantized params, which `quantized(fn)` takes, and a report on every leaf.
+      The quantized params, for `quantized(fn)`, and a report on every leaf.
 
     Raises:
-      ValueError: `recipe` is none, a platform is unknown, a rule matches nothing, nothing is
-        quantized, a leaf is not finite or cannot be quantized as its rule says, or `fn` does not
-        fit `params`; a rule has an observer and there are neither batches nor statistics, or
-        statistics of another model or by another observer; what `jaxquant.capture` refuses.
+      ValueError: `recipe` is not a recipe, a platform is unknown, a rule matches nothing, nothing
+        is quantized, a leaf is not finite or its rule does not apply to it, or `fn` does not fit
+        `params`; a rule has an observer and there are neither batches nor statistics, or the
+        statistics are of another model or observer; `jaxquant.capture` raises.
 
     >>> import jax, jax.numpy as jnp, jaxquant as jq
     >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
@@ -109,7 +109,7 @@ def ptq(
     if isinstance(stats, (str, os.PathLike)):
         stats = Statistics.load(stats)
     fn, kwargs = keywords_bound(fn, kwargs, "ptq", bind=batches is not None)
-    given = args
+    trace_args = args
     if batches is not None:
         args, batches = _first(args, batches)
     with lists_told(args if batches is not None else ()):
@@ -126,8 +126,8 @@ def ptq(
     state = State(fn, params, recipe, call, sites, planned, batches, stats, options, names)
     if state.gathers and batches is not None:
         batches = list(batches)
-        if batches and given:
-            _require_alike(given, batches)
+        if batches and trace_args:
+            _require_alike(trace_args, batches)
         state = dataclasses.replace(state, batches=batches)
     for stage in STAGES:
         state = stage(state)
@@ -141,9 +141,9 @@ def _check_calibration(recipe: Recipe, batches: Any, stats: Any) -> None:
     if len(names) == 2:
         raise ValueError("ptq: give batches or stats, not both")
     if (observes or gathers) and not names:
-        what = "an observer" if observes else "an encoder or a rewrite that looks at inputs"
+        kind = "an observer" if observes else "an encoder or a rewrite that looks at inputs"
         raise ValueError(
-            f"ptq: the recipe has {what}, so it needs calibration samples: pass batches=[...], or "
+            f"ptq: the recipe has {kind}, so it needs calibration samples: pass batches=[...], or "
             "stats= from jaxquant.capture"
         )
     if names and not (observes or gathers):
@@ -153,18 +153,17 @@ def _check_calibration(recipe: Recipe, batches: Any, stats: Any) -> None:
         )
     if observes and gathers and stats is not None:
         raise ValueError(
-            "ptq: with rules that have an observer and others that look at inputs, give "
-            "batches, not stats: ranges are those of activations as rewrites and quantized "
-            "weights leave them"
+            "ptq: some rules have an observer and others look at inputs, so give batches, not "
+            "stats: ranges are found after rewrites, with quantized weights"
         )
 
 
 def _first(args: tuple[Any, ...], batches: Any) -> tuple[tuple[Any, ...], Iterable[Any]]:
-    """Arguments to trace with, and all batches."""
+    """Returns the arguments to trace with, and all batches."""
     require_iterable(batches, "ptq")
     if args:
         return args, batches
-    walk = iter(batches)  # once: a loader may start afresh each time
+    walk = iter(batches)  # only once: a loader may restart at each iter()
     first = list(itertools.islice(walk, 1))
     if not first:
         raise ValueError("ptq: no batches; expected at least one")
@@ -179,8 +178,8 @@ def _require_alike(args: tuple[Any, ...], batches: Sequence[Any]) -> None:
     difference = alike.difference(args)
     if difference is not None:
         raise ValueError(
-            f"ptq: arguments to trace with: {difference}; where a rule looks at inputs they are "
-            "those of the batches: leave them out"
+            f"ptq: arguments to trace with: {difference}; where a rule looks at inputs they must "
+            "match the batches: leave them out"
         )
 
 

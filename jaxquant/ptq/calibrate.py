@@ -1,4 +1,4 @@
-"""Parameters whose encoders or rewrites look at what they are contracted with."""
+"""Encodes parameters whose encoders or rewrites look at their inputs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from jaxquant.report import shown
 
 
 def encoded_by_inputs(state: State) -> tuple[dict[str, Encoded], Any, dict[str, list[str]]]:
-    """Encodes all leaves of a recipe some of whose rules look at inputs.
+    """Encodes all leaves of a recipe in which some rules look at inputs.
 
     Returns:
-      By path, what became of every leaf that a rule quantizes; the params, of which float leaves
-      may have absorbed factors; and notes on those.
+      The encoded leaves by path; the params, whose float leaves may have absorbed factors; and
+      notes on these float leaves.
     """
     call, sites, batches, stats = state.call, state.sites, state.batches, state.stats
     options, key = state.options, state.options.key
@@ -54,9 +54,9 @@ def encoded_by_inputs(state: State) -> tuple[dict[str, Encoded], Any, dict[str, 
     saved = options.save is not None or options.resume is not None
     if saved and stats is not None:
         raise ValueError("ptq: save and resume are for calibration by batches, not by stats")
-    about = run_of(call, leaves, state.recipe, batches, key) if saved else {}
+    run = run_of(call, leaves, state.recipe, batches, key) if saved else {}
     folder = Folder(
-        options.save, options.resume, about | {"sequential": options.sequential} if saved else {}
+        options.save, options.resume, run | {"sequential": options.sequential} if saved else {}
     )
     encoded = {
         path: _by_itself(path, leaves[path], plan, key)
@@ -70,9 +70,10 @@ def encoded_by_inputs(state: State) -> tuple[dict[str, Encoded], Any, dict[str, 
     elif early:
         assert batches is not None
         number = {path: f"beforehand_{n:05d}" for n, path in enumerate(early)}
-        for path in early:  # a file holds all that one activation feeds, by the first of them
-            kept = folder.read(number[path]) or {}
-            encoded |= {p: placed(one, leaves[p]) for p, one in kept.items()}
+        # one file per activation, named after the first parameter it feeds
+        for path in early:
+            loaded = folder.read(number[path]) or {}
+            encoded |= {p: placed(one, leaves[p]) for p, one in loaded.items()}
         waiting = {path: o for path, o in early.items() if path not in encoded}
         for paths, seen in passes(
             *(state.fn, state.params, call, plans, batches, waiting),
@@ -96,8 +97,8 @@ def encoded_by_inputs(state: State) -> tuple[dict[str, Encoded], Any, dict[str, 
         )
     encoded, changed, notes = folded(encoded, leaves, moves)
     tree = jax.tree.structure(state.params, is_leaf=is_qtensor)
-    whole = [changed.get(path, leaf) for path, leaf in leaves.items()]
-    return encoded, jax.tree.unflatten(tree, whole), notes
+    new_leaves = [changed.get(path, leaf) for path, leaf in leaves.items()]
+    return encoded, jax.tree.unflatten(tree, new_leaves), notes
 
 
 def _moves(
@@ -108,7 +109,7 @@ def _moves(
     walk: Walk | None,
     stats: Statistics | None,
 ) -> dict[str, Move]:
-    """Where factors of rewrites can go, for all parameters that have one."""
+    """Finds where the factors of all parameters with a rewrite can go."""
     wanted = {p for p in plans if plans[p].rewrite is not None}
     if not wanted:
         return {}
@@ -120,7 +121,7 @@ def _moves(
 
 
 def _samples(batches: Sequence[Any]) -> list[list[Any]]:
-    """The arrays in each batch.
+    """Returns the arrays in each batch.
 
     Raises:
       ValueError: there are no batches, or one differs from the first.
@@ -138,12 +139,12 @@ def _samples(batches: Sequence[Any]) -> list[list[Any]]:
 
 
 def _needs(plans: Mapping[str, Plan]) -> dict[str, Inputs]:
-    """The leaves that statistics are needed of."""
+    """Returns the observer of each leaf that needs statistics."""
     needs = {}
     for path, plan in plans.items():
         observer = None if plan.spec is None else plan.gathers
         if (plan.encoder is None or plan.encoder.observer is None) and stuck(plan):
-            continue  # its rewrite has nothing to do
+            continue  # its rewrite does not apply
         if observer is not None and any(site.primitive != "gather" for site in plan.sites):
             needs[path] = observer
     return needs
@@ -156,15 +157,15 @@ def _require_fitting(
     plans: Mapping[str, Plan],
     early: Mapping[str, Inputs],
 ) -> None:
-    """Raises where statistics would not be those of a matrix that the leaf is, naming all such."""
-    found = misfits(call, leaves, plans, early)
+    """Raises if statistics would not fit the shape of a leaf, naming all such leaves."""
+    reasons = misfits(call, leaves, plans, early)
     if walk is not None:
-        found |= walked_misfits(walk, leaves)
-    if found:
-        each = "; ".join(f"{shown(path)}: {why}" for path, why in found.items())
+        reasons |= walked_misfits(walk, leaves)
+    if reasons:
+        each = "; ".join(f"{shown(path)}: {why}" for path, why in reasons.items())
         raise ValueError(
-            f"{each}. Give {'it' if len(found) == 1 else 'them'} a rule whose encoder and rewrite "
-            "look at no inputs, or skip=True"
+            f"{each}. Give {'it' if len(reasons) == 1 else 'them'} a rule whose encoder and "
+            "rewrite look at no inputs, or skip=True"
         )
 
 
@@ -174,7 +175,7 @@ def _rehearse(
     needs: Mapping[str, Inputs],
     key: Array | None,
 ) -> None:
-    """Has every encoder look at shapes alone, so that what it refuses is known at once.
+    """Runs every encoder on shapes alone, so that it raises before the calibration.
 
     Raises:
       ValueError: naming the leaf.
@@ -187,10 +188,10 @@ def _rehearse(
         stats = None
         if encoder.observer is not None:
             if path not in needs:
-                continue  # meets no inputs
+                continue  # it has no inputs
             stats = expected_stats(plan, leaf.shape)
         where = None if stats is None else (stats.axes, stats.batched)
-        how = (
+        kind = (
             leaf.shape,
             leaf.dtype,
             plan.spec,
@@ -199,22 +200,24 @@ def _rehearse(
             encoder,
             where,
         )
-        if how not in tried:
-            tried.add(how)
+        if kind not in tried:
+            tried.add(kind)
             abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             encode_leaf(abstract, plan, encoder, key, stats)
 
 
 def _by_itself(path: str, leaf: Any, plan: Plan, key: Array | None) -> Encoded:
-    """A leaf whose encoder looks at nothing else; a table that is only looked up, too."""
+    """Encodes a leaf without input statistics; a table that is only looked up has none."""
     encoder = plan.encoder or rtn()
     if encoder.observer is None:
-        made = encode_leaf(leaf, plan, encoder, key)
+        encoded = encode_leaf(leaf, plan, encoder, key)
         why = stuck(plan) if plan.rewrite is not None else ""
-        return made._replace(notes=(*made.notes, f"not rewritten: {why}")) if why else made
+        return encoded._replace(notes=(*encoded.notes, f"not rewritten: {why}")) if why else encoded
     other = encoder.without_inputs or rtn()
-    made = encode_leaf(leaf, plan, other, key)
-    return made._replace(notes=(*made.notes, f"meets no inputs: {other} in place of {encoder}"))
+    encoded = encode_leaf(leaf, plan, other, key)
+    return encoded._replace(
+        notes=(*encoded.notes, f"meets no inputs: {other} in place of {encoder}")
+    )
 
 
 def _encoded(
@@ -225,7 +228,7 @@ def _encoded(
     moves: Mapping[str, Move],
     key: Array | None,
 ) -> Iterator[dict[str, Encoded]]:
-    """By path, what one activation after the other feeds."""
+    """Yields, for each activation, the encoded leaves it feeds, by path."""
     for members, state in members_of(paths, leaves, plans, stats, moves):
         done = encode_members(members, state, key)
         yield {m.plan.path: one for m, one in zip(members, done, strict=True)}
@@ -233,18 +236,18 @@ def _encoded(
 
 def _beforehand(one: Encoded, plan: Plan) -> Encoded:
     count = sum(site.primitive != "gather" for site in plan.sites)
-    sites = "" if count == 1 else f", {count} sites together"
-    return one._replace(notes=(*one.notes, f"by inputs of the float function{sites}"))
+    sites = "" if count == 1 else f" at {count} sites"
+    return one._replace(notes=(*one.notes, f"calibrated on inputs of the float function{sites}"))
 
 
 def _check_static(plans: Mapping[str, Plan]) -> None:
-    """Raises where a scale for each channel of an activation would meet factors or moments."""
+    """Raises if per-channel scales of an activation would meet factors or moments."""
     for path, plan in plans.items():
         spec = None if plan.rule is None else plan.rule.activations
         per_channel = spec is not None and spec.granularity in (PerChannel(-1), PerChannel((-1,)))
         if plan.gathers is not None and per_channel:
-            what = plan.encoder if plan.rewrite is None else plan.rewrite
+            method = plan.encoder if plan.rewrite is None else plan.rewrite
             raise ValueError(
-                f"{shown(path)}: {what} beside activations with a scale for each channel, which "
-                "move into the weight by themselves; give activations one scale"
+                f"{shown(path)}: {method} beside activations with a scale for each channel: both "
+                "would scale the weight's channels; give activations one scale"
             )

@@ -1,7 +1,7 @@
-"""Static activations with a scale for each channel: the scales move into the weights.
+"""Static activations with per-channel scales: the scales move into the weights.
 
-`sum_k x_k w_kn = sum_k (x_k / c_k) (c_k w_kn)`, with `c` from the channels' ranges: what is left of
-the activation has one range for all channels, and the weight is encoded times `c`.
+`sum_k x_k w_kn = sum_k (x_k / c_k) (c_k w_kn)`, with `c` from the channels' ranges: the divided
+activation has one range for all channels, and the weight is multiplied by `c` and then encoded.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from jaxquant.qtensor import PerTensor, along, is_qtensor
 from jaxquant.recipe import Recipe, Rule
 from jaxquant.report import shown
 
-_LEAST = 2.0**-8  # of the largest divisor: a channel that hardly moved on the samples may yet
+# relative to the largest divisor: a channel with tiny values on the samples may have larger ones
+_LEAST = 2.0**-8
 
 
 def divided(
     params: Any, recipe: Recipe, sites: Sites, stats: Statistics
 ) -> tuple[Any, dict[str, Divided]]:
-    """The float params with weights multiplied by their divisor, and the divisors by path.
+    """Multiplies weights by their divisors; returns the params and the divisors by path.
 
     Raises:
-      ValueError: a parameter of such a rule is not contracted at one site, by a `dot_general` over
-        one axis that meets the last one of the activation.
+      ValueError: a parameter of a rule with per-channel scales is not contracted at one site, by a
+        `dot_general` over one axis, the last of the activation.
     """
     flat, tree = jax.tree.flatten_with_path(params, is_leaf=is_qtensor)
     leaves = {path_str(path): leaf for path, leaf in flat}
-    found: dict[str, Divided] = {}
+    divisors: dict[str, Divided] = {}
     for path, leaf in leaves.items():
         rule = recipe.match(path)
         if rule is None or is_qtensor(leaf) or not contractions(sites, path):
@@ -43,26 +44,28 @@ def divided(
         if rule.activations.granularity == PerTensor():
             continue
         site = _only(path, sites, leaves, stats)
-        found[path] = _divided(site, rule, stats)
-        by = along(found[path].divisor, found[path].axis, leaf.ndim)
+        divisors[path] = _divided(site, rule, stats)
+        by = along(divisors[path].divisor, divisors[path].axis, leaf.ndim)
         leaves[path] = (jnp.asarray(leaf, jnp.float32) * by).astype(leaf.dtype)
-    return jax.tree.unflatten(tree, list(leaves.values())), found
+    return jax.tree.unflatten(tree, list(leaves.values())), divisors
 
 
 def _only(path: str, sites: Sites, leaves: dict[str, Any], stats: Statistics) -> Site:
     uses = sites.of(path)
     site = uses[0]
     tied = [p for p, leaf in leaves.items() if p != path and leaf is leaves[path]]
-    met = site.operands[("lhs", "rhs").index(activation_side(stats, site.key))]
+    activation = site.operands[("lhs", "rhs").index(activation_side(stats, site.key))]
     reason = ""
     if len(uses) != 1 or tied:
         reason = "is used at several sites"
     elif site.primitive != "dot_general" or len(site.contracted) != 1:
         reason = f"is contracted by {site.primitive} over axes {list(site.contracted)}"
-    elif site.over != (len(met) - 1,):
+    elif site.over != (len(activation) - 1,):
         reason = "meets another axis of the activation than its last"
-    elif site.shape[site.contracted[0]] != met[-1]:
-        reason = f"has {site.shape[site.contracted[0]]} indices there, of {met[-1]} contracted"
+    elif site.shape[site.contracted[0]] != activation[-1]:
+        reason = (
+            f"has {site.shape[site.contracted[0]]} indices there, of {activation[-1]} contracted"
+        )
     if reason:
         raise ValueError(
             f"{shown(path)}: activations with a scale for each channel need one dot_general over "

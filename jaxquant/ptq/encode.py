@@ -1,4 +1,4 @@
-"""Leaves that one activation feeds, rewritten and encoded by what is known of it."""
+"""Rewrites and encodes the leaves that one activation feeds, by its statistics."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Member:
     """One leaf, or a piece of one, that an activation feeds.
 
     Attributes:
-      plan: how it is encoded; its `batch_axes` are those of `w`.
+      plan: how it is encoded; its `batch_axes` count those of `w`.
       w: the array.
-      axes: its axes (negative) that are contracted, in the order of the statistics' columns.
-      batched: its axes (negative) that have statistics of their own.
-      immovable: why no scale can move between it and what it is contracted with; empty if it can.
+      axes: its contracted axes (negative), in the order of the statistics' columns.
+      batched: its axes (negative) with separate statistics for each index.
+      immovable: why no scale can move between it and its activation; empty if it can.
       move: where factors of its rule's rewrite can go.
     """
 
@@ -46,7 +46,7 @@ class Member:
 
 
 def encode_members(members: Sequence[Member], state: Any, key: Array | None) -> list[Encoded]:
-    """Encodes what one activation feeds.
+    """Encodes the leaves that one activation feeds.
 
     Args:
       members: the leaves; those whose rules have the same rewrite share its factors.
@@ -54,11 +54,10 @@ def encode_members(members: Sequence[Member], state: Any, key: Array | None) -> 
       key: see `encode_leaf`.
 
     Returns:
-      One result for each; factors that were moved are divisors in its calibration.
+      One result per leaf; its calibration has the factors as divisor.
 
     Raises:
-      ValueError: naming the leaf: statistics that are missing or not finite, and what encoders
-        refuse.
+      ValueError: naming the leaf: statistics are missing or not finite, or an encoder raises.
     """
     try:
         stats = [input_stats(state, m.axes, m.batched) for m in members]
@@ -67,26 +66,26 @@ def encode_members(members: Sequence[Member], state: Any, key: Array | None) -> 
     factors: dict[int, Array] = {}
     notes: dict[int, tuple[str | Found, ...]] = {}
     for rewrite in dict.fromkeys(m.plan.rewrite for m in members if m.plan.rewrite is not None):
-        own = [n for n, m in enumerate(members) if m.plan.rewrite == rewrite]
-        able = [n for n in own if not _refused(members[n])]
-        why = {n: _refused(members[n]) for n in own}
-        if not np.any(np.asarray(stats[own[0]].rows) > 0):
-            able, why = [], dict.fromkeys(own, "its inputs were always zero")
-        for n in set(own) - set(able):
-            notes[n] = (f"not rewritten: {why[n]}",)
-        if not able:
+        indices = [n for n, m in enumerate(members) if m.plan.rewrite == rewrite]
+        rewritable = [n for n in indices if not _refused(members[n])]
+        reasons = {n: _refused(members[n]) for n in indices}
+        if not np.any(np.asarray(stats[indices[0]].rows) > 0):
+            rewritable, reasons = [], dict.fromkeys(indices, "its inputs were always zero")
+        for n in set(indices) - set(rewritable):
+            notes[n] = (f"not rewritten: {reasons[n]}",)
+        if not rewritable:
             continue
-        weights, specs = zip(*(_viewed(members[n]) for n in able), strict=True)
-        move, seen = members[able[0]].move, stats[able[0]]
+        weights, specs = zip(*(_viewed(members[n]) for n in rewritable), strict=True)
+        move, seen = members[rewritable[0]].move, stats[rewritable[0]]
         absorbed = move.absorbed if move is not None and move.folds else None
         seen = seen if absorbed is None else absorbed.tie_stats(seen)
         try:
             c, details = rewrite(weights, specs, seen)
         except ValueError as error:
-            paths = ", ".join(shown(members[n].plan.path) for n in able)
+            paths = ", ".join(shown(members[n].plan.path) for n in rewritable)
             raise ValueError(f"{paths}: {error}") from error
         c = c if absorbed is None else absorbed.tie(c)
-        for n in able:
+        for n in rewritable:
             factors[n], notes[n] = c, _told(rewrite, details)
     return [
         _encoded(m, s, factors.get(n), notes.get(n, ()), key)
@@ -99,14 +98,14 @@ def _refused(member: Member) -> str:
     if member.immovable:
         return member.immovable
     if member.plan.encoder is not None and member.plan.encoder.learns_values:
-        return f"{member.plan.encoder} finds its values later, and factors are chosen by them"
+        return f"{member.plan.encoder} learns its values later, and factors depend on them"
     if member.move is not None and not member.move.allowed:
         return member.move.reason
     return ""
 
 
 def _viewed(member: Member) -> tuple[Array, Any]:
-    """A leaf as the matrices `[*batch, K, N]` that contractions make of it, and their spec."""
+    """Views a leaf as matrices `[*batch, K, N]` as its contraction does; adds their spec."""
     assert member.plan.spec is not None
     matrices = _matrices(member.w, member.axes, member.batched, member.plan.batch_axes)
     return matrices, matrix_spec(member.plan.spec)
@@ -135,13 +134,13 @@ def _encoded(
         w = _times(w, divisor, member.axes)
         stats = _rescaled(stats, c)
     seen = None if encoder.observer is None else stats
-    made = encode_leaf(w, member.plan, encoder, key, seen)
-    q = made.q
+    encoded = encode_leaf(w, member.plan, encoder, key, seen)
+    q = encoded.q
     if divisor is not None:
-        held = q.calibration or Calibration()
-        held = dataclasses.replace(held, divisor=divisor, axis=member.axes)
-        q = dataclasses.replace(q, calibration=held)
-    return made._replace(q=q, notes=(*notes, *_few(stats, encoder), *made.notes))
+        calibration = q.calibration or Calibration()
+        calibration = dataclasses.replace(calibration, divisor=divisor, axis=member.axes)
+        q = dataclasses.replace(q, calibration=calibration)
+    return encoded._replace(q=q, notes=(*notes, *_few(stats, encoder), *encoded.notes))
 
 
 @jax.jit
@@ -162,13 +161,13 @@ def _times(w: Any, divisor: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _told(rewrite: Rewrite, details: Any) -> tuple[Found, ...]:
-    """What a rewrite found."""
+    """Notes on the numbers that a rewrite chose."""
     found = ((k, np.asarray(details[k], np.float64)) for k in _SHOWN if k in details)
     return tuple(Found(rewrite.name, k, float(v.min()), float(v.max())) for k, v in found)
 
 
 def _few(stats: InputStats, encoder: Encoder) -> tuple[Found, ...]:
-    """That there were fewer rows than columns, for an encoder that inverts their moments."""
+    """Notes fewer rows than columns, for an encoder that inverts their second moments."""
     observer = encoder.observer
     rows, k = np.asarray(stats.rows, np.float64), stats.absmax.shape[-1]
     if observer is None or not observer.hessian or not rows.size or rows.min() >= k:
@@ -178,33 +177,33 @@ def _few(stats: InputStats, encoder: Encoder) -> tuple[Found, ...]:
 
 
 def placed(one: Encoded, w: Any) -> Encoded:
-    """A result that was kept, laid out over devices as the array it is of."""
+    """Shards a stored result like the array `w` that it encodes."""
     if not isinstance(getattr(w, "sharding", None), NamedSharding):
         return one
     return one._replace(q=jax.device_put(one.q, derive(w.sharding, w.shape, one.q)))
 
 
 def stacked(pieces: Sequence[Encoded], lengths: tuple[int, ...], leaf: Any) -> Encoded:
-    """The pieces of one leaf, in order, as one with leading axes `lengths`."""
+    """Stacks the pieces of one leaf, in order, along leading axes `lengths`."""
 
     def together(*arrays: Any) -> Array:
-        whole = jnp.stack(arrays)
-        return whole.reshape(*lengths, *whole.shape[1:])
+        joined = jnp.stack(arrays)
+        return joined.reshape(*lengths, *joined.shape[1:])
 
     q: QTensor = jax.tree.map(together, *(p.q for p in pieces))
-    # layer by layer they were measured in units of their own
+    # each layer's error has another unit: measure the whole leaf again
     info = measure(jnp.asarray(leaf), q)
     return Encoded(q, info, _merged(n for p in pieces for n in p.notes))
 
 
 def _merged(notes: Iterable[str | Found]) -> tuple[str | Found, ...]:
-    """Notes once each; of numbers their range."""
+    """Removes duplicate notes and merges numbers into their range."""
     out: dict[Any, str | Found] = {}
     for note in notes:
         kind = note if isinstance(note, str) else (note.what, note.name)
-        before = out.get(kind)
-        if isinstance(note, Found) and isinstance(before, Found):
-            low, high = min(before.low, note.low), max(before.high, note.high)
+        previous = out.get(kind)
+        if isinstance(note, Found) and isinstance(previous, Found):
+            low, high = min(previous.low, note.low), max(previous.high, note.high)
             note = note._replace(low=low, high=high)
         out[kind] = note
     return tuple(out.values())

@@ -1,4 +1,4 @@
-"""Integers throughout: whose results stay integers, and what is worked out for them beforehand."""
+"""Integer-only inference: which results stay integers, and the constants computed for them."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ from jaxquant.report import Edge
 
 
 def with_offsets(qparams: Any, sites: Sites) -> Any:
-    """The params with what zero points of calibrated activations add to each sum."""
+    """Adds to the params the offsets that zero points of activations cause in each sum."""
 
     def one(path: tuple[Any, ...], q: Any) -> Any:
-        held = q.calibration if is_qtensor(q) else None
-        if held is None or held.input is None or held.input.zero_point is None:
+        calibration = q.calibration if is_qtensor(q) else None
+        if calibration is None or calibration.input is None or calibration.input.zero_point is None:
             return q
         uses = contractions(sites, path_str(path))
         over = {_contracted(q, site) for site in uses}
         if len(over) != 1:
-            return q  # each site will find its own
-        bare = dataclasses.replace(
-            q, calibration=None, contraction=ContractionConfig()
-        )  # alike layers compile once
-        offset = _offset(bare, held.input.zero_point, *over)
-        return dataclasses.replace(q, calibration=dataclasses.replace(held, offset=offset))
+            return q  # each site computes its own
+        # layers with equal shapes and specs share one compiled function
+        bare = dataclasses.replace(q, calibration=None, contraction=ContractionConfig())
+        offset = _offset(bare, calibration.input.zero_point, *over)
+        return dataclasses.replace(q, calibration=dataclasses.replace(calibration, offset=offset))
 
     return jax.tree.map_with_path(one, qparams, is_leaf=is_qtensor)
 
 
 def _contracted(q: QTensor, site: Site) -> tuple[int, ...]:
-    """The contracted axes, counted within the core axes."""
+    """The contracted axes, counted without batch axes."""
     return tuple(a - len(q.batch) for a in site.contracted)
 
 
@@ -55,10 +54,10 @@ def _offset(q: QTensor, zero_point: Any, over: tuple[int, ...]) -> Any:
 
 
 def fused(qparams: Any, call: Call, recipe: Recipe, sites: Sites) -> tuple[Any, tuple[Edge, ...]]:
-    """The params with output grids and folded biases, and where results stay integers or do not.
+    """Adds output grids and folded biases to the params; lists which edges stay integer.
 
-    A result stays integer from one contraction to another if its rule says `requantize`, if all
-    in between has an integer form, and if what takes it has one grid with it.
+    A result stays integer from one contraction to another if its rule has `requantize`, all
+    operations in between have an integer form, and the consumer's input has the same grid.
     """
     flat, tree = jax.tree.flatten_with_path(qparams, is_leaf=is_qtensor)
     leaves = {path_str(path): leaf for path, leaf in flat}
@@ -66,62 +65,66 @@ def fused(qparams: Any, call: Call, recipe: Recipe, sites: Sites) -> tuple[Any, 
         return qparams, ()
     planner = plan(call, recipe)
     where = {site.key: site.param for site in sites.sites if site.param is not None}
-    apart = _apart(planner, leaves, where)
+    split = _apart(planner, leaves, where)
     reasons: dict[tuple[str, str], str] = {}
     for (source, target), same in sorted(planner.edges.items(), key=lambda item: not item[1]):
         if same or leaves[where[source]].calibration.output is None:
             ends = where[source], where[target]
-            clips = source in apart or planner.clips(source)
+            clips = source in split or planner.clips(source)
             reasons[source, target] = _joined(leaves, ends, clips, sites)
     for key, path in where.items():
         if is_qtensor(leaves[path]) and leaves[path].contraction.requantize:
             leaves[path] = _folded(leaves[path], sites[key], planner.chain(key), sites)
     fused_params = jax.tree.unflatten(tree, list(leaves.values()))
     edges = [Edge(*ends, False, reason) for ends, reason in planner.exits.items()]
-    kept = plan(call.with_params(list(leaves.values())), recipe, as_it_is=True).edges
+    integer_edges = plan(call.with_params(list(leaves.values())), recipe, as_it_is=True).edges
     for ends in planner.edges:
-        reason = reasons.get(ends) or "it is added to what is float"
-        edges.append(Edge(*ends, ends in kept, "" if ends in kept else reason))
+        reason = reasons.get(ends) or "it is added to a float operand"
+        edges.append(Edge(*ends, ends in integer_edges, "" if ends in integer_edges else reason))
     order = {site.key: n for n, site in enumerate(sites.sites)}
     edges.sort(key=lambda e: order[e.source])
     return fused_params, tuple(edges)
 
 
 def _apart(planner: Planner, leaves: dict[str, Any], where: dict[str, str]) -> set[str]:
-    """Sites of whose results different parts are taken, on different grids: none holds them all."""
+    """Sites whose results are used in several parts on different grids: no one grid fits all."""
     first: dict[str, tuple[int, QuantParams]] = {}
-    found = set()
+    split = set()
     for (source, target), array in planner.arrays.items():
         grid = leaves[where[target]].calibration.input
         other = first.setdefault(source, (array, grid))
         if other[0] != array and not _equal(other[1], grid):
-            found.add(source)
-    return found
+            split.add(source)
+    return split
 
 
 def _joined(leaves: dict[str, Any], ends: tuple[str, str], clips: bool, sites: Sites) -> str:
-    """Gives a leaf the grid of the one that takes its results; or says why it cannot."""
+    """Sets a leaf's output grid to the input grid of its consumer; returns why it cannot."""
     source, target = ends
     a, b = leaves[source], leaves[target]
     if len(contractions(sites, source)) != 1:
         return f"{source} is contracted at several sites"
     if clips:
-        return "its results are used elsewhere too, beyond the range of what this takes"
+        return "its results are also used elsewhere, beyond the range of this input grid"
     if a.batch != b.batch:
         return "one of them is in a loop"
     grid, output = b.calibration.input, a.calibration.output
     if output is None or output.same(grid):
-        held = dataclasses.replace(a.calibration, output=grid)
-        leaves[source] = dataclasses.replace(a, calibration=held)
+        calibration = dataclasses.replace(a.calibration, output=grid)
+        leaves[source] = dataclasses.replace(a, calibration=calibration)
         return ""
     if not _equal(output, grid) or output.spec != grid.spec:
-        return "it takes another grid than the first that takes these results"
+        return "its input grid differs from that of the first consumer of these results"
     for path, q in leaves.items():  # the same values, calibrated for two sites
-        held = q.calibration if is_qtensor(q) else None
-        one = {n: getattr(held, n) for n in ("input", "output") if getattr(held, n, None)}
-        joined = {n: output for n, g in one.items() if g.same(grid)}
-        if held is not None and joined:
-            leaves[path] = dataclasses.replace(q, calibration=dataclasses.replace(held, **joined))
+        calibration = q.calibration if is_qtensor(q) else None
+        grids = {
+            n: getattr(calibration, n) for n in ("input", "output") if getattr(calibration, n, None)
+        }
+        joined = {n: output for n, g in grids.items() if g.same(grid)}
+        if calibration is not None and joined:
+            leaves[path] = dataclasses.replace(
+                q, calibration=dataclasses.replace(calibration, **joined)
+            )
     return ""
 
 
@@ -133,18 +136,18 @@ def _equal(a: QuantParams, b: QuantParams) -> bool:
 
 def _folded(q: QTensor, site: Site, chain: Chain | None, sites: Sites) -> QTensor:
     assert site.param is not None
-    # weights that are sliced or reshaped first have other channels than the parameter
-    moved = tuple(site.shape) not in site.operands
-    if chain is None or q.batch or moved or _abstract(q):
+    # the channels of sliced or reshaped weights are not those of the parameter
+    reshaped = tuple(site.shape) not in site.operands
+    if chain is None or q.batch or reshaped or _abstract(q):
         return q
     if len(contractions(sites, site.param)) != 1:
         return q
-    held: Calibration = q.calibration or Calibration()
-    by = folded(q, _contracted(q, site), chain.gain, chain.bias, chain.channels, chain.steps)
+    calibration: Calibration = q.calibration or Calibration()
+    constants = folded(q, _contracted(q, site), chain.gain, chain.bias, chain.channels, chain.steps)
     return (
         q
-        if by is None
-        else dataclasses.replace(q, calibration=dataclasses.replace(held, folded=by))
+        if constants is None
+        else dataclasses.replace(q, calibration=dataclasses.replace(calibration, folded=constants))
     )
 
 

@@ -1,4 +1,4 @@
-"""Statistics of inputs by passes over the whole function, within a budget of memory."""
+"""Gathers input statistics in passes over the whole function, within a memory budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxquant.ptq.absorb import Move, immovable
 from jaxquant.ptq.encode import Member
 from jaxquant.report import shown
 
-BUDGET = 2**30  # bytes of statistics held at once, unless said otherwise
+BUDGET = 2**30  # bytes of statistics in memory at once, by default
 
 
 def passes(
@@ -35,7 +35,7 @@ def passes(
     budget: int,
     progress: bool | None,
 ) -> Iterator[tuple[list[str], Statistics]]:
-    """Statistics of what parameters are contracted with, as many at once as a budget allows.
+    """Gathers statistics of the parameters' inputs, as many per pass as the budget allows.
 
     Args:
       fn: the function.
@@ -51,7 +51,7 @@ def passes(
       Paths, and the statistics of their sites.
 
     Raises:
-      ValueError: a single statistic that is larger than the budget.
+      ValueError: the statistics of one parameter exceed the budget.
     """
     names, asked = _asked(plans, needs)
     plan = plan_of(call, asked, "ptq")
@@ -67,11 +67,11 @@ def passes(
     waiting = [path for path in needs if entries[path]]
     while waiting:
         now: list[str] = []
-        held: set[str] = set()
+        in_pass: set[str] = set()
         for path in waiting:
-            if sum(sizes[e] for e in held | entries[path]) <= budget:
+            if sum(sizes[e] for e in in_pass | entries[path]) <= budget:
                 now.append(path)
-                held |= entries[path]
+                in_pass |= entries[path]
         waiting = [path for path in waiting if path not in now]
         chosen = {name: asked[name] for path in now for name in names[path]}
         yield now, capture_with("ptq", fn, params, (), chosen, batches=batches, progress=progress)
@@ -80,7 +80,10 @@ def passes(
 def _asked(
     plans: Mapping[str, Plan], needs: Mapping[str, Inputs]
 ) -> tuple[dict[str, set[str]], dict[str, Inputs]]:
-    """What sites call each leaf, and the observer by that; of one array, they name one leaf."""
+    """Returns the names that sites use for each leaf, and the observer by name.
+
+    Sites name only one of several leaves that are the same array.
+    """
     names = {path: {site.param or path for site in plans[path].sites} for path in needs}
     return names, {name: needs[path] for path in needs for name in names[path]}
 
@@ -91,18 +94,18 @@ def misfits(
     plans: Mapping[str, Plan],
     needs: Mapping[str, Inputs],
 ) -> dict[str, str]:
-    """Why statistics would not suit a leaf, by path, known from shapes alone."""
+    """Why statistics would not fit a leaf, by path, from shapes alone."""
     if not needs:
         return {}
     plan = plan_of(call, _asked(plans, needs)[1], "ptq")
     entries = dict(plan.sites)
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for path in needs:
         stats = expected_stats(plans[path], leaves[path].shape)
         layers = tuple(leaves[path].shape[: plans[path].batch_axes])
         uses = [site for site in plans[path].sites if site.primitive != "gather"]
         if len({(site.contracted, site.batched) for site in uses}) > 1:
-            found[path] = (
+            reasons[path] = (
                 f"it is contracted differently at its sites {', '.join(shown(s.key) for s in uses)}"
                 ", so that their statistics do not add up"
             )
@@ -113,16 +116,16 @@ def misfits(
                 why = misfit(functools.partial(place.seen, observer), stats, len(layers))
                 if not why and tuple(place.lead) != layers:
                     why = (
-                        f"it has statistics for layers {list(place.lead)}, and is encoded for "
-                        f"layers {list(layers)}: only scans over leading axes are walked"
+                        f"it has statistics for layers {list(place.lead)} but is encoded for "
+                        f"layers {list(layers)}: only scans over leading axes are supported"
                     )
                 if why:
-                    found[path] = why
-    return found
+                    reasons[path] = why
+    return reasons
 
 
 def misfit(seen: Callable[[], Any], stats: InputStats, layers: int) -> str:
-    """Why rows `[*batched, rows, K]` are not those of a weight; empty if they are."""
+    """Why rows `[*batched, rows, K]` do not fit a weight's shape; empty if they do."""
     try:
         shape = tuple(seen().shape)
     except ValueError as error:
@@ -132,18 +135,18 @@ def misfit(seen: Callable[[], Any], stats: InputStats, layers: int) -> str:
     if got == expected:
         return ""
     return (
-        f"it is contracted in other shapes than its own: expected rows of {list(expected)} "
-        f"values, got {list(got)}, as of a part of it, or of it reshaped"
+        f"it is sliced or reshaped before its contraction: expected rows of {list(expected)} "
+        f"values, got {list(got)}"
     )
 
 
 def fed_by(stats_sites: Any, sites: Sites, paths: Collection[str]) -> list[list[str]]:
-    """Paths of parameters that one activation feeds, by the entries that their sites share.
+    """Groups the paths of parameters by the activation that feeds them, a shared entry.
 
     Args:
       stats_sites: site keys with their operands and entries, as `Statistics.sites`.
       sites: the sites of the function.
-      paths: which parameters.
+      paths: the parameters to group.
     """
     groups: dict[str, list[str]] = {}
     for key, operands in stats_sites:
@@ -155,7 +158,7 @@ def fed_by(stats_sites: Any, sites: Sites, paths: Collection[str]) -> list[list[
 
 
 def require_budget(sizes: Mapping[str, int], budget: int) -> None:
-    """Raises unless the statistics that are needed together, by name, fit the budget."""
+    """Raises if a size in `sizes`, bytes of statistics needed together, exceeds the budget."""
     least = max(sizes.values(), default=0)
     if least > budget:
         name = max(sizes, key=lambda n: sizes[n])
@@ -166,7 +169,7 @@ def require_budget(sizes: Mapping[str, int], budget: int) -> None:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree."""
+    """Returns the total bytes of the arrays of a tree."""
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
@@ -177,10 +180,10 @@ def members_of(
     stats: Statistics,
     moves: Mapping[str, Move],
 ) -> list[tuple[list[Member], Any]]:
-    """Leaves grouped by what they are contracted with, and the states of its statistics.
+    """Groups leaves by their activation, each group with the state of its statistics.
 
     Raises:
-      ValueError: there are no statistics of a site, or none that fit together.
+      ValueError: a site has no statistics, or those of several sites cannot be merged.
     """
     entries = dict(stats.sites)
     groups: dict[Any, list[Member]] = {}
@@ -189,10 +192,10 @@ def members_of(
         plan = plans[path]
         uses = [site for site in plan.sites if site.primitive != "gather"]
         member = dataclasses.replace(_member(path, leaves[path], plan, uses), move=moves.get(path))
-        found = [_entry(dict(entries.get(site.key, ())), stats, site) for site in uses]
-        kind: Any = found[0] if len(uses) == 1 else path
+        names = [_entry(dict(entries.get(site.key, ())), stats, site) for site in uses]
+        kind: Any = names[0] if len(uses) == 1 else path
         if kind not in states:
-            seen = [stats.entries[name] for name in found]
+            seen = [stats.entries[name] for name in names]
             first = seen[0]
             for use, other in zip(uses[1:], seen[1:], strict=True):
                 same = (use.contracted, use.batched) == (uses[0].contracted, uses[0].batched)
@@ -233,7 +236,7 @@ def _entry(operands: Mapping[str, str], stats: Statistics, site: Site) -> str:
 
 
 def expected_stats(plan: Plan, shape: tuple[int, ...]) -> InputStats:
-    """The shapes of the statistics that a leaf's first contraction has."""
+    """Returns the statistics of a leaf's first contraction as abstract arrays."""
     site = next(site for site in plan.sites if site.primitive != "gather")
     axes, batched = (
         tuple(a - len(shape) for a in some) for some in (site.contracted, site.batched)

@@ -1,4 +1,4 @@
-"""What a run that is kept on disk and its continuation have in common."""
+"""Fingerprints a run, so that it is resumed only with the same function, params and samples."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def run_of(
     batches: Sequence[Any] | None,
     key: Array | None,
 ) -> dict[str, Any]:
-    """Versions and checksums, as JSON values: of the function, params, samples, recipe and key."""
+    """Returns versions and checksums of function, params, samples, recipe and key, as JSON."""
     specs = [s for rule in recipe for s in (rule.weights, rule.lookup, rule.activations)]
     return {
         "versions": {name: version(name) for name in ("jaxquant", "jax", "jaxlib")},
         "recipe": repr(list(recipe.rules)),
-        # a recipe in words has no values of codebooks
+        # the repr of a recipe leaves out the values of codebooks
         "formats": checksum([repr(spec.format) for spec in specs if spec is not None]),
         "function": checksum([_program(call), *call.consts]),
         "params": checksum(list(leaves.values())),
@@ -40,7 +40,7 @@ def run_of(
 
 
 def _program(call: Call) -> str:
-    """What a call computes on floats, as text that is the same in every process."""
+    """Returns the lowered text of a call on floats, which is the same in every process."""
 
     def run(leaves: list[Any]) -> Any:
         return call.run(Interpreter(Policy(), call.param_paths), leaves)
@@ -49,7 +49,7 @@ def _program(call: Call) -> str:
 
 
 def checksum(tree: Any) -> int:
-    """Of all arrays, with their shapes and dtypes, and of other leaves as they print.
+    """CRC-32 of all arrays, with their shapes and dtypes, and of the `repr` of other leaves.
 
     >>> checksum([jnp.zeros(2)]) == checksum([jnp.zeros(1)])
     False

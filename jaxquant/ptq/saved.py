@@ -1,4 +1,4 @@
-"""What a long quantization keeps on disk after each step, so that it goes on after a kill."""
+"""Stores each step of a long quantization on disk, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _META, _FORMAT = "meta.json", 2
 
 
 class Folder:
-    """A folder with one file for each step, written whole or not at all.
+    """A folder with one file per step; each file is written atomically.
 
     Args:
-      save: the folder to write to, made if it is not there; `None` writes nothing.
+      save: the folder to write to, created if missing; `None` writes nothing.
       resume: the folder to read from; `None` reads nothing.
-      about: what the run is of, as JSON values by name; the same for a run and its continuation.
+      about: JSON values by name that identify the run; a resumed run must have the same.
 
     Raises:
-      ValueError: `resume` is of another run; `save` is a file, or in a folder that does not exist,
-        or holds another run that is not to be continued.
+      ValueError: `resume` is of another run; `save` is a file, its parent folder does not exist,
+        or it is not empty and not the folder of `resume`.
     """
 
     def __init__(self, save: Path | None, resume: Path | None, about: Mapping[str, Any]) -> None:
@@ -46,28 +46,28 @@ class Folder:
         if self.resume is not None and not (same and _fresh(self.resume)):
             _require_same(self.resume, self.about)
         elif same:
-            self.resume = None  # one command begins a run and goes on with it
+            self.resume = None  # the same command starts a run and later resumes it
         if self.save is not None:
             self._open(self.save, bool(same))
 
-    def _open(self, folder: str, again: bool) -> None:
-        above = os.path.dirname(os.path.abspath(folder))
-        if not os.path.isdir(above):
-            raise ValueError(f"ptq: save: there is no folder {above!r} for {folder!r}")
+    def _open(self, folder: str, resumed: bool) -> None:
+        parent = os.path.dirname(os.path.abspath(folder))
+        if not os.path.isdir(parent):
+            raise ValueError(f"ptq: save: there is no folder {parent!r} for {folder!r}")
         if os.path.exists(folder) and not os.path.isdir(folder):
             raise ValueError(f"ptq: save: expected a folder, got the file {folder!r}")
         os.makedirs(folder, exist_ok=True)
-        if os.listdir(folder) and not again:
+        if os.listdir(folder) and not resumed:
             raise ValueError(
-                f"ptq: save: the folder {folder!r} is not empty; go on with the run in it by "
-                f"resume={folder!r}, or take another"
+                f"ptq: save: the folder {folder!r} is not empty; continue the run in it by "
+                f"resume={folder!r}, or use another"
             )
         if not os.path.exists(os.path.join(folder, _META)):
             text = json.dumps({"format": _FORMAT, **self.about}).encode()
             _write(os.path.join(folder, _META), lambda file: file.write(text))
 
     def read(self, step: str) -> dict[str, Encoded] | None:
-        """What was kept of a step, by name, or `None`."""
+        """Returns the stored results of a step, by name, or `None`."""
         for folder in dict.fromkeys((self.save, self.resume)):
             path = "" if folder is None else os.path.join(folder, f"{step}.npz")
             if folder is not None and os.path.exists(path):
@@ -78,7 +78,7 @@ class Folder:
         return None
 
     def write(self, step: str, done: Mapping[str, Encoded]) -> None:
-        """Keeps the results of a step, by name."""
+        """Stores the results of a step, by name."""
         if self.save is None:
             return
         arrays: dict[str, Any] = {}
@@ -89,8 +89,8 @@ class Folder:
             info = None
             if one.info is not None:
                 info = [float(one.info.error), float(one.info.signal)]
-            told = [_note(note) for note in one.notes]
-            entries.append({"name": name, "q": text, "info": info, "notes": told})
+            notes = [_note(note) for note in one.notes]
+            entries.append({"name": name, "q": text, "info": info, "notes": notes})
         arrays[_META] = np.frombuffer(json.dumps(entries).encode(), np.uint8)
         _write(os.path.join(self.save, f"{step}.npz"), lambda file: np.savez(file, **arrays))
 
@@ -107,20 +107,20 @@ def _read(path: str) -> dict[str, Encoded]:
         done = {}
         for n, entry in enumerate(entries):
             start = f"{n}/"
-            own = {k.removeprefix(start): a for k, a in arrays.items() if k.startswith(start)}
+            parts = {k.removeprefix(start): a for k, a in arrays.items() if k.startswith(start)}
             info = None
             if entry["info"] is not None:
                 error, signal = map(jnp.float32, entry["info"])
                 info = Info(error, signal)
             notes = tuple(n if isinstance(n, str) else Found(*n) for n in entry["notes"])
-            done[entry["name"]] = Encoded(deserialize(entry["q"], own), info, notes)
+            done[entry["name"]] = Encoded(deserialize(entry["q"], parts), info, notes)
         return done
     except (KeyError, TypeError, ValueError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"ptq: resume: {path!r} is damaged; delete it to redo its step") from error
 
 
 def _fresh(folder: str) -> bool:
-    """Whether nothing was begun in a folder: it is not there, or nothing is in it."""
+    """Whether a folder does not exist or is empty."""
     return not os.path.exists(folder) or (os.path.isdir(folder) and not os.listdir(folder))
 
 
@@ -131,24 +131,24 @@ def _require_same(folder: str, about: Mapping[str, Any]) -> None:
             meta = json.loads(file.read())
     except (OSError, ValueError):
         raise ValueError(
-            f"ptq: resume: {folder!r} holds no run that was saved by ptq(..., save=...)"
+            f"ptq: resume: {folder!r} holds no run that ptq(..., save=...) wrote"
         ) from None
     for name, expected in {"format": _FORMAT, **about}.items():
         if meta.get(name) != expected:
             raise ValueError(
-                f"ptq: resume: the run in {folder!r} was of other {name}: expected {expected!r}, "
+                f"ptq: resume: the run in {folder!r} differs in {name}: expected {expected!r}, "
                 f"got {meta.get(name)!r}"
             )
 
 
 def _write(path: str, write: Any) -> None:
     folder, name = os.path.split(path)
-    handle, aside = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(aside)
+            os.unlink(temporary)
         raise

@@ -1,8 +1,9 @@
-"""True-sequential calibration: each layer is quantized with the inputs that really arrive there.
+"""True-sequential calibration: quantizes each layer with the inputs from quantized earlier layers.
 
-The function becomes one straight program, cut in front of every activation that a chosen parameter
-is contracted with. Each segment runs on all batches, the parameters it has led to are quantized by
-what arrived, and the next segment computes with what they stand for now. Activations stay float.
+The function is flattened to a straight-line program and cut in front of every activation that a
+chosen parameter is contracted with. Each segment runs on all batches, the parameters at its end are
+quantized with that activation, and the next segment computes with their dequantized values.
+Activations stay float.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from jaxquant.report import shown
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """A function cut in segments.
+    """A function cut into segments.
 
     Attributes:
-      flat: the straight program.
+      flat: the straight-line program.
       groups: the activations in front of which it is cut.
-      paths: the parameters that are walked.
+      paths: the parameters that are quantized in order.
     """
 
     flat: Flat
@@ -52,30 +53,30 @@ class Walk:
 def walk_of(
     call: Call, leaves: Mapping[str, Any], plans: Mapping[str, Plan], needs: Mapping[str, Inputs]
 ) -> Walk:
-    """Cuts a call, and finds which of the parameters in `needs` can be walked.
+    """Cuts a call, and finds which parameters in `needs` can be quantized in order.
 
-    Those that one site uses, once in each layer: not what several sites use, what stands at several
-    paths, or what is inside loops other than scans over layers.
+    A parameter can if exactly one site uses it, once in each layer, it has one path, and it is in
+    no loop other than scans over layers.
     """
-    same = Counter(identity(path, leaf) for path, leaf in leaves.items())
+    uses = Counter(identity(path, leaf) for path, leaf in leaves.items())
     chosen = frozenset(
         path
         for path in needs
-        if len(plans[path].sites) == 1 and same[identity(path, leaves[path])] == 1
+        if len(plans[path].sites) == 1 and uses[identity(path, leaves[path])] == 1
     )
     while True:
         flat = flatten(call, chosen)
-        found = Counter((mark.path, mark.piece) for mark in flat.marks)
-        once = frozenset(path for path in chosen if _walked(path, flat, found, plans[path]))
-        if once == chosen:
+        counts = Counter((mark.path, mark.piece) for mark in flat.marks)
+        walked = frozenset(path for path in chosen if _walked(path, flat, counts, plans[path]))
+        if walked == chosen:
             return Walk(flat, groups_of(flat), chosen)
-        chosen = once
+        chosen = walked
 
 
-def _walked(path: str, flat: Flat, found: Mapping[Any, int], plan: Plan) -> bool:
+def _walked(path: str, flat: Flat, counts: Mapping[Any, int], plan: Plan) -> bool:
     lengths = flat.lengths.get(path, ())
     pieces = itertools.product(*map(range, lengths))
-    return len(lengths) == plan.batch_axes and all(found.get((path, p)) == 1 for p in pieces)
+    return len(lengths) == plan.batch_axes and all(counts.get((path, p)) == 1 for p in pieces)
 
 
 def quantize_in_order(
@@ -98,41 +99,41 @@ def quantize_in_order(
     Args:
       walk: of the call.
       leaves: the float params by path.
-      plans: how they are encoded.
-      needs: the observer for each.
+      plans: how they are encoded, by path.
+      needs: the observer of each parameter, by path.
       moves: where factors can go, by path.
       batches: for each sample the leaves of its arguments.
       encoded: parameters that are encoded already.
       key: see `encode_leaf`.
-      budget: bytes of statistics held at once.
-      offload: keep activations in the host's memory between segments.
+      budget: bytes of statistics in memory at once.
+      offload: keep activations in host memory between segments.
       progress: whether to show a bar; `None` on a terminal, after some seconds.
-      folder: where results are kept, and found again.
+      folder: stores results and returns those of an interrupted run.
 
     Raises:
-      ValueError: naming the parameter: see `encode_members`; the budget is too small for one.
+      ValueError: naming the parameter: see `encode_members`; the budget is too small for it.
     """
     flat = walk.flat
-    watching = [inputs(any(needs[m.path].hessian for m in _marks(flat, g))) for g in walk.groups]
-    _check_budget(walk, watching, budget)
+    observers = [inputs(any(needs[m.path].hessian for m in _marks(flat, g))) for g in walk.groups]
+    _check_budget(walk, observers, budget)
     segments = segments_of(flat, walk.groups)
     runner = _Runner(flat, leaves, encoded, batches, offload)
     pieces: dict[str, dict[Piece, Encoded]] = {path: {} for path in walk.paths}
     bar = Progress(progress, len(segments), "quantize")
     try:
-        for number, (segment, observer) in enumerate(zip(segments, watching, strict=True)):
+        for number, (segment, observer) in enumerate(zip(segments, observers, strict=True)):
             marks = _marks(flat, segment.group)
             bar.say(_title(marks))
             runner.advance(segment)
             step = f"step_{number:05d}"
-            kept, names = folder.read(step), [f"{m.path} {m.piece}" for m in marks]
+            stored, names = folder.read(step), [f"{m.path} {m.piece}" for m in marks]
             members = [_member(m, leaves, plans, moves) for m in marks]
-            if kept is None:
+            if stored is None:
                 state = runner.observed(segment, observer)
                 done = encode_members(members, state, key)
                 folder.write(step, dict(zip(names, done, strict=True)))
             else:
-                done = [placed(kept[name], m.w) for name, m in zip(names, members, strict=True)]
+                done = [placed(stored[name], m.w) for name, m in zip(names, members, strict=True)]
             for mark, one in zip(marks, done, strict=True):
                 pieces[mark.path][mark.piece] = one
                 runner.took(mark.path, mark.piece, one)
@@ -140,19 +141,19 @@ def quantize_in_order(
             bar.step()
     finally:
         bar.close()
-    return {path: _whole(flat, path, found, leaves[path]) for path, found in pieces.items()}
+    return {path: _whole(flat, path, layers, leaves[path]) for path, layers in pieces.items()}
 
 
 def fed_alike(walk: Walk) -> list[list[str]]:
-    """Paths of the parameters that each activation feeds."""
+    """Returns for each activation the paths of the parameters it feeds."""
     return [[mark.path for mark in _marks(walk.flat, group)] for group in walk.groups]
 
 
-def _whole(flat: Flat, path: str, found: Mapping[Piece, Encoded], leaf: Any) -> Encoded:
+def _whole(flat: Flat, path: str, pieces: Mapping[Piece, Encoded], leaf: Any) -> Encoded:
     lengths = flat.lengths.get(path, ())
     if not lengths:
-        return found[()]
-    return stacked([found[p] for p in itertools.product(*map(range, lengths))], lengths, leaf)
+        return pieces[()]
+    return stacked([pieces[p] for p in itertools.product(*map(range, lengths))], lengths, leaf)
 
 
 def _marks(flat: Flat, group: Group) -> list[Any]:
@@ -166,8 +167,8 @@ def _title(marks: Sequence[Any]) -> str:
 
 
 def walked_misfits(walk: Walk, leaves: Mapping[str, Any]) -> dict[str, str]:
-    """Why rows would not be those of a leaf, by path, known from shapes alone."""
-    found: dict[str, str] = {}
+    """Why rows of activations would not fit a leaf, by path, from shapes alone."""
+    reasons: dict[str, str] = {}
     for group in walk.groups:
         x, *rest = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in group.seen)
         for mark in _marks(walk.flat, group):
@@ -179,13 +180,13 @@ def walked_misfits(walk: Walk, leaves: Mapping[str, Any]) -> dict[str, str]:
             stats = InputStats(none, absmax, none, none, mark.axes, mark.batched)
             why = misfit(functools.partial(mark.reading.aval, x, rest), stats, 0)
             if why:
-                found[mark.path] = why
-    return found
+                reasons[mark.path] = why
+    return reasons
 
 
-def _check_budget(walk: Walk, watching: Sequence[Inputs], budget: int) -> None:
+def _check_budget(walk: Walk, observers: Sequence[Inputs], budget: int) -> None:
     sizes: dict[str, int] = {}
-    for group, observer in zip(walk.groups, watching, strict=True):
+    for group, observer in zip(walk.groups, observers, strict=True):
         mark = walk.flat.marks[group.marks[0]]
         avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in group.seen]
         state = jax.eval_shape(observer.init, mark.reading.aval(avals[0], avals[1:]))
@@ -211,12 +212,12 @@ def piece_of(leaf: Any, piece: Piece) -> Any:
 
 
 def _on_host(x: Any) -> Any:
-    """An array in the host's memory; keys, which are small, stay where they are."""
+    """Copies an array to host memory; PRNG keys, which are small, stay on the device."""
     return x if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else np.asarray(x)
 
 
 class _Runner:
-    """The values that segments hand on, batch by batch."""
+    """Runs segments and keeps the values that pass between them, per batch."""
 
     def __init__(
         self,
@@ -229,16 +230,16 @@ class _Runner:
         self.flat, self.leaves, self.offload = flat, leaves, offload
         self.encoded: dict[Any, Encoded] = dict(encoded)
         self.names = dict(zip(flat.jaxpr.invars, flat.names, strict=True))
-        given = [v for v in flat.jaxpr.invars if self.names[v] is None]
+        arguments = [v for v in flat.jaxpr.invars if self.names[v] is None]
         self.kept: list[dict[Any, Any]] = [
-            dict(zip(given, batch, strict=True)) for batch in batches
+            dict(zip(arguments, batch, strict=True)) for batch in batches
         ]
         self.consts = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
         self.compiled: dict[Any, Callable[..., list[Any]]] = {}
         self.updates: dict[Any, Callable[..., Any]] = {}
 
     def took(self, path: str, piece: Piece, one: Encoded) -> None:
-        """A parameter is what it is quantized to from now on."""
+        """Replaces a parameter by its quantized value in the segments that follow."""
         self.encoded[path, piece] = one
 
     def advance(self, segment: Segment) -> None:
@@ -247,17 +248,17 @@ class _Runner:
         fixed = {v: self._fixed(v) for v in segment.inputs if not self._varies(v)}
         for kept in self.kept:
             values = [fixed[v] if v in fixed else jnp.asarray(kept[v]) for v in segment.inputs]
-            found = zip(segment.outputs, run(values), strict=True)
-            kept.update((v, _on_host(x) if self.offload else x) for v, x in found)
+            outputs = zip(segment.outputs, run(values), strict=True)
+            kept.update((v, _on_host(x) if self.offload else x) for v, x in outputs)
 
     def drop(self, segment: Segment) -> None:
-        """Lets go of what nothing after a segment needs."""
+        """Drops the values that no later segment needs."""
         for kept in self.kept:
             for v in segment.dropped:
                 kept.pop(v, None)
 
     def observed(self, segment: Segment, observer: Inputs) -> Any:
-        """The statistics of the activation that a segment ends at, over all batches."""
+        """Returns statistics of the activation at the end of a segment, over all batches."""
         reading = self.flat.marks[segment.group.marks[0]].reading
         kind = (observer, reading.key, tuple(str(v.aval) for v in segment.group.seen))
 
@@ -279,7 +280,7 @@ class _Runner:
         return var not in self.consts and self.names.get(var) is None
 
     def _fixed(self, var: Any) -> Any:
-        """A constant, or a parameter as it is by now."""
+        """Returns a constant, or the current value of a parameter."""
         if var in self.consts:
             return self.consts[var]
         path, piece = self.names[var]

@@ -24,7 +24,7 @@ from jaxquant.report import Event
 
 
 def gather(state: State) -> State:
-    """Leaves whose encoders or rewrites look at inputs: statistics, rewrites, codes."""
+    """Gathers statistics for, rewrites and encodes leaves whose rules look at inputs."""
     if not state.gathers:
         return state
     if state.stats is not None:
@@ -34,9 +34,9 @@ def gather(state: State) -> State:
 
 
 def observe(state: State) -> State:
-    """Ranges of activations of the float function; factors of channels move into weights.
+    """Finds ranges of the float function's activations; per-channel factors move into weights.
 
-    Not where weights are rewritten: `calibrate` then finds the ranges that rewrites leave.
+    If weights are rewritten, `calibrate` finds the ranges instead, after the rewrites.
     """
     if not state.observes or state.gathers:
         return state
@@ -48,7 +48,7 @@ def observe(state: State) -> State:
 
 
 def encode(state: State) -> State:
-    """Codes and scales of all other leaves, and the report on each."""
+    """Encodes all other leaves, and reports on each leaf."""
     qparams, report = apply_recipe(
         state.params,
         state.recipe,
@@ -62,7 +62,7 @@ def encode(state: State) -> State:
 
 
 def calibrate(state: State) -> State:
-    """Scales and zero points of static activations, beside the weights that meet them."""
+    """Stores scales and zero points of static activations with the weights they meet."""
     if not state.observes:
         return state
     stats = _statistics(state, state.qparams) if state.gathers else state.stats
@@ -76,7 +76,7 @@ def calibrate(state: State) -> State:
 
 
 def fuse(state: State) -> State:
-    """Results that stay integers from one contraction to the next, where rules ask for it."""
+    """Keeps results integer from one contraction to the next where rules have `requantize`."""
     if not state.observes:
         return state
     qparams, edges = fused(state.qparams, state.quantized_call, state.recipe, state.sites)
@@ -85,7 +85,7 @@ def fuse(state: State) -> State:
 
 
 def describe(state: State) -> State:
-    """What `quantized(fn)` will do, found without running it."""
+    """Adds to the report what `quantized(fn)` will do, without running it."""
     attention = _attention(state.sites, state.qparams, state.recipe)
     report = dataclasses.replace(state.report, attention=attention)
     events = [*_replay(state), *_dtypes(state.qparams, state.platforms)]
@@ -97,7 +97,7 @@ STAGES = (gather, observe, encode, calibrate, fuse, describe)
 
 
 def _statistics(state: State, params: Any) -> Any:
-    """Statistics of activations: what the caller gathered, or of all batches."""
+    """Returns the caller's statistics of activations, or gathers them over all batches."""
     if state.batches is None:
         return state.stats
     progress = state.options.progress
@@ -105,7 +105,7 @@ def _statistics(state: State, params: Any) -> Any:
 
 
 def _replay(state: State) -> tuple[Event, ...]:
-    """What `quantized(fn)` will report."""
+    """Returns the events that `quantized(fn)` will report."""
     call, events = state.quantized_call, list[Event]()
 
     def run(leaves: list[Any]) -> None:
@@ -117,25 +117,25 @@ def _replay(state: State) -> tuple[Event, ...]:
 
 
 def _attention(sites: Sites, qparams: Any, recipe: Recipe) -> tuple[tuple[str, str | None], ...]:
-    """Sites without a parameter, and the format that `quantized(fn)` computes them in."""
+    """Returns the sites without a parameter and the format `quantized(fn)` computes them in."""
     leaves = jax.tree.leaves(qparams, is_leaf=is_qtensor)
     # leaves quantized earlier may carry the rules of an earlier recipe
     carried = {q.contraction.attention for q in leaves if is_qtensor(q) and q.contraction.attention}
     rules = next(iter(carried)) if len(carried) == 1 else recipe.attention
-    found = [
+    specs = [
         (site.key, attention_spec(rules, site.key)) for site in sites.sites if site.param is None
     ]
-    return tuple((key, None if spec is None else spec.format.name) for key, spec in found)
+    return tuple((key, None if spec is None else spec.format.name) for key, spec in specs)
 
 
 def _dtypes(qparams: Any, platforms: Sequence[str]) -> list[Event]:
-    """Where a platform computes float contractions in another dtype than the model's."""
+    """Reports platforms that compute float contractions in another dtype than the model's."""
     leaves = [q for q in jax.tree.leaves(qparams, is_leaf=is_qtensor) if is_qtensor(q)]
     events = []
     for platform in platforms:
         for dtype in sorted({q.dtype for q in leaves if q.contraction.activations is None}):
-            instead, reason = compute_dtype(dtype, platform)
+            used_dtype, reason = compute_dtype(dtype, platform)
             if reason is not None:
-                message = f"{dtype} contractions are computed in {instead.name}: {reason}"
+                message = f"{dtype} contractions are computed in {used_dtype.name}: {reason}"
                 events.append(Event("compute dtype", platform, "", message))
     return events

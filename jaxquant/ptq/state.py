@@ -1,4 +1,4 @@
-"""What is known of a quantization as it goes from stage to stage, and its options."""
+"""The state that the stages of a quantization pass on, and its options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxquant.report import Report
 
 
 class PTQKeywords(TypedDict, total=False):
-    """The keywords of `jaxquant.ptq` that its doors for Flax take as well."""
+    """The keywords of `jaxquant.ptq` that its Flax versions take as well."""
 
     kwargs: Mapping[str, Any] | None
     batches: Iterable[Any] | None
@@ -38,7 +38,7 @@ class PTQKeywords(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class PTQOptions:
-    """How layers are quantized by their inputs; see `jaxquant.ptq`."""
+    """Options for quantizing layers with their inputs; see `jaxquant.ptq`."""
 
     sequential: bool = True
     budget: int | None = None
@@ -58,21 +58,21 @@ class State:
     """A quantization before, between and after its stages.
 
     Attributes:
-      fn: the function of params and of the arguments in a batch.
-      params: its params, float; rewrites change them.
+      fn: the function of params and the arguments in a batch.
+      params: its float params, changed by rewrites.
       recipe: the rules.
       call: `fn`, traced once.
       sites: its sites.
-      planned: how each leaf is encoded, and notes on the whole: what `make_plans` returns.
+      planned: the result of `make_plans`: how each leaf is encoded, and general notes.
       batches: calibration samples, or `None`.
       stats: statistics of activations, or `None`.
-      options: how layers are quantized by their inputs.
-      platforms: where the report looks for missing dtypes.
-      encoded: by path, leaves that are encoded by their inputs.
-      absorbed: by path, notes on leaves that took in factors of others.
-      divided: by path, factors of channels that moved from an activation into a weight.
+      options: options for quantizing layers with their inputs.
+      platforms: the platforms to check for missing dtypes.
+      encoded: by path, leaves that are encoded with their inputs.
+      absorbed: by path, notes on leaves that absorbed factors of others.
+      divided: by path, per-channel factors that moved from an activation into a weight.
       qparams: quantized params, from the stage `encode` on.
-      report: what was done, from the stage `encode` on.
+      report: the report, from the stage `encode` on.
     """
 
     fn: Callable[..., Any]
@@ -103,5 +103,5 @@ class State:
 
     @property
     def quantized_call(self) -> Call:
-        """The call with the quantized params: it was traced for them as well, as floats."""
+        """The call with the quantized params; tracing with float params covers them too."""
         return self.call.with_params(jax.tree.leaves(self.qparams, is_leaf=is_qtensor))

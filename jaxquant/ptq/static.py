@@ -1,4 +1,4 @@
-"""Static activations: grids from statistics, carried by the quantized params."""
+"""Static activations: grids from statistics, stored in the quantized params."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from jaxquant.report import shown
 
 @dataclasses.dataclass(frozen=True)
 class Divided:
-    """What becomes of one activation with a scale for each channel.
+    """One activation with per-channel scales, divided by them.
 
     Attributes:
       divisor: float32 `[*layers, channels]`.
-      range: of what is left of the activation, `[*layers]`.
-      axis: the weight's axes (negative) that meet the channels.
+      range: of the divided activation, `[*layers]`.
+      axis: the weight's axes (negative) that are contracted with the channels.
     """
 
     divisor: Array
@@ -41,12 +41,12 @@ def calibrated(
     stats: Statistics,
     divided: Mapping[str, Divided],
 ) -> Any:
-    """The params with grids for what the recipe's rules make static.
+    """Adds to the params the grids of the activations that the recipe makes static.
 
-    `divided` are those whose activations have a scale for each channel.
+    `divided` has the parameters whose activations have per-channel scales, by path.
 
     Raises:
-      ValueError: there are no statistics of a site that needs them.
+      ValueError: a site that needs statistics has none.
     """
     flat, tree = jax.tree.flatten_with_path(qparams, is_leaf=is_qtensor)
     leaves = {path_str(path): leaf for path, leaf in flat}
@@ -54,14 +54,14 @@ def calibrated(
         rule = recipe.match(path)
         if not is_qtensor(leaf) or rule is None or rule.observer is None:
             continue
-        before = leaf.calibration or Calibration()
-        if before.input is not None:
+        previous = leaf.calibration or Calibration()
+        if previous.input is not None:
             continue
         spec, uses = rule.activations, contractions(sites, path)
         if spec is None or not uses:
             continue
-        by = divided.get(path)
-        seen = seen_range(uses, stats, spec) if by is None else by.range
+        div = divided.get(path)
+        seen = seen_range(uses, stats, spec) if div is None else div.range
         if seen.low.shape != leaf.batch:
             raise ValueError(
                 f"{shown(path)}: expected statistics for layers {list(leaf.batch)}, "
@@ -69,41 +69,41 @@ def calibrated(
             )
         source = _entry(stats, uses[0].key) if len(uses) == 1 else path
         grid = grid_of(*range_to_scale(seen, spec), spec, source)
-        held = dataclasses.replace(before, input=grid)
-        if by is not None:
-            held = dataclasses.replace(held, divisor=by.divisor, axis=by.axis)
+        calibration = dataclasses.replace(previous, input=grid)
+        if div is not None:
+            calibration = dataclasses.replace(calibration, divisor=div.divisor, axis=div.axis)
         if rule.requantize is not None:
             leaf = with_fine_scales(leaf, [a - len(leaf.batch) for a in uses[0].contracted])
         config = dataclasses.replace(leaf.contraction, requantize=rule.requantize)
-        leaves[path] = dataclasses.replace(leaf, contraction=config, calibration=held)
+        leaves[path] = dataclasses.replace(leaf, contraction=config, calibration=calibration)
     for path, grids in _attention(leaves, recipe, sites, stats).items():
-        held = leaves[path].calibration or Calibration()
+        calibration = leaves[path].calibration or Calibration()
         leaves[path] = dataclasses.replace(
-            leaves[path], calibration=dataclasses.replace(held, attention=grids)
+            leaves[path], calibration=dataclasses.replace(calibration, attention=grids)
         )
     return jax.tree.unflatten(tree, list(leaves.values()))
 
 
 def contractions(sites: Sites, path: str) -> list[Site]:
-    """The sites at which a parameter is contracted."""
+    """Returns the sites at which a parameter is contracted."""
     return [site for site in sites.of(path) if site.primitive != "gather"]
 
 
 def check_sites(sites: Sites, stats: Statistics) -> None:
-    """Raises unless every site that there are statistics of is one of the traced function's.
+    """Raises unless every site in `stats` is a site of the traced function.
 
-    Shapes have to agree in rank, and in what the parameter fixes.
+    Shapes must agree in rank and in the sizes that the parameter fixes.
     """
     if not isinstance(stats, Statistics):
         raise ValueError(
-            f"stats: expected what jaxquant.capture returns, got {type(stats).__name__}"
+            f"stats: expected the result of jaxquant.capture, got {type(stats).__name__}"
         )
     unknown = [key for key in stats if key not in sites]
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise ValueError(
             f"stats: these are statistics of another model: {', '.join(map(shown, unknown[:3]))}"
-            f"{more} {'is' if len(unknown) == 1 else 'are'} no site of this one, whose sites are "
+            f"{more} {'is' if len(unknown) == 1 else 'are'} no site of this model, whose sites are "
             f"{', '.join(map(shown, list(sites)[:5]))}"
         )
     for key in stats:
@@ -124,29 +124,29 @@ def check_sites(sites: Sites, stats: Statistics) -> None:
 
 
 def _fixed(site: Site, operand: tuple[int, ...]) -> list[int]:
-    """Axes of an activation whose size its parameter fixes; the number of rows, say, is free."""
+    """Axes of an activation whose size its parameter fixes; the number of rows is free."""
     if site.primitive != "conv_general_dilated":
         return list(site.over)
-    # of all but the batch axis, only the one with the kernel's input features
+    # only the axis with the kernel's input features, if its size tells which one that is
     sizes = [site.shape[a] for a in site.contracted]
-    found = [a for a in site.over if operand[a] in sizes]
-    return found if len(found) == 1 else []
+    axes = [a for a in site.over if operand[a] in sizes]
+    return axes if len(axes) == 1 else []
 
 
 def check_observers(recipe: Recipe, sites: Sites, stats: Statistics) -> None:
-    """Raises where statistics are of another observer than the recipe's rule has.
+    """Raises if statistics come from another observer than that of the recipe's rule.
 
-    Sites that share an entry, as those of concatenated parameters, may share one's observer.
-    Ranges per channel for one per tensor, and the reverse, are left to `seen_range`.
+    Sites that share an entry, as those of concatenated parameters, may have the observer of one.
+    Per-channel ranges for a per-tensor rule, and the reverse, are left to `seen_range`.
     """
-    named: dict[str, list[tuple[str, Observer]]] = {}
+    expected_observers: dict[str, list[tuple[str, Observer]]] = {}
     for key, operands in stats.sites:
         param = sites[key].param
         rule = recipe.attention_rule(key) if param is None else recipe.match(param)
         if rule is not None and rule.observer is not None:
             for _, entry in operands:
-                named.setdefault(entry, []).append((key, rule.observer))
-    for entry, rules in named.items():
+                expected_observers.setdefault(entry, []).append((key, rule.observer))
+    for entry, rules in expected_observers.items():
         got, (key, expected) = stats.entries[entry].observer, rules[0]
         if got not in [observer for _, observer in rules] and got.axis == expected.axis:
             raise ValueError(
@@ -156,18 +156,18 @@ def check_observers(recipe: Recipe, sites: Sites, stats: Statistics) -> None:
 
 
 def _seen(stats: Statistics, key: str, operand: str) -> Observed:
-    found: Mapping[str, Observed] = stats.get(key, {})
-    if operand not in found:
+    operands: Mapping[str, Observed] = stats.get(key, {})
+    if operand not in operands:
         known = ", ".join(map(shown, list(stats)[:5]))
         raise ValueError(
             f"{shown(key)}: its rule has an observer, but there are no statistics of it; "
             f"capture with this recipe (there are statistics of {known or 'nothing'})"
         )
-    return found[operand]
+    return operands[operand]
 
 
 def activation_side(stats: Statistics, key: str) -> str:
-    """Which operand of a parameter's site is the other one; the left where nothing was seen."""
+    """Which operand of a parameter's site is the activation; `"lhs"` without statistics."""
     return next(iter(stats.get(key, {"lhs": None})))
 
 
@@ -177,10 +177,10 @@ def _entry(stats: Statistics, key: str) -> str:
 
 
 def seen_range(uses: list[Site], stats: Statistics, spec: QSpec) -> Range:
-    """The range of what a parameter meets at all of its sites, `[*layers, *channels]`.
+    """The range of a parameter's activation over all of its sites, `[*layers, *channels]`.
 
     Raises:
-      ValueError: there are no statistics of a site, or none that can be merged.
+      ValueError: a site has no statistics, or those of several sites cannot be merged.
     """
     first, *rest = [_seen(stats, s.key, activation_side(stats, s.key)) for s in uses]
     for other in rest:
@@ -215,10 +215,10 @@ def _finished(seen: Observed, spec: QSpec, where: str) -> Range:
 def _attention(
     leaves: dict[str, Any], recipe: Recipe, sites: Sites, stats: Statistics
 ) -> dict[str, dict[str, tuple[QuantParams, QuantParams]]]:
-    """For each leaf that is to carry some, grids of sites without a parameter.
+    """Grids of sites without a parameter, by the path of the leaf that is to store them.
 
     A site's grids are arrays with the layers of the loops around it as leading axes; a leaf with
-    the same batch axes carries them along.
+    the same batch axes stores them.
     """
     carried: dict[str, dict[str, tuple[QuantParams, QuantParams]]] = {}
     for site in sites.sites:

@@ -94,10 +94,10 @@ def state_for(
         except ValueError as error:
             raise ValueError(f"{where}: {shown(plan.path)}: {error}") from error
         fixed = estimator.constants
-        if any(name not in fixed for name in made):
-            learned["weights"][plan.path] = {k: v for k, v in made.items() if k not in fixed}
-        if any(name in fixed for name in made):
-            constants[plan.path] = {k: v for k, v in made.items() if k in fixed}
+        if any(name not in fixed for name in arrays):
+            learned["weights"][plan.path] = {k: v for k, v in arrays.items() if k not in fixed}
+        if any(name in fixed for name in arrays):
+            constants[plan.path] = {k: v for k, v in arrays.items() if k in fixed}
 
     learned["activations"] = _activations(call, chosen, plans, where)
     observer_plan = observations(call, chosen, where, part=part)

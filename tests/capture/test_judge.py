@@ -221,7 +221,7 @@ def test_the_report_of_ptq_has_it() -> None:
 
 def test_mistakes() -> None:
     stats, recipe = captured()
-    with pytest.raises(ValueError, match=r"expected what jaxquant\.capture returns, got dict"):
+    with pytest.raises(ValueError, match=r"expected the result of jaxquant\.capture, got dict"):
         jq.activation_report({}, recipe)
     with pytest.raises(ValueError, match=r"activation_report: expected a Recipe.*got None"):
         jq.activation_report(stats, None)

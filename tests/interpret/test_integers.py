@@ -94,7 +94,7 @@ def in_a_loop(p, x):
 
 
 AFTER = "add after a clamp, a move or a sum, where results are codes already"
-OTHER = "it takes another grid than the first that takes these results"
+OTHER = "its input grid differs from that of the first consumer of these results"
 DYNAMIC = "a contraction that is not requantized takes floats"
 INTEGERS = "a -> b: int8"
 EDGES = [

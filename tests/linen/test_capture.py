@@ -130,13 +130,13 @@ def test_mistakes() -> None:
     other = linen.quantized(nn.Sequential([model, nn.Dense(4)]), RECIPE)
     theirs = other.init(jax.random.key(0), x)
     missing = r"'params/layers_0/kernel:lhs' is missing; .*'params/kernel:lhs' is unknown"
-    with pytest.raises(ValueError, match=f"holds statistics of other sites: {missing}"):
+    with pytest.raises(ValueError, match=f"has statistics of other sites: {missing}"):
         other.apply({**theirs, **seen}, x, mutable=["quant"])
     rule = jq.Rule("**", weights=jq.int8(), activations=STATIC, observer=moving_average())
     with pytest.raises(ValueError, match=r"'params/kernel:lhs': expected.*low.*got.*min"):
         linen.quantized(model, rule).apply({**variables, **seen}, x, mutable=["quant"])
     _, bad = qmodel.apply(variables, x * jnp.nan, mutable=["quant"])
-    with pytest.raises(ValueError, match="'params/kernel:lhs' held NaN or infinity in 1 of its"):
+    with pytest.raises(ValueError, match="'params/kernel:lhs' had NaN or infinity in 1 of its"):
         qmodel.statistics({**variables, **bad}, x)
 
 

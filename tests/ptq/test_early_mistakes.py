@@ -106,7 +106,7 @@ def test_leaves_that_take_in_factors_say_so():
     params = {"scale": np.ones(16, np.float32), "w": grown}
     _, report = jq.ptq(fn, params, using(None, jq.smoothquant()), batches=X)
     assert report["w"].notes[-1] == "factors folded into scale"
-    assert report["scale"].notes == ("took in the factors of w",)
+    assert report["scale"].notes == ("absorbed the factors of w",)
 
 
 def test_a_run_goes_on_only_as_itself(tmp_path):
@@ -118,9 +118,9 @@ def test_a_run_goes_on_only_as_itself(tmp_path):
     for name in PARAMS:
         np.testing.assert_array_equal(first[name].codes, again[name].codes)
     assert [row.notes for row in told.leaves] == [row.notes for row in report.leaves]
-    with pytest.raises(ValueError, match="of other function"):
+    with pytest.raises(ValueError, match="differs in function"):
         run(lambda p, x: jnp.sin(x @ p["a"]) @ p["b"])
-    with pytest.raises(ValueError, match="of other key"):
+    with pytest.raises(ValueError, match="differs in key"):
         run(mlp, key=jax.random.key(1))
 
 

@@ -103,7 +103,7 @@ def near(got: Any, want: Any, most: float) -> None:
         assert np.linalg.norm(a - b) < most * np.linalg.norm(b)
 
 
-ELSEWHERE = "its results are used elsewhere too, beyond the range of what this takes"
+ELSEWHERE = "its results are also used elsewhere, beyond the range of this input grid"
 CASES: dict[str, tuple[Callable[..., Any], Any, list[str]]] = {
     "and moved": (used_twice(lambda p, h: h.reshape(-1)), X, [f"w -> w2: float, {ELSEWHERE}"]),
     "and clipped": (
@@ -117,7 +117,7 @@ CASES: dict[str, tuple[Callable[..., Any], Any, list[str]]] = {
         [
             f"c0 -> c1: float, {ELSEWHERE}",
             f"c0 -> c2: float, {ELSEWHERE}",
-            "c1 -> c2: float, it is added to what is float",
+            "c1 -> c2: float, it is added to a float operand",
         ],
     ),
     "post-activation": (

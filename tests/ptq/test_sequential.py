@@ -383,13 +383,13 @@ def test_few_rows_are_warned_of_with_their_number() -> None:
 def test_a_folder_of_another_run_is_refused(tmp_path: Any) -> None:
     folder = tmp_path / "run"
     jq.ptq(mlp, MLP, rules(), batches=BATCHES, save=folder)
-    with pytest.raises(ValueError, match="is not empty; go on with the run in it by resume="):
+    with pytest.raises(ValueError, match="is not empty; continue the run in it by resume="):
         jq.ptq(mlp, MLP, rules(), batches=BATCHES, save=folder)
-    with pytest.raises(ValueError, match="was of other recipe"):
+    with pytest.raises(ValueError, match="differs in recipe"):
         jq.ptq(mlp, MLP, rules(weights=jq.int4(group=4)), batches=BATCHES, resume=folder)
-    with pytest.raises(ValueError, match="was of other batches"):
+    with pytest.raises(ValueError, match="differs in batches"):
         jq.ptq(mlp, MLP, rules(), batches=BATCHES[:2], resume=folder)
-    with pytest.raises(ValueError, match="was of other params"):
+    with pytest.raises(ValueError, match="differs in params"):
         jq.ptq(
             mlp,
             jax.tree.map(lambda a: 2 * np.asarray(a), MLP),

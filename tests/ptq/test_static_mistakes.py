@@ -46,7 +46,11 @@ def test_calibration_that_is_missing_or_of_no_use() -> None:
         (STATIC, {"batches": iter(())}, "^ptq: no batches; expected at least one"),
         (STATIC, {"batches": 3}, "expected an iterable of batches.*got int"),
         (STATIC, {"batches": X}, "expected an iterable of batches.*got ArrayImpl"),
-        (STATIC, {"stats": {"a": 1}}, r"^stats: expected what jaxquant\.capture returns, got dict"),
+        (
+            STATIC,
+            {"stats": {"a": 1}},
+            r"^stats: expected the result of jaxquant\.capture, got dict",
+        ),
     ]
     for recipe, given, message in cases:
         args = () if "batches" in given else (X,)
