@@ -67,6 +67,15 @@ def test_keywords_of_the_model_are_its_own():
         jq.fold_batchnorm(fn, PARAMS, X, kwargs=OWN)
 
 
+def test_keywords_may_be_shapes_where_nothing_is_run():
+    def dense(params, *, x):
+        return x @ params["query"]
+
+    kwargs = {"x": jax.ShapeDtypeStruct(X.shape, X.dtype)}
+    qparams, _ = jq.ptq(dense, PARAMS, jq.int8(), kwargs=kwargs)
+    assert isinstance(qparams["query"], jq.QTensor)
+
+
 class Linen(nn.Module):
     """A layer whose keywords have names of jaxquant's."""
 

@@ -19,7 +19,7 @@ SPECS = {
     "int4 groups": QSpec("int4", PerGroup(4, axis=1)),
     "int4 groups of two axes": QSpec("int4", PerGroup(8, axis=(0, 1))),
     "int3 uneven groups": QSpec("int3", PerGroup(5, axis=1)),
-    "nf4 groups": QSpec("nf4", PerGroup(4, axis=1)),
+    "nf4 groups of two": QSpec("nf4", PerGroup(2, axis=1)),
     "fp8 blocks": QSpec("float8_e4m3fn", PerBlock(2, 4, axes=(0, 1))),
     "nvfp4": QSpec("nvfp4", PerGroup(4, axis=1)),
 }
@@ -113,7 +113,7 @@ def test_most_moves_stay_quantized(weights: np.ndarray) -> None:
     assert {m for s, m in kept if s == "int8 per channel"} == set(MOVES) - {"flatten"}
 
 
-@pytest.mark.parametrize("spec", ["int8 per channel", "int4 groups", "nf4 groups", "nvfp4"])
+@pytest.mark.parametrize("spec", ["int8 per channel", "int4 groups", "nf4 groups of two", "nvfp4"])
 def test_batch_axes_move_too(spec: str, weights: np.ndarray) -> None:
     stacked = np.stack([weights, 2 * weights, -weights])
     perms = (0, 2, 1, 3), (1, 0, 2, 3), (3, 2, 1, 0)

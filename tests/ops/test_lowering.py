@@ -152,3 +152,20 @@ def test_sizes_and_sums():
     assert lowering.fits_int32(2**15, True, True)
     assert not lowering.fits_int32(2**16, True, True)
     assert N == 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "in_groups", "packed", "fused"),
+    [
+        *((1, *kind, True) for kind in itertools.product((False, True), repeat=2)),
+        (2, True, True, True),
+        (2, True, False, False),
+        (2, False, True, False),
+        (3, True, True, False),
+    ],
+)
+def test_rows_that_one_loop_contracts(monkeypatch, rows, in_groups, packed, fused):
+    monkeypatch.setattr(lowering, "FUSES_SUMS", True)
+    assert lowering.fused_wins(rows, in_groups, packed) == fused
+    monkeypatch.setattr(lowering, "FUSES_SUMS", False)
+    assert not lowering.fused_wins(rows, in_groups, packed)
