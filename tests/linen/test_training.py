@@ -428,7 +428,7 @@ def test_mistakes(trained: FakeQuantTensor, images: Any) -> None:
         fmodel.apply(3, x)
     other = linen.fake_quantized(Net(), jq.Rule("**", weights=jq.int8()))
     for call in (other.apply, functools.partial(linen.convert, other)):
-        with pytest.raises(ValueError, match=r"was made for another recipe; what is trained"):
+        with pytest.raises(ValueError, match=r"was made for another recipe; continue and convert"):
             call(variables, x)
     wide = nn.Sequential([nn.Dense(8), nn.Dense(4)])
     wide_variables = wide.init(jax.random.key(0), x[0, 0])
