@@ -74,8 +74,8 @@ def _windows(
     for name in ("feature_group_count", "batch_group_count"):
         if params[name] != 1:
             raise ValueError(
-                f"unfold: a convolution with {name}={params[name]} is not a product of rows and "
-                "one matrix: each group of output channels has other inputs"
+                f"a convolution with {name}={params[name]} is not a product of rows and one "
+                "matrix: each group of output channels has other inputs"
             )
     numbers = params["dimension_numbers"]
     kernel = tuple(numbers.rhs_spec)  # (out, in, *spatial)
