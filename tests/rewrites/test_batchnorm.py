@@ -78,8 +78,9 @@ def test_mistakes_are_named():
     kernel, c = jnp.ones((2, 3)), jnp.ones(3)
     with pytest.raises(ValueError, match=r"expected gamma of shape \[3\].*got \[2\]"):
         fold(kernel, jnp.ones(2), None, c, c, 1e-5, 1)
-    with pytest.raises(ValueError, match=r"var \+ eps > 0"):
-        fold(kernel, None, None, c, -c, 1e-5, 1)
+    for eps in (1e-5, 1.0):  # below zero, and zero itself
+        with pytest.raises(ValueError, match=r"var \+ eps > 0"):
+            fold(kernel, None, None, c, -c, eps, 1)
     site = BatchNormSite("w", (1,), "bn/mean", "bn/var", 1e-5)
     with pytest.raises(ValueError, match="no leaf 'bn/mean'"):
         fold_site({"w": kernel, "bn/var": c}, site)

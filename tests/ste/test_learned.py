@@ -127,6 +127,14 @@ def test_steps_of_zero_and_below_leave_finite_values(estimator, spec):
     assert all(np.all(a != 0) for a in run(0.0)[3][1].values())
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_pact_starts_at_the_largest_magnitude_of_either_sign(symmetric):
+    signed = QSpec("int4" if symmetric else "uint4", PerTensor(), symmetric)
+    moments = Moments(*map(jnp.float32, (1.0, -1.0, 1.0, -5.0, 2.0)))  # low -5, high 2
+    assert float(pact().init_activation(moments, signed)["alpha"]) == 5.0
+    assert float(pact().init_activation(moments, QSpec("uint4", PerTensor()))["alpha"]) == 2.0
+
+
 def test_the_range_stays_when_bits_change():
     old, new = QSpec("uint8", PerTensor(), False), QSpec("uint4", PerTensor(), False)
     learned = {"step": jnp.array([0.1, -0.2]), "offset": jnp.array([-1.0, 0.0])}
