@@ -48,8 +48,8 @@ MOVES = {
     ),
     "scale": (lambda q: slices.rescale(q, -2.0), lambda w: -2.0 * w),
     "rows": (
-        lambda q: slices.rows(q, jnp.array([[[4], [0]]]), 0, lax.GatherScatterMode.CLIP),
-        lambda w: w[np.array([[4, 0]])],
+        lambda q: slices.rows(q, jnp.array([[[3], [0]]]), 0, lax.GatherScatterMode.CLIP),
+        lambda w: w[np.array([[3, 0]])],
     ),
     "rows of axis 1": (
         lambda q: slices.rows(q, jnp.array([[3]]), 1, lax.GatherScatterMode.CLIP),
