@@ -3,7 +3,9 @@
 import dataclasses
 
 import chex
+import jax
 import jax.numpy as jnp
+import pytest
 
 import jaxquant as jq
 from jaxquant.interpret.calls import trace_call
@@ -81,3 +83,19 @@ def test_ptq_is_its_stages() -> None:
     _, state = written(recipe)
     assert str(state.report) == str(report)
     chex.assert_trees_all_equal(state.qparams, qparams)
+
+
+@pytest.mark.parametrize(("times", "where"), [(1, ""), (2, " at 2 sites")])
+def test_what_is_quantized_beforehand_says_by_which_sites(times, where):
+    def tied(p, x):
+        for _ in range(times):
+            x = jnp.tanh(x @ p["w"])
+        return x
+
+    def looped(p, x):
+        return jax.lax.fori_loop(0, 2, lambda _, x: tied(p, x), x)
+
+    params, batches = {"w": normal(4, 8, 8)}, [normal(5, 16, 8)]
+    rule = jq.Rule("**", weights=jq.int4(), encoder=jq.gptq())
+    _, report = jq.ptq(looped, params, rule, batches=batches, progress=False)
+    assert f"calibrated on inputs of the float function{where}" in report["w"].notes
