@@ -90,8 +90,8 @@ class NNX(nnx.Module):
     def __init__(self):
         self.dense = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
 
-    def __call__(self, x, *, key, stats):
-        return self.dense(x) * key * stats
+    def __call__(self, x, *, key, stats, params=1.0, state=1.0):
+        return self.dense(x) * key * stats * params * state
 
 
 def test_keywords_of_flax_models_are_their_own():
@@ -101,9 +101,12 @@ def test_keywords_of_flax_models_are_their_own():
     qvariables, _ = jq.linen.ptq(model, variables, jq.int8(), X, kwargs=kwargs)
     assert isinstance(qvariables["params"]["Dense_0"]["kernel"], jq.QTensor)
     assert jq.linen.capture(model, variables, minmax(), batches=[X], kwargs=kwargs).batches == 1
+    kwargs |= {"params": 1.0, "state": 1.0}
     qmodel, _ = jq.nnx.ptq(NNX(), jq.int8(), X, kwargs=kwargs)
     assert qmodel(X, **kwargs).shape == (3, 4)
     assert jq.nnx.capture(NNX(), minmax(), batches=[X], kwargs=kwargs).batches == 1
+    with pytest.raises(ValueError, match="no BatchNorm with running statistics"):
+        jq.nnx.fold_batchnorm(NNX(), X, kwargs=kwargs)
     assert jq.nnx.fake_quantized(NNX(), jq.w8a8(), X, kwargs=kwargs)(X, **kwargs).shape == (3, 4)
 
 

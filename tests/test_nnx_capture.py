@@ -83,7 +83,7 @@ def test_another_method_a_quantized_model_and_mistakes() -> None:
     seen = jq.nnx.capture(qmodel, minmax(), batches=[x])
     np.testing.assert_allclose(seen.finish("kernel", "lhs", STATIC).low, x.min())
     with pytest.raises(ValueError, match=r"nnx.capture: expected an nnx.Module, got function"):
-        jq.nnx.capture(lambda x: x, minmax(), batches=[x])  # type: ignore[arg-type]
+        jq.nnx.capture(lambda x: x, minmax(), batches=[x])
     with pytest.raises(ValueError, match=r"nnx.capture: Net has no method 'tail'"):
         jq.nnx.capture(model, minmax(), batches=[x], method="tail")
     with pytest.raises(ValueError, match=r"nnx.capture: no batches"):

@@ -66,7 +66,7 @@ def ptq(
     recipe = as_recipe(recipe, "nnx.ptq", model)
     graphdef, params, moving, rest = parts_of(_inner(model), method, "nnx.ptq")
 
-    def call(params: Any, moving: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(params: Any, moving: Any, /, *args: Any, **kwargs: Any) -> Any:
         copy = nnx.merge(graphdef, params, *moving, *rest, copy=True)
         return arrays_of(getattr(copy, method)(*args, **kwargs))[0]
 
@@ -112,7 +112,7 @@ def capture(
     where = "nnx.capture"
     graphdef, params, moving, rest = parts_of(_inner(model), method, where)
 
-    def call(params: Any, moving: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(params: Any, moving: Any, /, *args: Any, **kwargs: Any) -> Any:
         copy = nnx.merge(graphdef, params, *moving, *rest, copy=True)
         return arrays_of(getattr(copy, method)(*args, **kwargs))[0]
 
@@ -161,7 +161,7 @@ def fold_batchnorm(
     parts_of(_inner(model), method, where)
     graphdef, state = nnx.split(model)
 
-    def call(state: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(state: Any, /, *args: Any, **kwargs: Any) -> Any:
         copy = nnx.merge(graphdef, state, copy=True)
         return arrays_of(getattr(copy, method)(*args, **kwargs))[0]
 

@@ -135,7 +135,7 @@ def fake_quantized(
     if not args and not kwargs:
         raise ValueError(f"{where}: expected an example to run {method!r} with, got none")
 
-    def call(params: Any, moving: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(params: Any, moving: Any, /, *args: Any, **kwargs: Any) -> Any:
         copy = nnx.merge(graphdef, params, *moving, *rest, copy=True)
         return arrays_of(getattr(copy, method)(*args, **kwargs))[0]
 
